@@ -1,0 +1,225 @@
+//! One error type for the eight steps.
+//!
+//! Every message says what was expected, what was found, where, and what to do.
+//! `Debug` prints the same text as `Display`: a notebook shows the `Debug` form of
+//! an error that left a cell through `?`, and a reader should not have to decode it.
+
+use std::{fmt, io, path::PathBuf};
+
+/// The result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, where, and the remedy.
+///
+/// ```
+/// use qlora_nb::{dataset::Dataset, error::Error};
+/// let error = Dataset::load_from_disk("no/such/folder").unwrap_err();
+/// assert!(matches!(error, Error::NotFound { .. }));
+/// ```
+#[derive(thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder is not there.
+    #[error("{what} not found: {}\n  what to do: {remedy}", path.display())]
+    NotFound { what: String, path: PathBuf, remedy: String },
+
+    /// The operating system refused to read or write (permission, full disk, ...).
+    #[error("could not {action} {}: {source}\n  what to do: {}", path.display(), io_remedy(source))]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+
+    /// A file is there but its bytes are not what its format promises.
+    #[error("{} is not a valid {format}: {detail}\n  what to do: {remedy}", path.display())]
+    Malformed { path: PathBuf, format: &'static str, detail: String, remedy: String },
+
+    /// A dataset has no column of that name.
+    #[error("no column {column:?}{}; the columns are {available:?}\n  what to do: use one of these names, or rename the field in the data", at_row(row))]
+    MissingColumn { column: String, row: Option<usize>, available: Vec<String> },
+
+    /// A dataset column holds another type than the call asks for.
+    #[error("column {column:?}{}: expected {expected}, got {got}\n  what to do: read it with the accessor of its own type, or convert the data", at_row(row))]
+    ColumnType { column: String, row: Option<usize>, expected: String, got: String },
+
+    /// A user's function failed on one row.
+    #[error("row {row}: {source}")]
+    Row { row: usize, source: Box<Error> },
+
+    /// An index or range beyond the end.
+    #[error("{what}: {got} is out of range, there are {len}\n  what to do: {remedy}")]
+    OutOfRange { what: String, got: String, len: usize, remedy: String },
+
+    /// Tensors are missing from, or strange to, a checkpoint or adapter.
+    #[error("{} does not match the model: {} missing {:?}, {} unexpected {:?}\n  what to do: {remedy}",
+            path.display(), missing.len(), few(missing), unexpected.len(), few(unexpected))]
+    KeyMismatch { path: PathBuf, missing: Vec<String>, unexpected: Vec<String>, remedy: String },
+
+    /// A tensor has another shape than its place requires.
+    #[error("{name}{}: expected shape {expected:?}, got {got:?}\n  what to do: {remedy}", in_path(path))]
+    Shape { name: String, path: Option<PathBuf>, expected: Vec<usize>, got: Vec<usize>, remedy: String },
+
+    /// Something that exists elsewhere but not here; `supported` lists what does.
+    #[error("{what} {got:?} is not supported; supported: {}\n  what to do: {remedy}", supported.join(", "))]
+    Unsupported { what: String, got: String, supported: Vec<String>, remedy: String },
+
+    /// An argument outside its domain.
+    #[error("{name} = {got}: expected {expected}\n  what to do: {remedy}")]
+    InvalidArgument { name: String, got: String, expected: String, remedy: String },
+
+    /// `target_modules` names no linear layer of the model.
+    #[error("target_modules {unknown:?} match no linear layer of the model; {}the linear layers are {available:?}\n  what to do: name one of these, or use \"all-linear\"",
+            did_you_mean(suggestions))]
+    UnknownTargetModules { unknown: Vec<String>, suggestions: Vec<String>, available: Vec<String> },
+
+    /// A token id that the embedding table does not have.
+    #[error("row {row}, position {position}: token id {id} is beyond the vocabulary of {vocab_size}\n  what to do: tokenize with the tokenizer that belongs to this model")]
+    TokenId { row: usize, position: usize, id: i64, vocab_size: usize },
+
+    /// A row with no tokens.
+    #[error("row {row}: the sequence has length 0\n  what to do: filter empty rows out, e.g. ds.filter(|ex| Ok(!ex.text(\"output\")?.is_empty()))")]
+    EmptySequence { row: usize },
+
+    /// Rows whose fields have different lengths.
+    #[error("row {row}: {field} has {got} entries, input_ids has {expected}\n  what to do: give every field one entry a token")]
+    UnequalLengths { row: usize, field: &'static str, expected: usize, got: usize },
+
+    /// No label survives: training would learn nothing, or divide zero by zero.
+    #[error("{rows} of {total} rows have no label to learn from (all are -100){}\n  what to do: {remedy}", first_rows(first))]
+    NothingToLearn { rows: usize, total: usize, first: Vec<usize>, remedy: String },
+
+    /// A loss or gradient that is NaN or infinite; training stopped before it was applied.
+    #[error("{what} is {value} at step {step}; training stopped before the weights were changed{}\n  what to do: lower learning_rate, keep max_grad_norm at 1.0, compute in f32 or bf16", last_checkpoint(checkpoint))]
+    NotFinite { what: String, value: f64, step: usize, checkpoint: Option<PathBuf> },
+
+    /// A checkpoint that another run wrote.
+    #[error("{} is a checkpoint of another run: {field} was {expected}, here it is {got}\n  what to do: resume with the arguments, data and model of that run, or train from the start", path.display())]
+    CheckpointMismatch { path: PathBuf, field: String, expected: String, got: String },
+
+    /// The user asked to stop.
+    #[error("{what} was interrupted; nothing was lost\n  what to do: run the cell again, or go on from what it returned so far")]
+    Interrupted { what: String },
+
+    /// A model hub could not be reached, or refused.
+    #[error("could not get {what} from the hub: {detail}\n  what to do: {remedy}")]
+    Hub { what: String, detail: String, remedy: String },
+
+    /// The tokenizer library failed.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+
+    /// The tensor library failed.
+    #[error("tensor operation: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Error {
+    /// Wraps an I/O error with what was tried and where: `.map_err(Error::io("read", &path))`.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| match source.kind() {
+            io::ErrorKind::NotFound if action != "write" => Error::NotFound {
+                what: "file".into(),
+                path,
+                remedy: "check the path; a relative path starts at the notebook's folder".into(),
+            },
+            _ => Error::Io { action, path, source },
+        }
+    }
+
+    /// Names the row in which a user's function failed.
+    pub fn at_row(self, row: usize) -> Self {
+        Error::Row { row, source: Box::new(self) }
+    }
+
+    /// A wrong argument: `Error::argument("r", 0, "a rank of at least 1", "use 8")`.
+    pub fn argument(name: &str, got: impl fmt::Display, expected: &str, remedy: &str) -> Self {
+        Error::InvalidArgument {
+            name: name.into(),
+            got: got.to_string(),
+            expected: expected.into(),
+            remedy: remedy.into(),
+        }
+    }
+}
+
+/// The names among `known` nearest to `name`, for "did you mean": at most three, by
+/// edit distance, none when nothing is near.
+pub fn near_names(name: &str, known: &[String]) -> Vec<String> {
+    let mut scored: Vec<(usize, &String)> = known.iter().map(|k| (edit_distance(name, k), k)).collect();
+    scored.sort();
+    scored.dedup();
+    let near = |d: usize, k: &str| d <= 1 + name.len().max(k.len()) / 3 || k.contains(name) || name.contains(k);
+    scored.into_iter().filter(|(d, k)| near(*d, k)).take(3).map(|(_, k)| k.clone()).collect()
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let substitute = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+fn io_remedy(e: &io::Error) -> &'static str {
+    match e.kind() {
+        io::ErrorKind::PermissionDenied => "choose a folder that you may write to, or change its permissions",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "free some disk space and run the cell again; the earlier files are unchanged"
+        }
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => "a file is in the way: choose another path",
+        _ => "check the path and the disk, then run the cell again",
+    }
+}
+
+fn at_row(row: &Option<usize>) -> String {
+    row.map(|r| format!(" in row {r}")).unwrap_or_default()
+}
+
+fn in_path(path: &Option<PathBuf>) -> String {
+    path.as_ref().map(|p| format!(" in {}", p.display())).unwrap_or_default()
+}
+
+fn few(names: &[String]) -> &[String] {
+    &names[..names.len().min(4)]
+}
+
+fn did_you_mean(suggestions: &[String]) -> String {
+    match suggestions {
+        [] => String::new(),
+        some => format!("did you mean {}? ", some.join(" or ")),
+    }
+}
+
+fn first_rows(first: &[usize]) -> String {
+    match first {
+        [] => String::new(),
+        some => format!(", the first are {some:?}"),
+    }
+}
+
+fn last_checkpoint(checkpoint: &Option<PathBuf>) -> String {
+    checkpoint.as_ref().map(|p| format!("; the last good checkpoint is {}", p.display())).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_names_are_found() {
+        let known: Vec<String> = ["query_key_value", "dense", "dense_h_to_4h"].map(String::from).into();
+        assert_eq!(near_names("query_key_values", &known)[0], "query_key_value");
+        assert_eq!(near_names("zzz", &known), Vec::<String>::new());
+    }
+}

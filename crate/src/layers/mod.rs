@@ -1,0 +1,2 @@
+//! Layers with an explicit forward and backward.
+pub mod param;
