@@ -1,0 +1,2 @@
+//! Architectures, one file each, and what they have in common.
+pub mod causal_lm;
