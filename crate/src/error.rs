@@ -32,11 +32,17 @@ pub enum Error {
     Malformed { path: PathBuf, format: &'static str, detail: String, remedy: String },
 
     /// A dataset has no column of that name.
-    #[error("no column {column:?}{}; the columns are {available:?}\n  what to do: use one of these names, or rename the field in the data", at_row(row))]
+    #[error(
+        "no column {column:?}{}; the columns are {available:?}\n  what to do: use one of these names, or rename the field in the data",
+        at_row(row)
+    )]
     MissingColumn { column: String, row: Option<usize>, available: Vec<String> },
 
     /// A dataset column holds another type than the call asks for.
-    #[error("column {column:?}{}: expected {expected}, got {got}\n  what to do: read it with the accessor of its own type, or convert the data", at_row(row))]
+    #[error(
+        "column {column:?}{}: expected {expected}, got {got}\n  what to do: read it with the accessor of its own type, or convert the data",
+        at_row(row)
+    )]
     ColumnType { column: String, row: Option<usize>, expected: String, got: String },
 
     /// A user's function failed on one row.
@@ -65,28 +71,42 @@ pub enum Error {
     InvalidArgument { name: String, got: String, expected: String, remedy: String },
 
     /// `target_modules` names no linear layer of the model.
-    #[error("target_modules {unknown:?} match no linear layer of the model; {}the linear layers are {available:?}\n  what to do: name one of these, or use \"all-linear\"",
-            did_you_mean(suggestions))]
+    #[error(
+        "target_modules {unknown:?} match no linear layer of the model; {}the linear layers are {available:?}\n  what to do: name one of these, or use \"all-linear\"",
+        did_you_mean(suggestions)
+    )]
     UnknownTargetModules { unknown: Vec<String>, suggestions: Vec<String>, available: Vec<String> },
 
     /// A token id that the embedding table does not have.
-    #[error("row {row}, position {position}: token id {id} is beyond the vocabulary of {vocab_size}\n  what to do: tokenize with the tokenizer that belongs to this model")]
+    #[error(
+        "row {row}, position {position}: token id {id} is beyond the vocabulary of {vocab_size}\n  what to do: tokenize with the tokenizer that belongs to this model"
+    )]
     TokenId { row: usize, position: usize, id: i64, vocab_size: usize },
 
     /// A row with no tokens.
-    #[error("row {row}: the sequence has length 0\n  what to do: filter empty rows out, e.g. ds.filter(|ex| Ok(!ex.text(\"output\")?.is_empty()))")]
+    #[error(
+        "row {row}: the sequence has length 0\n  what to do: filter empty rows out, e.g. ds.filter(|ex| Ok(!ex.text(\"output\")?.is_empty()))"
+    )]
     EmptySequence { row: usize },
 
     /// Rows whose fields have different lengths.
-    #[error("row {row}: {field} has {got} entries, input_ids has {expected}\n  what to do: give every field one entry a token")]
+    #[error(
+        "row {row}: {field} has {got} entries, input_ids has {expected}\n  what to do: give every field one entry a token"
+    )]
     UnequalLengths { row: usize, field: &'static str, expected: usize, got: usize },
 
     /// No label survives: training would learn nothing, or divide zero by zero.
-    #[error("{rows} of {total} rows have no label to learn from (all are -100){}\n  what to do: {remedy}", first_rows(first))]
+    #[error(
+        "{rows} of {total} rows have no label to learn from (all are -100){}\n  what to do: {remedy}",
+        first_rows(first)
+    )]
     NothingToLearn { rows: usize, total: usize, first: Vec<usize>, remedy: String },
 
     /// A loss or gradient that is NaN or infinite; training stopped before it was applied.
-    #[error("{what} is {value} at step {step}; training stopped before the weights were changed{}\n  what to do: lower learning_rate, keep max_grad_norm at 1.0, compute in f32 or bf16", last_checkpoint(checkpoint))]
+    #[error(
+        "{what} is {value} at step {step}; training stopped before the weights were changed{}\n  what to do: lower learning_rate, keep max_grad_norm at 1.0, compute in f32 or bf16",
+        last_checkpoint(checkpoint)
+    )]
     NotFinite { what: String, value: f64, step: usize, checkpoint: Option<PathBuf> },
 
     /// A checkpoint that another run wrote.
@@ -94,7 +114,9 @@ pub enum Error {
     CheckpointMismatch { path: PathBuf, field: String, expected: String, got: String },
 
     /// The user asked to stop.
-    #[error("{what} was interrupted; nothing was lost\n  what to do: run the cell again, or go on from what it returned so far")]
+    #[error(
+        "{what} was interrupted; nothing was lost\n  what to do: run the cell again, or go on from what it returned so far"
+    )]
     Interrupted { what: String },
 
     /// A model hub could not be reached, or refused.

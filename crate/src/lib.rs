@@ -1,3 +1,6 @@
 //! QLoRA fine-tuning in Rust, cell by cell in Jupyter.
 pub mod error;
 pub mod layers;
+pub mod module_tree;
+pub mod peft;
+pub mod py_repr;
