@@ -1,0 +1,56 @@
+//! Everything that the library shows, and the only module that prints.
+//!
+//! Results go to stdout; progress and notices go to stderr, so that a program's output can
+//! be piped. Inside a notebook cell both become the cell's output. [`Html`] and [`Svg`] are
+//! values that a notebook shows when they end a cell.
+pub mod format;
+mod loss_curve;
+mod progress;
+mod rich;
+
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::Mutex,
+};
+
+pub use loss_curve::{Series, line_chart};
+pub use progress::Progress;
+pub use rich::{Html, Svg, emit};
+
+/// Prints one line of a result to stdout.
+pub fn line(text: &str) {
+    // A closed pipe (`| head`) is the reader's choice and no reason to stop training.
+    let _ = writeln!(io::stdout(), "{text}");
+}
+
+/// Prints part of a line at once: text as it is generated.
+pub fn stream(text: &str) {
+    let mut out = io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Tells the user something that is no error but that they would want to know, such as an
+/// argument that this device makes unnecessary. One line, on stderr.
+pub fn notice(text: &str) {
+    let _ = writeln!(io::stderr(), "note: {text}");
+}
+
+/// Like [`notice`], for what is probably a mistake.
+pub fn warning(text: &str) {
+    let _ = writeln!(io::stderr(), "warning: {text}");
+}
+
+/// [`notice`], but a text that this process has shown already is not shown again.
+pub fn notice_once(text: &str) {
+    static SHOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut shown = SHOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if !shown.iter().any(|s| s == text) {
+        shown.push(text.into());
+        notice(text);
+    }
+}
+
+/// Whether progress is drawn as a bar that overwrites itself.
+fn live_terminal() -> bool {
+    io::stderr().is_terminal()
+}
