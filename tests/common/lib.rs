@@ -1,1 +1,54 @@
-//! What the tests share.
+//! What the tests share: where files are, and how numbers are compared.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A small file that the repository keeps, made by a script in `scripts/fixtures`.
+pub fn fixture(name: &str) -> PathBuf {
+    root().join("tests/fixtures").join(name)
+}
+
+/// A file of the larger reference set beside the repository (`QLORA_SHARED`); `None`, said
+/// aloud, when it is not there: the test that asks for it is skipped.
+pub fn shared(name: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("QLORA_SHARED").map_or_else(|| root().join("../shared"), PathBuf::from);
+    let path = folder.join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!("skipped: {} is not there", path.display());
+    None
+}
+
+/// The tensors of a safetensors file.
+pub fn tensors(path: impl AsRef<std::path::Path>) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).expect("a readable fixture")
+}
+
+/// A tensor's elements as f64.
+pub fn values(tensor: &Tensor) -> Vec<f64> {
+    let flat = tensor.to_dtype(DType::F64).and_then(|t| t.flatten_all());
+    flat.and_then(|t| t.to_vec1()).expect("a tensor of numbers")
+}
+
+/// The largest |a - b|; the shapes must agree.
+pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims(), "shapes");
+    values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// [`max_difference`] of `[B, T, C]` tensors over the positions where `mask` `[B, T]` is 1.
+pub fn max_difference_where(a: &Tensor, b: &Tensor, mask: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims(), "shapes");
+    let width = a.dims()[2];
+    let (a, b) = (values(a), values(b));
+    let real = values(mask).into_iter().enumerate().filter(|(_, m)| *m == 1.0);
+    let row = |i: usize| i * width..(i + 1) * width;
+    real.flat_map(|(i, _)| row(i)).map(|j| (a[j] - b[j]).abs()).fold(0.0, f64::max)
+}

@@ -1,0 +1,63 @@
+//! What the layers share during one pass.
+
+use candle_core::Tensor;
+
+use super::{kv_cache::KvCache, sequences::Sequences};
+use crate::error::Result;
+
+/// One pass over a batch: which tokens belong together, and what is kept.
+pub struct Run<'a> {
+    /// Where each sequence begins in the packed rows.
+    pub sequences: &'a Sequences,
+    /// `Some`: layers push what their backward needs.
+    pub saved: Option<Saved>,
+    /// Names the dropout masks of this pass; `None`: no dropout.
+    pub dropout_key: Option<u64>,
+    /// `Some`: keys and values are appended to the cache and attention reads from there.
+    pub cache: Option<&'a mut KvCache>,
+    /// The block that runs, for the cache.
+    pub block: usize,
+}
+
+impl<'a> Run<'a> {
+    /// A pass that keeps nothing.
+    pub fn inference(sequences: &'a Sequences) -> Self {
+        Self { sequences, saved: None, dropout_key: None, cache: None, block: 0 }
+    }
+
+    /// A pass that keeps what the backward needs.
+    pub fn training(sequences: &'a Sequences, dropout_key: Option<u64>) -> Self {
+        Self { saved: Some(Saved::default()), dropout_key, ..Self::inference(sequences) }
+    }
+
+    /// Keeps `tensor` for the backward, if there will be one.
+    pub fn save(&mut self, tensor: &Tensor) {
+        if let Some(saved) = &mut self.saved {
+            saved.stack.push(tensor.clone());
+        }
+    }
+
+    /// The tensor that was saved last and not yet taken.
+    pub fn take(&mut self) -> Result<Tensor> {
+        let top = self.saved.as_mut().and_then(|s| s.stack.pop());
+        top.ok_or_else(|| candle_core::Error::Msg("backward without a matching forward".into()).bt().into())
+    }
+}
+
+/// The stack of activations between a forward and its backward.
+#[derive(Default)]
+pub struct Saved {
+    stack: Vec<Tensor>,
+}
+
+impl Saved {
+    /// True when every backward has taken what its forward left.
+    pub fn is_empty(&self) -> bool {
+        self.stack.is_empty()
+    }
+
+    /// Bytes held, a tensor that was pushed twice counted twice.
+    pub fn num_bytes(&self) -> usize {
+        self.stack.iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+    }
+}

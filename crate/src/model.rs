@@ -1,0 +1,262 @@
+//! Step 4: the model.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+
+use crate::{
+    batch::Batch,
+    error::{Error, Result},
+    hub,
+    layers::{
+        kv_cache::KvCache,
+        linear::{Linear, Weight},
+    },
+    models::{
+        self,
+        causal_lm::{CausalLM, Pass},
+        decoder::{Decoder, Parameter, ParameterDType},
+        memory::MemoryReport,
+        weights::Weights,
+    },
+    module_tree::ModuleNode,
+};
+
+pub use crate::models::options::{BitsAndBytesConfig, DeviceMap, ModelOptions};
+
+/// Loads any supported causal language model.
+pub struct AutoModelForCausalLM;
+
+impl AutoModelForCausalLM {
+    /// Loads a model from a folder in Hugging Face layout, or from the hub by its id.
+    ///
+    /// With `quantization_config` the linear layers inside the blocks are quantized while
+    /// they are read, tensor by tensor: the memory needed is the 4-bit model and one tensor.
+    /// A checkpoint that bitsandbytes saved in 4 bits is taken as it is.
+    ///
+    /// # Errors
+    /// A missing folder or file, a damaged file (named, with what is wrong), missing tensors
+    /// or wrong shapes (named), an architecture that is not supported (with those that are).
+    ///
+    /// ```no_run
+    /// use qlora_nb::prelude::*;
+    /// # fn main() -> qlora_nb::error::Result<()> {
+    /// let model = AutoModelForCausalLM::from_pretrained("notebooks/models/poet-bloom-zh", ModelOptions {
+    ///     torch_dtype: DType::F16,
+    ///     quantization_config: Some(BitsAndBytesConfig { load_in_4bit: true, ..Default::default() }),
+    ///     ..Default::default()
+    /// })?;
+    /// println!("{}", model.dtype()); // torch.float16
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn from_pretrained(name_or_path: impl AsRef<Path>, options: ModelOptions) -> Result<Model> {
+        options.validate()?;
+        let name_or_path = name_or_path.as_ref();
+        let files = hub::model_files(name_or_path)?;
+        let config = read_json(&files.config)?;
+        let mut defaults = config.clone();
+        if let Some(path) = &files.generation_config
+            && let (Value::Object(all), Value::Object(more)) = (&mut defaults, read_json(path)?)
+        {
+            all.extend(more);
+        }
+        let (decoder, unexpected) = models::build(&config, Weights::open(files.weights)?, &options)?;
+        if !unexpected.is_empty() {
+            let few = &unexpected[..unexpected.len().min(4)];
+            crate::display::notice(&format!(
+                "{} has {} tensors that the model does not use: {few:?}",
+                name_or_path.display(),
+                unexpected.len()
+            ));
+        }
+        if options.device_map == DeviceMap::Auto {
+            crate::display::notice_once("device_map auto: cpu (this build has no CUDA kernels)");
+        }
+        Ok(Model(Arc::new(Inner {
+            decoder,
+            config,
+            defaults,
+            options,
+            name_or_path: name_or_path.display().to_string(),
+        })))
+    }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let value: Value = serde_json::from_slice(&bytes).map_err(|e| malformed(path, e.to_string()))?;
+    if !value.is_object() {
+        return Err(malformed(path, "the file holds no JSON object".into()));
+    }
+    Ok(value)
+}
+
+fn malformed(path: &Path, detail: String) -> Error {
+    Error::Malformed {
+        path: PathBuf::from(path),
+        format: "JSON configuration",
+        detail,
+        remedy: "the file is damaged or half downloaded: get it again".into(),
+    }
+}
+
+/// A causal language model. Cloning is cheap and shares the weights, which never change.
+#[derive(Clone)]
+pub struct Model(Arc<Inner>);
+
+struct Inner {
+    decoder: Decoder,
+    config: Value,
+    defaults: Value,
+    options: ModelOptions,
+    name_or_path: String,
+}
+
+impl Model {
+    /// Logits `[B, T, vocab]` f32 of `input_ids` `[B, T]` (u32). Padding is marked by 0 in
+    /// `attention_mask` `[B, T]`, on either side; logits there are 0.
+    pub fn logits(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
+        self.0.decoder.logits(input_ids, attention_mask)
+    }
+
+    /// Sum of the cross-entropies of a batch's labels, and how many they are.
+    pub fn loss(&self, batch: &Batch) -> Result<Pass> {
+        self.0.decoder.loss(batch)
+    }
+
+    /// Every parameter with its name, in the reference's order; prints as PyTorch's:
+    /// `for (name, p) in model.named_parameters() { println!("{name} {}", p.dtype()) }`.
+    pub fn named_parameters(&self) -> Vec<(String, Parameter)> {
+        self.0.decoder.named_parameters().unwrap_or_default()
+    }
+
+    /// The dtype of the weights that are not quantized: `torch.float16`.
+    pub fn dtype(&self) -> ParameterDType {
+        ParameterDType(self.0.options.torch_dtype)
+    }
+
+    /// Where the model is.
+    pub fn device(&self) -> &Device {
+        self.0.decoder.embedding.weight.device()
+    }
+
+    /// How many numbers the model has; a quantized weight counts its elements.
+    pub fn num_parameters(&self) -> usize {
+        self.named_parameters().iter().map(|(_, p)| p.numel()).sum()
+    }
+
+    /// Where the model's memory goes, term by term.
+    pub fn memory_report(&self) -> MemoryReport {
+        MemoryReport::of(&self.0.decoder)
+    }
+
+    /// config.json.
+    pub fn config(&self) -> &Value {
+        &self.0.config
+    }
+
+    /// The folder or hub id that the model came from.
+    pub fn name_or_path(&self) -> &str {
+        &self.0.name_or_path
+    }
+
+    /// How the model was loaded.
+    pub fn options(&self) -> &ModelOptions {
+        &self.0.options
+    }
+
+    /// Whether the linear layers inside the blocks are quantized.
+    pub fn is_quantized(&self) -> bool {
+        self.0.decoder.linears().iter().any(|l| matches!(l.weight, Weight::Quantized(_)))
+    }
+
+    /// The network: for those who want to look inside.
+    pub fn decoder(&self) -> &Decoder {
+        &self.0.decoder
+    }
+
+    /// The tree of modules, as PyTorch prints it.
+    pub fn module_tree(&self) -> ModuleNode {
+        module_tree(&self.0.decoder)
+    }
+
+    /// The same model around another network (merged weights).
+    pub(crate) fn with_decoder(&self, decoder: Decoder) -> Self {
+        let i = &self.0;
+        Self(Arc::new(Inner {
+            decoder,
+            config: i.config.clone(),
+            defaults: i.defaults.clone(),
+            options: i.options.clone(),
+            name_or_path: i.name_or_path.clone(),
+        }))
+    }
+
+    /// A notebook shows the tree with foldable branches.
+    pub fn evcxr_display(&self) {
+        let tree = self.module_tree();
+        crate::display::emit(&[("text/plain", &tree.to_string()), ("text/html", &tree.to_html(3))]);
+    }
+}
+
+/// The tree of a network, its adapters included.
+pub(crate) fn module_tree(decoder: &Decoder) -> ModuleNode {
+    let linear = |name: &str, linear: &Linear| {
+        let (out, input) = linear.weight.dims2().unwrap_or_default();
+        let class = if matches!(linear.weight, Weight::Quantized(_)) { "Linear4bit" } else { "Linear" };
+        let node = ModuleNode::linear(name, class, input, out, linear.bias.is_some());
+        match &linear.lora {
+            None => node,
+            Some(lora) => ModuleNode::lora_linear(node, input, out, lora.rank(), lora.dropout),
+        }
+    };
+    let (vocab, width) = (decoder.vocab_size(), decoder.hidden_size());
+    let names = decoder.names;
+    let mut parts = vec![ModuleNode::embedding(names.embedding, vocab, width)];
+    if let Some(norm) = &decoder.embedding_norm {
+        parts.push(ModuleNode::layer_norm(names.embedding_norm, width, norm.eps));
+    }
+    parts.push(ModuleNode::list(names.blocks, decoder.blocks.iter().map(|b| b.module_tree("", &linear)).collect()));
+    parts.push(ModuleNode::layer_norm(names.final_norm, width, decoder.final_norm.eps));
+    ModuleNode::new(
+        "",
+        decoder.architecture,
+        vec![ModuleNode::new(names.model, names.model_class, parts), linear("lm_head", &decoder.head)],
+    )
+}
+
+impl fmt::Display for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.module_tree().fmt(f)
+    }
+}
+
+impl fmt::Debug for Model {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl CausalLM for Model {
+    fn vocab_size(&self) -> usize {
+        self.0.decoder.vocab_size()
+    }
+
+    fn generation_defaults(&self) -> &Value {
+        &self.0.defaults
+    }
+
+    fn new_cache(&self, sequences: usize) -> Result<KvCache> {
+        self.0.decoder.new_cache(sequences)
+    }
+
+    fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor> {
+        self.0.decoder.next_token_logits(new_tokens, cache)
+    }
+}

@@ -1,0 +1,261 @@
+//! BLOOM (arXiv:2211.05100), as transformers' `modeling_bloom.py` computes it.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use serde_json::Value;
+
+use super::{
+    decoder::{Block, Decoder, DecoderNames},
+    options::ModelOptions,
+    weights::Weights,
+};
+use crate::{
+    error::{Error, Result},
+    layers::{
+        attention::{Attention, HeadLayout, alibi_slopes},
+        embedding::Embedding,
+        gelu,
+        layer_norm::LayerNorm,
+        linear::{Linear, Weight},
+        run::Run,
+    },
+    module_tree::ModuleNode,
+};
+
+/// config.json of a BLOOM.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BloomConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub n_layer: usize,
+    pub n_head: usize,
+    pub layer_norm_epsilon: f64,
+    /// The residual starts after the norm instead of before it.
+    pub apply_residual_connection_post_layernorm: bool,
+    pub tie_word_embeddings: bool,
+    /// Dropout of the base model; printed in the module tree only: a frozen base is not regularized.
+    pub attention_dropout: f64,
+}
+
+impl BloomConfig {
+    /// Reads the fields under their new and their old names.
+    pub fn from_json(config: &Value) -> Result<Self> {
+        let size = |names: &[&str]| {
+            let value = names.iter().find_map(|n| config[*n].as_u64()).filter(|v| *v > 0);
+            value.map(|v| v as usize).ok_or_else(|| {
+                let got = names.iter().map(|n| &config[*n]).find(|v| !v.is_null()).unwrap_or(&Value::Null);
+                Error::argument(names[0], got, "a positive integer in config.json", "get the model's config.json again")
+            })
+        };
+        let flag = |name: &str, default: bool| config[name].as_bool().unwrap_or(default);
+        let this = Self {
+            vocab_size: size(&["vocab_size"])?,
+            hidden_size: size(&["hidden_size", "n_embed"])?,
+            n_layer: size(&["n_layer", "num_hidden_layers"])?,
+            n_head: size(&["n_head", "num_attention_heads"])?,
+            layer_norm_epsilon: config["layer_norm_epsilon"].as_f64().unwrap_or(1e-5),
+            apply_residual_connection_post_layernorm: flag("apply_residual_connection_post_layernorm", false),
+            tie_word_embeddings: flag("tie_word_embeddings", true),
+            attention_dropout: config["attention_dropout"].as_f64().unwrap_or(0.0),
+        };
+        if !this.hidden_size.is_multiple_of(this.n_head) {
+            return Err(Error::argument(
+                "n_head",
+                this.n_head,
+                &format!("a divisor of hidden_size {}", this.hidden_size),
+                "get the model's config.json again",
+            ));
+        }
+        Ok(this)
+    }
+}
+
+/// One transformer block.
+#[derive(Clone)]
+struct BloomBlock {
+    input_layernorm: LayerNorm,
+    query_key_value: Linear,
+    attention: Attention,
+    dense: Linear,
+    post_attention_layernorm: LayerNorm,
+    dense_h_to_4h: Linear,
+    dense_4h_to_h: Linear,
+    residual_after_norm: bool,
+    attention_dropout: f64,
+}
+
+impl Block for BloomBlock {
+    fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let normed = self.input_layernorm.forward(x, run)?; // (M, C)
+        let projected = self.query_key_value.forward(&normed, None, run)?; // (M, heads * 3 * head_dim)
+        let mixed = self.attention.forward(&projected, run)?; // (M, C)
+        let residual = if self.residual_after_norm { &normed } else { x };
+        let x = self.dense.forward(&mixed, Some(residual), run)?; // (M, C)
+
+        let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
+        let wide = self.dense_h_to_4h.forward(&normed, None, run)?; // (M, 4C)
+        let wide = gelu::forward(&wide, run)?; // (M, 4C)
+        let residual = if self.residual_after_norm { &normed } else { &x };
+        self.dense_4h_to_h.forward(&wide, Some(residual), run) // (M, C)
+    }
+
+    fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
+        let d = through(&self.dense_4h_to_h, dy, run)?; // (M, 4C)
+        let d = gelu::backward(&d, run)?; // (M, 4C)
+        let d = through(&self.dense_h_to_4h, &d, run)?; // (M, C)
+        let dx = self.norm_backward(&self.post_attention_layernorm, d, dy, run)?; // (M, C)
+
+        let d = through(&self.dense, &dx, run)?; // (M, C)
+        let d = self.attention.backward(&d, run)?; // (M, heads * 3 * head_dim)
+        match self.query_key_value.backward(&d, need_dx, run)? {
+            None => Ok(None),
+            Some(d) => Ok(Some(self.norm_backward(&self.input_layernorm, d, &dx, run)?)),
+        }
+    }
+
+    fn linears(&self) -> Vec<&Linear> {
+        vec![&self.query_key_value, &self.dense, &self.dense_h_to_4h, &self.dense_4h_to_h]
+    }
+
+    fn with_linears(&self, linears: Vec<Linear>) -> Result<Arc<dyn Block>> {
+        let linears: [Linear; 4] = linears
+            .try_into()
+            .map_err(|l: Vec<Linear>| candle_core::Error::Msg(format!("a BLOOM block has 4 linears, not {}", l.len())))?;
+        let [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] = linears;
+        Ok(Arc::new(Self { query_key_value, dense, dense_h_to_4h, dense_4h_to_h, ..self.clone() }))
+    }
+
+    fn other_parameters(&self) -> Vec<(usize, String, Tensor)> {
+        let norms = [(0, "input_layernorm", &self.input_layernorm), (2, "post_attention_layernorm", &self.post_attention_layernorm)];
+        let both = norms.into_iter().flat_map(|(before, name, norm)| {
+            [("weight", &norm.weight), ("bias", &norm.bias)].map(|(part, t)| (before, format!("{name}.{part}"), t.clone()))
+        });
+        both.collect()
+    }
+
+    fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode {
+        let width = self.input_layernorm.weight.elem_count();
+        let eps = self.input_layernorm.eps;
+        ModuleNode::new(
+            name,
+            "BloomBlock",
+            vec![
+                ModuleNode::layer_norm("input_layernorm", width, eps),
+                ModuleNode::new(
+                    "self_attention",
+                    "BloomAttention",
+                    vec![
+                        linear("query_key_value", &self.query_key_value),
+                        linear("dense", &self.dense),
+                        ModuleNode::dropout("attention_dropout", self.attention_dropout),
+                    ],
+                ),
+                ModuleNode::layer_norm("post_attention_layernorm", width, eps),
+                ModuleNode::new(
+                    "mlp",
+                    "BloomMLP",
+                    vec![
+                        linear("dense_h_to_4h", &self.dense_h_to_4h),
+                        ModuleNode::leaf("gelu_impl", "BloomGelu()"),
+                        linear("dense_4h_to_h", &self.dense_4h_to_h),
+                    ],
+                ),
+            ],
+        )
+    }
+
+    fn saved_floats_per_token(&self) -> usize {
+        let c = self.input_layernorm.weight.elem_count();
+        let inputs = [(&self.query_key_value, c), (&self.dense, c), (&self.dense_h_to_4h, c), (&self.dense_4h_to_h, 4 * c)];
+        let adapted: usize = inputs.iter().filter(|(l, _)| l.lora.is_some()).map(|(_, width)| width).sum();
+        // Both norms' inputs and statistics, the projection, the input of gelu.
+        2 * (c + 2) + 3 * c + 4 * c + adapted
+    }
+
+    fn working_floats_per_token(&self) -> usize {
+        // Around gelu's backward: dy, its input's gradient and its output's.
+        9 * self.input_layernorm.weight.elem_count()
+    }
+}
+
+impl BloomBlock {
+    /// Through a norm whose input also goes round it as the residual. `d` is the gradient of
+    /// the norm's output by the branch, `dy` the gradient of the residual.
+    fn norm_backward(&self, norm: &LayerNorm, d: Tensor, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+        if self.residual_after_norm {
+            norm.backward(&(d + dy)?, None, run)
+        } else {
+            norm.backward(&d, Some(dy), run)
+        }
+    }
+}
+
+/// dx of a linear layer inside the block: always needed.
+fn through(linear: &Linear, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+    let dx = linear.backward(dy, true, run)?;
+    dx.ok_or_else(|| candle_core::Error::Msg(format!("{} gave no gradient", linear.name)).bt().into())
+}
+
+/// Reads a BLOOM. Names may or may not begin with `transformer.`.
+pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions) -> Result<Decoder> {
+    let (c, dtype) = (config.hidden_size, options.torch_dtype);
+    let quantization = options.quantization_config.as_ref();
+    weights.optional_prefix("transformer.");
+    let norm = |weights: &mut Weights, name: &str| {
+        let weight = weights.tensor(&format!("{name}.weight"), &[c], dtype)?;
+        let bias = weights.tensor(&format!("{name}.bias"), &[c], dtype)?;
+        LayerNorm::new(weight, bias, config.layer_norm_epsilon)
+    };
+    let linear = |weights: &mut Weights, name: &str, out: usize, input: usize| {
+        let weight = weights.linear(name, (out, input), dtype, quantization)?;
+        let bias = weights.tensor(&format!("{name}.bias"), &[out], dtype)?;
+        Ok::<_, Error>(Linear::new(name, weight, Some(bias)))
+    };
+    let embedding = Embedding { weight: weights.tensor("transformer.word_embeddings.weight", &[config.vocab_size, c], dtype)? };
+    let embedding_norm = norm(weights, "transformer.word_embeddings_layernorm")?;
+    let attention = Attention {
+        layout: HeadLayout::interleaved(config.n_head, c / config.n_head),
+        slopes: alibi_slopes(config.n_head),
+    };
+    let mut blocks: Vec<Arc<dyn Block>> = Vec::with_capacity(config.n_layer);
+    for i in 0..config.n_layer {
+        let p = format!("transformer.h.{i}");
+        blocks.push(Arc::new(BloomBlock {
+            input_layernorm: norm(weights, &format!("{p}.input_layernorm"))?,
+            query_key_value: linear(weights, &format!("{p}.self_attention.query_key_value"), 3 * c, c)?,
+            attention: attention.clone(),
+            dense: linear(weights, &format!("{p}.self_attention.dense"), c, c)?,
+            post_attention_layernorm: norm(weights, &format!("{p}.post_attention_layernorm"))?,
+            dense_h_to_4h: linear(weights, &format!("{p}.mlp.dense_h_to_4h"), 4 * c, c)?,
+            dense_4h_to_h: linear(weights, &format!("{p}.mlp.dense_4h_to_h"), c, 4 * c)?,
+            residual_after_norm: config.apply_residual_connection_post_layernorm,
+            attention_dropout: config.attention_dropout,
+        }));
+    }
+    let final_norm = norm(weights, "transformer.ln_f")?;
+    let head = if config.tie_word_embeddings {
+        weights.ignore("lm_head.weight");
+        embedding.weight.clone()
+    } else {
+        weights.tensor("lm_head.weight", &[config.vocab_size, c], dtype)?
+    };
+    Ok(Decoder {
+        architecture: "BloomForCausalLM",
+        names: DecoderNames {
+            model: "transformer",
+            model_class: "BloomModel",
+            embedding: "word_embeddings",
+            embedding_norm: "word_embeddings_layernorm",
+            blocks: "h",
+            final_norm: "ln_f",
+        },
+        head: Linear::new("lm_head", Weight::Dense(head), None),
+        tied: config.tie_word_embeddings,
+        embedding,
+        embedding_norm: Some(embedding_norm),
+        blocks,
+        final_norm,
+        kv_width: c,
+    })
+}

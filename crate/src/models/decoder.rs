@@ -1,0 +1,399 @@
+//! A decoder-only transformer: embedding, blocks, norm, head. Architectures differ in their
+//! blocks; the pass over them, gradient checkpointing and generation are here, once.
+
+use std::{fmt, sync::Arc};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::causal_lm::{Pass, PassOptions};
+use crate::{
+    batch::Batch,
+    error::{Error, Result},
+    layers::{
+        cross_entropy::head_and_loss,
+        embedding::Embedding,
+        kv_cache::KvCache,
+        layer_norm::LayerNorm,
+        linear::{Linear, Weight},
+        run::Run,
+        sequences::{Packed, Sequences},
+    },
+    module_tree::ModuleNode,
+};
+
+/// One layer of the stack.
+pub trait Block: Send + Sync {
+    /// `[M, C]` to `[M, C]`.
+    fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor>;
+
+    /// dy to dx. With `need_dx` false nothing below learns, and dx is not computed.
+    fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>>;
+
+    /// The linear layers, in the order of the modules.
+    fn linears(&self) -> Vec<&Linear>;
+
+    /// The same block with other linear layers, in the order of [`Block::linears`].
+    fn with_linears(&self, linears: Vec<Linear>) -> Result<Arc<dyn Block>>;
+
+    /// The parameters that are not a linear layer's, with the position they have among them:
+    /// (how many linears come before, name, tensor).
+    fn other_parameters(&self) -> Vec<(usize, String, Tensor)>;
+
+    /// The modules as PyTorch prints them, each linear's node made by `linear`.
+    fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode;
+
+    /// Floats a token that [`Block::forward`] saves when there is a backward to come.
+    fn saved_floats_per_token(&self) -> usize;
+
+    /// Floats a token that exist for a while, at the widest point of the backward.
+    fn working_floats_per_token(&self) -> usize;
+}
+
+/// The dtype of a parameter; prints as PyTorch does: `torch.float16`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct ParameterDType(pub DType);
+
+impl fmt::Display for ParameterDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            DType::F32 => "torch.float32",
+            DType::F16 => "torch.float16",
+            DType::BF16 => "torch.bfloat16",
+            DType::U8 => "torch.uint8",
+            other => return f.write_str(other.as_str()),
+        })
+    }
+}
+
+impl fmt::Debug for ParameterDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl PartialEq<DType> for ParameterDType {
+    fn eq(&self, other: &DType) -> bool {
+        self.0 == *other
+    }
+}
+
+/// A parameter as it is stored: a quantized weight is its packed bytes.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    tensor: Tensor,
+    elements: usize,
+    requires_grad: bool,
+}
+
+impl Parameter {
+    pub fn new(tensor: &Tensor) -> Self {
+        Self { tensor: tensor.clone(), elements: tensor.elem_count(), requires_grad: false }
+    }
+
+    fn of_weight(weight: &Weight) -> Result<Self> {
+        Ok(match weight {
+            Weight::Dense(t) => Self::new(t),
+            Weight::Quantized(q) => {
+                let (out, input) = weight.dims2()?;
+                Self { tensor: q.packed().clone(), elements: out * input, requires_grad: false }
+            }
+        })
+    }
+
+    /// Prints as PyTorch does: `torch.float16`, `torch.uint8` for a quantized weight.
+    pub fn dtype(&self) -> ParameterDType {
+        ParameterDType(self.tensor.dtype())
+    }
+
+    /// The stored tensor; `[ceil(n / 2), 1]` uint8 for a quantized weight.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// The stored tensor's dimensions.
+    pub fn dims(&self) -> &[usize] {
+        self.tensor.dims()
+    }
+
+    /// Numbers that it stands for: a quantized weight counts its elements, not its bytes.
+    pub fn numel(&self) -> usize {
+        self.elements
+    }
+
+    /// Whether it learns.
+    pub fn requires_grad(&self) -> bool {
+        self.requires_grad
+    }
+}
+
+/// The network of a causal language model. Cloning shares the weights.
+#[derive(Clone)]
+pub struct Decoder {
+    /// `BloomForCausalLM`, as PyTorch prints it.
+    pub architecture: &'static str,
+    /// Names of the parts, as the checkpoint has them.
+    pub names: DecoderNames,
+    pub embedding: Embedding,
+    pub embedding_norm: Option<LayerNorm>,
+    pub blocks: Vec<Arc<dyn Block>>,
+    pub final_norm: LayerNorm,
+    pub head: Linear,
+    /// The head is the embedding table.
+    pub tied: bool,
+    /// Width of a key row: kv heads × head_dim.
+    pub kv_width: usize,
+}
+
+/// How an architecture names the parts around its blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct DecoderNames {
+    /// `transformer`
+    pub model: &'static str,
+    /// `BloomModel`
+    pub model_class: &'static str,
+    /// `word_embeddings`
+    pub embedding: &'static str,
+    /// `word_embeddings_layernorm`
+    pub embedding_norm: &'static str,
+    /// `h`
+    pub blocks: &'static str,
+    /// `ln_f`
+    pub final_norm: &'static str,
+}
+
+impl Decoder {
+    /// Rows of the embedding table.
+    pub fn vocab_size(&self) -> usize {
+        self.embedding.weight.dims()[0]
+    }
+
+    /// Hidden size C.
+    pub fn hidden_size(&self) -> usize {
+        self.embedding.weight.dims()[1]
+    }
+
+    fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        let x = self.embedding.forward(ids)?;
+        match &self.embedding_norm {
+            None => Ok(x),
+            // The embeddings are frozen, so the norm above them has no backward.
+            Some(norm) => norm.forward(&x, &mut Run::inference(&Sequences::new([ids.len()]))),
+        }
+    }
+
+    /// The hidden state after the last block, `[M, C]`.
+    fn run_blocks(&self, ids: &[u32], run: &mut Run) -> Result<Tensor> {
+        let mut x = self.embed(ids)?;
+        for (i, block) in self.blocks.iter().enumerate() {
+            run.block = i;
+            x = block.forward(&x, run)?;
+        }
+        Ok(x)
+    }
+
+    /// Logits of a padded batch: `[B, T]` ids (any integer dtype) to f32 `[B, T, vocab]`.
+    /// Positions that `attention_mask` marks with 0 get zeros.
+    pub fn logits(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
+        let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
+        let mut run = Run::inference(&packed.sequences);
+        let x = self.run_blocks(&packed.ids, &mut run)?;
+        let x = self.final_norm.forward(&x, &mut run)?;
+        packed.unpack(&self.head.forward(&x, None, &mut run)?)
+    }
+
+    /// The hidden states that transformers' `output_hidden_states` gives: the embeddings,
+    /// then each block's output, the last one after the final norm; f32 `[B, T, C]` each.
+    pub fn hidden_states(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
+        let mut run = Run::inference(&packed.sequences);
+        let mut x = self.embed(&packed.ids)?;
+        let mut states = vec![packed.unpack(&x)?];
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = block.forward(&x, &mut run)?;
+            if i + 1 == self.blocks.len() {
+                x = self.final_norm.forward(&x, &mut run)?;
+            }
+            states.push(packed.unpack(&x)?);
+        }
+        Ok(states)
+    }
+
+    /// The summed loss of a batch, without dropout and without gradients.
+    pub fn loss(&self, batch: &Batch) -> Result<Pass> {
+        let packed = self.pack(batch)?;
+        let mut run = Run::inference(&packed.sequences);
+        let x = self.run_blocks(&packed.ids, &mut run)?;
+        let x = self.final_norm.forward(&x, &mut run)?;
+        let (loss_sum, num_label_tokens, _) = head_and_loss(&x, &self.head, &packed.targets, None, None)?;
+        Ok(Pass { loss_sum, num_label_tokens })
+    }
+
+    fn pack(&self, batch: &Batch) -> Result<Packed> {
+        Packed::new(&batch.input_ids, Some(&batch.attention_mask), Some(&batch.labels), self.vocab_size())
+    }
+
+    /// One micro-batch: adds to the gradient of every adapter.
+    ///
+    /// With gradient checkpointing only each block's input is kept and the block runs again
+    /// on the way back (arXiv:1604.06174): the same operations on the same numbers, so the
+    /// gradients are the same bit for bit.
+    pub fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {
+        let packed = self.pack(batch)?;
+        let key = Some(options.dropout_key);
+        let lowest = self.lowest_learning_block();
+        let mut x = self.embed(&packed.ids)?;
+        let mut run = Run::training(&packed.sequences, key);
+        let mut inputs = Vec::new();
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = if i < lowest || options.gradient_checkpointing {
+                let mut forward_only = Run { dropout_key: key, ..Run::inference(&packed.sequences) };
+                let y = block.forward(&x, &mut forward_only)?;
+                if i >= lowest {
+                    inputs.push(x);
+                }
+                y
+            } else {
+                block.forward(&x, &mut run)?
+            };
+        }
+        x = self.final_norm.forward(&x, &mut run)?;
+        let scale = 1.0 / options.num_items;
+        let (loss_sum, num_label_tokens, dx) =
+            head_and_loss(&x, &self.head, &packed.targets, Some(scale), key)?;
+        let pass = Pass { loss_sum, num_label_tokens };
+        let Some(dx) = dx.filter(|_| num_label_tokens > 0 && lowest < self.blocks.len()) else { return Ok(pass) };
+        drop(x);
+        let mut dx = self.final_norm.backward(&dx, None, &mut run)?;
+        for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
+            let need_dx = i > lowest;
+            let below = if options.gradient_checkpointing {
+                let mut again = Run::training(&packed.sequences, key);
+                if let Some(input) = inputs.pop() {
+                    block.forward(&input, &mut again)?;
+                }
+                block.backward(&dx, need_dx, &mut again)?
+            } else {
+                block.backward(&dx, need_dx, &mut run)?
+            };
+            match below {
+                Some(below) => dx = below,
+                None => break,
+            }
+        }
+        Ok(pass)
+    }
+
+    /// Below this block nothing learns, so the backward ends there.
+    fn lowest_learning_block(&self) -> usize {
+        let learns = |block: &Arc<dyn Block>| block.linears().iter().any(|l| l.lora.is_some());
+        self.blocks.iter().position(learns).unwrap_or(self.blocks.len())
+    }
+
+    /// See [`super::causal_lm::CausalLM::new_cache`].
+    pub fn new_cache(&self, sequences: usize) -> Result<KvCache> {
+        KvCache::new(self.blocks.len(), sequences, self.kv_width, &Device::Cpu)
+    }
+
+    /// See [`super::causal_lm::CausalLM::next_token_logits`].
+    pub fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor> {
+        if new_tokens.len() != cache.lengths().len() {
+            return Err(Error::argument(
+                "new_tokens",
+                new_tokens.len(),
+                &format!("one slice for each of the cache's {} sequences", cache.lengths().len()),
+                "make the cache with new_cache(number of sequences)",
+            ));
+        }
+        for (row, tokens) in new_tokens.iter().enumerate() {
+            if tokens.is_empty() {
+                return Err(Error::EmptySequence { row });
+            }
+            for (position, &id) in tokens.iter().enumerate() {
+                if id as usize >= self.vocab_size() {
+                    return Err(Error::TokenId { row, position, id: id.into(), vocab_size: self.vocab_size() });
+                }
+            }
+        }
+        let ids = new_tokens.concat();
+        let lengths: Vec<usize> = new_tokens.iter().map(|t| t.len()).collect();
+        let sequences = Sequences::new(lengths.iter().copied());
+        cache.reserve(&lengths)?;
+        let x = {
+            let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
+            self.run_blocks(&ids, &mut run)?
+        };
+        cache.advance(&lengths);
+        let last: Vec<u32> = sequences.ranges().map(|r| r.end as u32 - 1).collect();
+        let x = if last.len() == ids.len() { x } else { x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)? };
+        let sequences = Sequences::new([new_tokens.len()]);
+        let mut run = Run::inference(&sequences);
+        let x = self.final_norm.forward(&x, &mut run)?;
+        self.head.forward(&x, None, &mut run)
+    }
+
+    /// Every linear layer, in the order of the modules, the head last.
+    pub fn linears(&self) -> Vec<&Linear> {
+        self.blocks.iter().flat_map(|b| b.linears()).chain([&self.head]).collect()
+    }
+
+    /// The same network with other linear layers, in the order of [`Decoder::linears`].
+    pub fn map_linears(&self, mut change: impl FnMut(&Linear) -> Result<Linear>) -> Result<Self> {
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let linears = block.linears().into_iter().map(&mut change).collect::<Result<Vec<_>>>()?;
+            blocks.push(block.with_linears(linears)?);
+        }
+        Ok(Self { blocks, head: change(&self.head)?, ..self.clone() })
+    }
+
+    /// Every parameter with its name, in the reference's order. The tied head is not listed
+    /// twice. Adapters are listed under PEFT's names.
+    pub fn named_parameters(&self) -> Result<Vec<(String, Parameter)>> {
+        let peft = self.linears().iter().any(|l| l.lora.is_some());
+        let prefix = if peft { "base_model.model." } else { "" };
+        let model = self.names.model;
+        let mut all = Vec::new();
+        let mut put = |name: String, tensor: &Tensor| all.push((format!("{prefix}{name}"), Parameter::new(tensor)));
+        put(format!("{model}.{}.weight", self.names.embedding), &self.embedding.weight);
+        if let Some(norm) = &self.embedding_norm {
+            put(format!("{model}.{}.weight", self.names.embedding_norm), &norm.weight);
+            put(format!("{model}.{}.bias", self.names.embedding_norm), &norm.bias);
+        }
+        for (i, block) in self.blocks.iter().enumerate() {
+            let linears = block.linears();
+            let mut others = block.other_parameters().into_iter().peekable();
+            for before in 0..=linears.len() {
+                while let Some((_, name, tensor)) = others.next_if(|(position, ..)| *position == before) {
+                    let name = format!("{prefix}{model}.{}.{i}.{name}", self.names.blocks);
+                    all.push((name, Parameter::new(&tensor)));
+                }
+                if let Some(linear) = linears.get(before) {
+                    linear_parameters(prefix, linear, &mut all)?;
+                }
+            }
+        }
+        let final_norm = self.names.final_norm;
+        for (part, tensor) in [("weight", &self.final_norm.weight), ("bias", &self.final_norm.bias)] {
+            all.push((format!("{prefix}{model}.{final_norm}.{part}"), Parameter::new(tensor)));
+        }
+        if !self.tied || self.head.lora.is_some() {
+            linear_parameters(prefix, &self.head, &mut all)?;
+        }
+        Ok(all)
+    }
+}
+
+fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Parameter)>) -> Result<()> {
+    let base = if linear.lora.is_some() { ".base_layer" } else { "" };
+    all.push((format!("{prefix}{}{base}.weight", linear.name), Parameter::of_weight(&linear.weight)?));
+    if let Some(bias) = &linear.bias {
+        all.push((format!("{prefix}{}{base}.bias", linear.name), Parameter::new(bias)));
+    }
+    if let Some(lora) = &linear.lora {
+        for (part, param) in [("lora_A", &lora.a), ("lora_B", &lora.b)] {
+            let parameter = Parameter { requires_grad: true, ..Parameter::new(param.value()) };
+            all.push((format!("{prefix}{}.{part}.default.weight", linear.name), parameter));
+        }
+    }
+    Ok(())
+}

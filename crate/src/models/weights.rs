@@ -1,0 +1,289 @@
+//! Reads a checkpoint's tensors one at a time, from one safetensors file or several.
+//!
+//! Files are read, not mapped: a mapped page that was touched counts as the process's
+//! memory, and the point of 4-bit loading is that the whole model never sits there. The most
+//! that exists at once besides the model is one tensor in the model's own dtype.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use safetensors::Dtype as FileDtype;
+
+use crate::{
+    error::{Error, Result},
+    models::options::BitsAndBytesConfig,
+    quant::QuantizedTensor,
+};
+
+/// Elements converted at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Where a tensor lies.
+#[derive(Clone, Debug)]
+struct Entry {
+    file: usize,
+    dtype: FileDtype,
+    shape: Vec<usize>,
+    /// First and last byte in the file.
+    bytes: (u64, u64),
+}
+
+/// The tensors of a checkpoint, by name.
+pub struct Weights {
+    files: Vec<PathBuf>,
+    entries: BTreeMap<String, Entry>,
+    used: BTreeSet<String>,
+    missing: Vec<String>,
+    prefix: &'static str,
+}
+
+impl Weights {
+    /// Opens the files and reads their headers.
+    pub fn open(files: Vec<PathBuf>) -> Result<Self> {
+        let mut entries = BTreeMap::new();
+        for (file, path) in files.iter().enumerate() {
+            read_header(path, file, &mut entries)?;
+        }
+        Ok(Self { files, entries, used: BTreeSet::new(), missing: Vec::new(), prefix: "" })
+    }
+
+    /// Accepts names with or without `prefix` in the file: the model asks with it.
+    pub fn optional_prefix(&mut self, prefix: &'static str) {
+        if !self.entries.keys().any(|k| k.starts_with(prefix)) {
+            self.prefix = prefix;
+        }
+    }
+
+    fn key<'a>(&self, name: &'a str) -> &'a str {
+        name.strip_prefix(self.prefix).unwrap_or(name)
+    }
+
+    /// Whether the checkpoint has this tensor.
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(self.key(name))
+    }
+
+    /// A tensor in `dtype`, of the given shape. A tensor that is not there is noted and
+    /// reported with all others by [`Weights::finish`]; meanwhile zeros stand for it.
+    pub fn tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let Some(tensor) = self.optional_tensor(name, shape, dtype)? else {
+            self.missing.push(self.key(name).to_string());
+            return Ok(Tensor::zeros(shape, dtype, &Device::Cpu)?);
+        };
+        Ok(tensor)
+    }
+
+    fn optional_tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Option<Tensor>> {
+        let key = self.key(name).to_string();
+        let Some(entry) = self.entries.get(&key).cloned() else { return Ok(None) };
+        if entry.shape != shape {
+            return Err(Error::Shape {
+                name: key,
+                path: Some(self.files[entry.file].clone()),
+                expected: shape.to_vec(),
+                got: entry.shape,
+                remedy: "config.json and the weights must come from the same model".into(),
+            });
+        }
+        let tensor = read(&self.files[entry.file], &key, &entry, dtype)?;
+        self.used.insert(key);
+        Ok(Some(tensor))
+    }
+
+    /// A linear layer's weight `[out, in]`, quantized as it is read when `quantization` says
+    /// so. A checkpoint that is already quantized is taken as it is.
+    pub fn linear(
+        &mut self,
+        module: &str,
+        (out, input): (usize, usize),
+        dtype: DType,
+        quantization: Option<&BitsAndBytesConfig>,
+    ) -> Result<crate::layers::linear::Weight> {
+        use crate::layers::linear::Weight;
+        let name = format!("{module}.weight");
+        if let Some(quantized) = self.prequantized(&name, (out, input))? {
+            return Ok(Weight::Quantized(quantized));
+        }
+        let dense = self.tensor(&name, &[out, input], dtype)?;
+        let Some(config) = quantization.filter(|q| q.load_in_4bit) else { return Ok(Weight::Dense(dense)) };
+        let (kind, double) = (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant);
+        Ok(Weight::Quantized(QuantizedTensor::quantize(&dense, kind, BLOCKSIZE, double)?))
+    }
+
+    /// A weight that bitsandbytes saved in 4 bits.
+    fn prequantized(&mut self, name: &str, shape: (usize, usize)) -> Result<Option<QuantizedTensor>> {
+        let key = self.key(name).to_string();
+        let (entries, files) = (&self.entries, &self.files);
+        let mut used = Vec::new();
+        let quantized = QuantizedTensor::from_tensors(&key, |name| {
+            let Some(entry) = entries.get(name) else { return Ok(None) };
+            used.push(name.to_string());
+            let dtype = if entry.dtype == FileDtype::U8 { DType::U8 } else { DType::F32 };
+            read(&files[entry.file], name, entry, dtype).map(Some)
+        })?;
+        let Some(quantized) = quantized else { return Ok(None) };
+        if quantized.shape() != [shape.0, shape.1] {
+            return Err(Error::Shape {
+                name: key,
+                path: None,
+                expected: vec![shape.0, shape.1],
+                got: quantized.shape().to_vec(),
+                remedy: "config.json and the weights must come from the same model".into(),
+            });
+        }
+        self.used.extend(used);
+        Ok(Some(quantized))
+    }
+
+    /// Marks a tensor as known though it is not read (a tied copy, a buffer that is computed).
+    pub fn ignore(&mut self, name: &str) {
+        let key = self.key(name).to_string();
+        self.used.insert(key);
+    }
+
+    /// Fails if anything was missing; gives the names that the model did not ask for.
+    pub fn finish(self) -> Result<Vec<String>> {
+        let unexpected: Vec<String> = self.entries.into_keys().filter(|k| !self.used.contains(k)).collect();
+        if self.missing.is_empty() {
+            return Ok(unexpected);
+        }
+        let path = self.files.into_iter().next().unwrap_or_default();
+        let remedy = "download the checkpoint again, or check that config.json belongs to it".into();
+        Err(Error::KeyMismatch { path, missing: self.missing, unexpected, remedy })
+    }
+}
+
+/// Block of 4-bit quantization; bitsandbytes' `Linear4bit` has no other.
+const BLOCKSIZE: usize = 64;
+
+/// Reads one tensor in `dtype`.
+fn read(path: &Path, key: &str, entry: &Entry, dtype: DType) -> Result<Tensor> {
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    file.seek(SeekFrom::Start(entry.bytes.0)).map_err(Error::io("read", path))?;
+    let count: usize = entry.shape.iter().product();
+    let mut source = Source { file, path, key, dtype: entry.dtype, buffer: Vec::new() };
+    let shape = entry.shape.as_slice();
+    Ok(match dtype {
+        DType::F32 => Tensor::from_vec(source.all(count, |v: f32| v)?, shape, &Device::Cpu)?,
+        DType::F16 => Tensor::from_vec(source.all(count, f16::from_f32)?, shape, &Device::Cpu)?,
+        DType::BF16 => Tensor::from_vec(source.all(count, bf16::from_f32)?, shape, &Device::Cpu)?,
+        DType::U8 => Tensor::from_vec(source.raw(count)?, shape, &Device::Cpu)?,
+        other => {
+            return Err(Error::Unsupported {
+                what: "torch_dtype".into(),
+                got: format!("{other:?}"),
+                supported: ["F32", "F16", "BF16"].map(String::from).into(),
+                remedy: "load the model in one of these".into(),
+            });
+        }
+    })
+}
+
+/// A tensor's bytes in its file.
+struct Source<'a> {
+    file: File,
+    path: &'a Path,
+    key: &'a str,
+    dtype: FileDtype,
+    buffer: Vec<u8>,
+}
+
+impl Source<'_> {
+    fn raw(&mut self, bytes: usize) -> Result<Vec<u8>> {
+        let mut data = vec![0u8; bytes];
+        self.file.read_exact(&mut data).map_err(Error::io("read", self.path))?;
+        Ok(data)
+    }
+
+    /// Reads `count` numbers a chunk at a time, converting each. f16 to f16 and bf16 to bf16
+    /// pass through f32 unchanged.
+    fn all<T>(&mut self, count: usize, convert: impl Fn(f32) -> T) -> Result<Vec<T>> {
+        let mut out = Vec::with_capacity(count);
+        while out.len() < count {
+            let n = CHUNK.min(count - out.len());
+            let width = match self.dtype {
+                FileDtype::F32 => 4,
+                FileDtype::F16 | FileDtype::BF16 => 2,
+                other => return Err(self.malformed(format!("{} holds {other:?}, not floating point", self.key))),
+            };
+            self.buffer.resize(n * width, 0);
+            self.file.read_exact(&mut self.buffer).map_err(Error::io("read", self.path))?;
+            let first = out.len();
+            let mut finite = true;
+            let mut push = |v: f32| {
+                finite &= v.is_finite();
+                out.push(convert(v));
+            };
+            let two = self.buffer.chunks_exact(2).map(|b| [b[0], b[1]]);
+            match self.dtype {
+                FileDtype::F32 => {
+                    self.buffer.chunks_exact(4).for_each(|b| push(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                }
+                FileDtype::F16 => two.for_each(|b| push(f16::from_le_bytes(b).to_f32())),
+                _ => two.for_each(|b| push(bf16::from_le_bytes(b).to_f32())),
+            }
+            if !finite {
+                let detail = format!("{} has a NaN or an infinity among elements {first}..{}", self.key, first + n);
+                return Err(self.malformed(detail));
+            }
+        }
+        Ok(out)
+    }
+
+    fn malformed(&self, detail: String) -> Error {
+        malformed(self.path, detail)
+    }
+}
+
+fn malformed(path: &Path, detail: String) -> Error {
+    Error::Malformed {
+        path: path.into(),
+        format: "safetensors file",
+        detail,
+        remedy: "the file is damaged or half downloaded: get it again".into(),
+    }
+}
+
+/// Reads the header of one file: 8 bytes of length, then JSON.
+fn read_header(path: &Path, index: usize, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    let size = file.metadata().map_err(Error::io("read", path))?.len();
+    let mut length = [0u8; 8];
+    if size < 8 {
+        return Err(malformed(path, format!("{size} bytes are too few for a header")));
+    }
+    file.read_exact(&mut length).map_err(Error::io("read", path))?;
+    let length = u64::from_le_bytes(length);
+    if length > size - 8 {
+        return Err(malformed(path, format!("the header says {length} bytes, the file has {size}")));
+    }
+    let mut header = vec![0u8; length as usize];
+    file.read_exact(&mut header).map_err(Error::io("read", path))?;
+    let metadata: safetensors::tensor::Metadata =
+        serde_json::from_slice(&header).map_err(|e| malformed(path, format!("header: {e}")))?;
+    let data = 8 + length;
+    let mut end = data;
+    for (name, info) in metadata.tensors() {
+        let bytes = (data + info.data_offsets.0 as u64, data + info.data_offsets.1 as u64);
+        let elements: usize = info.shape.iter().product();
+        if bytes.1 > size {
+            return Err(malformed(path, format!("{name} ends at byte {}, the file has {size}", bytes.1)));
+        }
+        if (elements * info.dtype.bitsize()).div_ceil(8) as u64 != bytes.1.saturating_sub(bytes.0) {
+            return Err(malformed(path, format!("{name}: shape {:?} does not fill its bytes", info.shape)));
+        }
+        end = end.max(bytes.1);
+        let entry = Entry { file: index, dtype: info.dtype, shape: info.shape.clone(), bytes };
+        entries.insert(name, entry);
+    }
+    if end != size {
+        return Err(malformed(path, format!("the tensors end at byte {end}, the file has {size}")));
+    }
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! Our numbers against those of PyTorch, transformers, PEFT and bitsandbytes.
+//!
+//! The files in `tests/fixtures` were written by the reference programs
+//! (`scripts/fixtures`); a larger set beside the repository is used where it is present.
+
+mod bloom;
+mod engine;
+mod lora;
