@@ -1,6 +1,7 @@
 //! Step 4: the model.
 
 use std::{
+    collections::HashMap,
     fmt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -12,7 +13,7 @@ use serde_json::Value;
 use crate::{
     batch::Batch,
     error::{Error, Result},
-    hub,
+    hub::Snapshot,
     layers::{
         kv_cache::KvCache,
         linear::{Linear, Weight},
@@ -25,6 +26,8 @@ use crate::{
         weights::Weights,
     },
     module_tree::ModuleNode,
+    quant::QuantizedTensor,
+    safe_file::{temporary_sibling, write_atomically},
 };
 
 pub use crate::models::options::{BitsAndBytesConfig, DeviceMap, ModelOptions};
@@ -58,15 +61,18 @@ impl AutoModelForCausalLM {
     pub fn from_pretrained(name_or_path: impl AsRef<Path>, options: ModelOptions) -> Result<Model> {
         options.validate()?;
         let name_or_path = name_or_path.as_ref();
-        let files = hub::model_files(name_or_path)?;
-        let config = read_json(&files.config)?;
+        let files = Snapshot::open(&name_or_path.to_string_lossy())?;
+        let config = read_json(&files.file("config.json")?)?;
+        models::check_supported(&config)?;
+        let generation_config = match files.optional_file("generation_config.json")? {
+            Some(path) => read_json(&path)?,
+            None => Value::Null,
+        };
         let mut defaults = config.clone();
-        if let Some(path) = &files.generation_config
-            && let (Value::Object(all), Value::Object(more)) = (&mut defaults, read_json(path)?)
-        {
-            all.extend(more);
+        if let (Value::Object(all), Value::Object(more)) = (&mut defaults, &generation_config) {
+            all.extend(more.clone());
         }
-        let (decoder, unexpected) = models::build(&config, Weights::open(files.weights)?, &options)?;
+        let (decoder, unexpected) = models::build(&config, Weights::of(&files)?, &options)?;
         if !unexpected.is_empty() {
             let few = &unexpected[..unexpected.len().min(4)];
             crate::display::notice(&format!(
@@ -81,6 +87,7 @@ impl AutoModelForCausalLM {
         Ok(Model(Arc::new(Inner {
             decoder,
             config,
+            generation_config,
             defaults,
             options,
             name_or_path: name_or_path.display().to_string(),
@@ -113,6 +120,8 @@ pub struct Model(Arc<Inner>);
 struct Inner {
     decoder: Decoder,
     config: Value,
+    generation_config: Value,
+    /// config.json with generation_config.json over it.
     defaults: Value,
     options: ModelOptions,
     name_or_path: String,
@@ -186,12 +195,72 @@ impl Model {
         module_tree(&self.0.decoder)
     }
 
+    /// Writes `config.json`, `generation_config.json` and `model.safetensors`, which transformers
+    /// and [`AutoModelForCausalLM`] read; quantized weights as bitsandbytes writes them. Each
+    /// file is written beside its place and then renamed.
+    pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
+        let quantized: HashMap<String, &QuantizedTensor> = (self.0.decoder.linears().into_iter())
+            .filter_map(|l| match &l.weight {
+                Weight::Quantized(q) => Some((format!("{}.weight", l.name), q)),
+                Weight::Dense(_) => None,
+            })
+            .collect();
+        let mut tensors = Vec::new();
+        for (name, parameter) in self.0.decoder.named_parameters()? {
+            match quantized.get(&name) {
+                Some(q) => tensors.extend(q.to_tensors(&name)?),
+                None => tensors.push((name, parameter.tensor().clone())),
+            }
+        }
+        let path = folder.join("model.safetensors");
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let temporary = temporary_sibling(&path);
+        let written = safetensors::serialize_to_file(tensors, Some(metadata), &temporary)
+            .map_err(|e| match e {
+                safetensors::SafeTensorError::IoError(e) => e,
+                other => std::io::Error::other(other),
+            })
+            .and_then(|()| std::fs::rename(&temporary, &path));
+        written.map_err(|e| {
+            // Best effort: the error that counts is the one being reported.
+            let _ = std::fs::remove_file(&temporary);
+            Error::io("write", &path)(e)
+        })?;
+        let mut config = self.0.config.clone();
+        config["dtype"] = self.dtype().to_string().trim_start_matches("torch.").into();
+        config["tie_word_embeddings"] = self.0.decoder.tied.into();
+        if let Some(object) = config.as_object_mut() {
+            object.remove("torch_dtype");
+            object.remove("quantization_config");
+        }
+        if let Some(q) = self.0.options.quantization_config.as_ref().filter(|_| !quantized.is_empty()) {
+            config["quantization_config"] = serde_json::json!({
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": true,
+                "load_in_8bit": false,
+                "bnb_4bit_quant_type": q.bnb_4bit_quant_type.as_str(),
+                "bnb_4bit_use_double_quant": q.bnb_4bit_use_double_quant,
+                "bnb_4bit_compute_dtype": ParameterDType(q.bnb_4bit_compute_dtype).to_string().trim_start_matches("torch."),
+                "bnb_4bit_quant_storage": "uint8",
+            });
+        }
+        for (name, value) in [("config.json", &config), ("generation_config.json", &self.0.generation_config)] {
+            if !value.is_null() {
+                write_atomically(&folder.join(name), format!("{value:#}\n").as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
     /// The same model around another network (merged weights).
     pub(crate) fn with_decoder(&self, decoder: Decoder) -> Self {
         let i = &self.0;
         Self(Arc::new(Inner {
             decoder,
             config: i.config.clone(),
+            generation_config: i.generation_config.clone(),
             defaults: i.defaults.clone(),
             options: i.options.clone(),
             name_or_path: i.name_or_path.clone(),

@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::{
     batch::Batch,
     error::{Error, Result},
+    hub::Snapshot,
     layers::{
         dropout,
         kv_cache::KvCache,
@@ -119,10 +120,13 @@ impl PeftModel {
     /// A missing folder or file, a damaged one, an adapter for another model: the keys that do
     /// not fit are named. An adapter never loads in part.
     pub fn from_pretrained(model: &Model, folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = crate::hub::adapter_folder(folder.as_ref())?;
-        let config = LoraConfig::from_pretrained(&folder)?;
+        let files = Snapshot::open(&folder.as_ref().to_string_lossy())?;
+        let config = files.file("adapter_config.json")?;
+        let folder = config.parent().unwrap_or(folder.as_ref());
+        let config = LoraConfig::from_pretrained(folder)?;
+        files.file(WEIGHTS_FILE)?;
         let this = Self::build(model, &config, DEFAULT_SEED)?;
-        this.load_adapter_weights(&folder)?;
+        this.load_adapter_weights(folder)?;
         Ok(this)
     }
 

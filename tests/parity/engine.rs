@@ -108,3 +108,20 @@ fn an_adapter_comes_back_from_disk_the_same() {
     assert_eq!(values(&model.logits(&ids, None).unwrap()), values(&again.logits(&ids, None).unwrap()));
     assert_eq!(model.logits(&ids, None).unwrap().dtype(), DType::F32);
 }
+
+#[test]
+fn a_model_comes_back_from_disk_the_same() {
+    let ids = Tensor::new(&[[5u32, 9, 17]], &Device::Cpu).unwrap();
+    for quantized in [false, true] {
+        let (model, folder) = (model(0.0, quantized), tempfile::tempdir().unwrap());
+        model.base_model().save_pretrained(folder.path()).unwrap();
+        let again = AutoModelForCausalLM::from_pretrained(folder.path(), ModelOptions::default()).unwrap();
+        assert_eq!(again.is_quantized(), quantized);
+        let logits = |m: &qlora_nb::model::Model| values(&m.logits(&ids, None).unwrap());
+        assert_eq!(logits(model.base_model()), logits(&again));
+        let merged = model.merge_and_unload().unwrap();
+        merged.save_pretrained(folder.path()).unwrap();
+        let again = AutoModelForCausalLM::from_pretrained(folder.path(), ModelOptions::default()).unwrap();
+        assert_eq!(logits(&merged), logits(&again));
+    }
+}

@@ -17,6 +17,7 @@ use safetensors::Dtype as FileDtype;
 
 use crate::{
     error::{Error, Result},
+    hub::Snapshot,
     models::options::BitsAndBytesConfig,
     quant::QuantizedTensor,
 };
@@ -44,6 +45,25 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// Finds a model's weights: one file, or the shards that an index lists.
+    pub fn of(snapshot: &Snapshot) -> Result<Self> {
+        if let Some(path) = snapshot.optional_file("model.safetensors")? {
+            return Self::open(vec![path]);
+        }
+        let index = snapshot.file("model.safetensors.index.json")?;
+        let bytes = std::fs::read(&index).map_err(Error::io("read", &index))?;
+        let bad = |detail: String| Error::Malformed {
+            path: index.clone(),
+            format: "index of safetensors shards",
+            detail,
+            remedy: "the file is damaged or half downloaded: get it again".into(),
+        };
+        let index: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        let map = index["weight_map"].as_object().ok_or_else(|| bad("there is no weight_map".into()))?;
+        let shards: BTreeSet<&str> = map.values().filter_map(|v| v.as_str()).collect();
+        Self::open(shards.into_iter().map(|name| snapshot.file(name)).collect::<Result<_>>()?)
+    }
+
     /// Opens the files and reads their headers.
     pub fn open(files: Vec<PathBuf>) -> Result<Self> {
         let mut entries = BTreeMap::new();
