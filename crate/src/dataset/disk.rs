@@ -1,0 +1,409 @@
+//! Folders as `datasets.save_to_disk` writes and `load_from_disk` reads them: `state.json`,
+//! `dataset_info.json` and Arrow IPC stream shards; one such folder a split for a `DatasetDict`.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    hash::Hasher,
+    io::{self, BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use arrow::{
+    array::RecordBatch,
+    buffer::Buffer,
+    datatypes::{DataType, Schema, SchemaRef},
+    error::ArrowError,
+    ipc::{reader::StreamDecoder, writer::StreamWriter},
+};
+use serde_json::json;
+
+use super::{
+    Dataset, DatasetDict, Rows,
+    table::{BATCH_ROWS, Table},
+    value::type_name,
+};
+use crate::error::{Error, Result};
+
+/// What `datasets` uses: a shard holds about this many bytes of columns.
+const SHARD_BYTES: usize = 500_000_000;
+
+/// Where a column's own description in dataset_info.json is kept while it is in memory, so that
+/// what we have no use for (the names of a ClassLabel) survives loading and saving.
+const FEATURE_KEY: &str = "dataset_info";
+
+const REDOWNLOAD: &str = "copy or download the folder again; the other files are not needed to tell what is wrong";
+
+impl Dataset {
+    /// Loads a folder that `save_to_disk` wrote, here or in Python's `datasets`.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a folder or file that is not there; [`Error::Malformed`], naming
+    /// the file, for one that is cut off or damaged, or for the folder of a [`DatasetDict`].
+    pub fn load_from_disk(path: impl AsRef<Path>) -> Result<Self> {
+        let folder = path.as_ref();
+        check_folder(folder)?;
+        if folder.join("dataset_dict.json").exists() && !folder.join("state.json").exists() {
+            let splits = split_names(folder)?;
+            let split = splits.first().map_or("train", |s| s.as_str());
+            return Err(Error::Malformed {
+                path: folder.into(),
+                format: "dataset folder",
+                detail: format!("it holds a DatasetDict with the splits {splits:?}"),
+                remedy: format!("DatasetDict::load_from_disk({:?})?.get({split:?})?", folder.display().to_string()),
+            });
+        }
+        let state_path = folder.join("state.json");
+        if !state_path.exists() {
+            return Err(Error::NotFound {
+                what: "state.json of a saved dataset".into(),
+                path: state_path,
+                remedy: format!(
+                    "give a folder that save_to_disk wrote; this one holds {:?}. For files of rows use \
+                     Dataset::from_json, from_parquet or from_csv",
+                    few_names(folder)
+                ),
+            });
+        }
+        let state = read_json(&state_path)?;
+        let shards = shard_names(&state).ok_or_else(|| Error::Malformed {
+            path: state_path.clone(),
+            format: "dataset state",
+            detail: "expected \"_data_files\": a list of {\"filename\": ...}".into(),
+            remedy: REDOWNLOAD.into(),
+        })?;
+        let mut schema: Option<SchemaRef> = None;
+        let mut batches = Vec::new();
+        for shard in shards {
+            let path = folder.join(shard);
+            let (shard_schema, shard_batches) = read_shard(&path)?;
+            let first = schema.get_or_insert(shard_schema.clone());
+            if describe(first) != describe(&shard_schema) {
+                return Err(Error::Malformed {
+                    path,
+                    format: "shard of this dataset",
+                    detail: format!("its columns are {}, those of the first {}", describe(&shard_schema), describe(first)),
+                    remedy: "save the dataset again: the shards come from different datasets".into(),
+                });
+            }
+            batches.extend(shard_batches);
+        }
+        let info = folder.join("dataset_info.json");
+        let features = if info.exists() { read_json(&info)?["features"].take() } else { json!(null) };
+        let schema = with_features(schema.as_deref().unwrap_or(&Schema::empty()), &features);
+        Ok(Self::of(Table::new(&schema, batches).map_err(damaged(folder))?))
+    }
+
+    /// Saves in the form that [`load_from_disk`](Self::load_from_disk) and Python's `datasets`
+    /// read. The folder appears whole or not at all; an earlier dataset at `path` is replaced.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the disk is full or not writable; [`Error::InvalidArgument`] when `path`
+    /// is a folder of other things. What was at `path` is then unchanged.
+    pub fn save_to_disk(&self, path: impl AsRef<Path>) -> Result<()> {
+        replace_folder(path.as_ref(), |folder| self.write_into(folder))
+    }
+
+    fn write_into(&self, folder: &Path) -> Result<()> {
+        let bytes: usize = self.batches().map(|b| b.map_or(0, |b| logical_bytes(&b))).sum();
+        let shards = bytes.div_ceil(SHARD_BYTES).max(1);
+        let rows_a_shard = self.len().div_ceil(shards).max(1);
+        let schema = SchemaRef::new(without_features(&self.table.schema));
+        // The same hasher everywhere: equal data has an equal fingerprint, which is what
+        // Python's cache of mapped datasets goes by.
+        let mut hasher = std::hash::DefaultHasher::new();
+        let mut files = Vec::new();
+        for shard in 0..shards {
+            let name = format!("data-{shard:05}-of-{shards:05}.arrow");
+            let path = folder.join(&name);
+            let file = File::create(&path).map_err(Error::io("write", &path))?;
+            let mut out = Hashed { inner: BufWriter::new(file), hasher: &mut hasher };
+            let rows = self.slice(shard * rows_a_shard..(shard + 1) * rows_a_shard);
+            rows.write_stream(&schema, &mut out).map_err(write_failed(&path))?;
+            let file = out.inner.into_inner().map_err(|e| e.into_error()).map_err(Error::io("write", &path))?;
+            file.sync_all().map_err(Error::io("write", &path))?;
+            files.push(json!({ "filename": name }));
+        }
+        let features: serde_json::Map<String, serde_json::Value> =
+            self.table.schema.fields().iter().map(|f| (f.name().clone(), feature_json(f))).collect();
+        let info = json!({ "citation": "", "description": "", "features": features, "homepage": "", "license": "" });
+        let state = json!({
+            "_data_files": files,
+            "_fingerprint": format!("{:016x}", hasher.finish()),
+            "_format_columns": null,
+            "_format_kwargs": {},
+            "_format_type": null,
+            "_output_all_columns": false,
+            "_split": null,
+        });
+        write_json(&folder.join("dataset_info.json"), &info)?;
+        write_json(&folder.join("state.json"), &state)
+    }
+
+    fn write_stream(&self, schema: &SchemaRef, out: &mut impl Write) -> Result<(), ArrowError> {
+        let mut writer = StreamWriter::try_new(out, schema)?;
+        for batch in self.batches() {
+            writer.write(&batch?.with_schema(schema.clone())?)?;
+        }
+        writer.finish()
+    }
+
+    /// This dataset's rows in order, as batches.
+    fn batches(&self) -> Box<dyn Iterator<Item = Result<RecordBatch, ArrowError>> + '_> {
+        match &self.rows {
+            Rows::Range(rows) => Box::new(self.table.contiguous(rows.clone()).map(Ok)),
+            Rows::Picked(rows) => Box::new(rows.chunks(BATCH_ROWS).map(|rows| self.table.gather(rows))),
+        }
+    }
+}
+
+impl DatasetDict {
+    /// Loads all splits of a folder that `DatasetDict.save_to_disk` wrote.
+    ///
+    /// # Errors
+    /// As [`Dataset::load_from_disk`].
+    pub fn load_from_disk(path: impl AsRef<Path>) -> Result<Self> {
+        let folder = path.as_ref();
+        check_folder(folder)?;
+        if folder.join("state.json").exists() {
+            return Err(Error::Malformed {
+                path: folder.into(),
+                format: "DatasetDict folder",
+                detail: "it holds one dataset without splits".into(),
+                remedy: format!("Dataset::load_from_disk({:?})", folder.display().to_string()),
+            });
+        }
+        let splits = split_names(folder)?.into_iter();
+        Ok(Self::new(
+            splits
+                .map(|split| Ok((split.clone(), Dataset::load_from_disk(folder.join(&split))?)))
+                .collect::<Result<Vec<_>>>()?,
+        ))
+    }
+
+    /// Saves all splits: one folder each, and `dataset_dict.json`. As [`Dataset::save_to_disk`].
+    pub fn save_to_disk(&self, path: impl AsRef<Path>) -> Result<()> {
+        replace_folder(path.as_ref(), |folder| {
+            for (name, dataset) in self.iter() {
+                let split = folder.join(name);
+                fs::create_dir(&split).map_err(Error::io("write", &split))?;
+                dataset.write_into(&split)?;
+            }
+            write_json(&folder.join("dataset_dict.json"), &json!({ "splits": self.splits() }))
+        })
+    }
+}
+
+fn check_folder(folder: &Path) -> Result<()> {
+    let not_found = |what: &str, remedy: &str| {
+        Err(Error::NotFound { what: what.into(), path: folder.into(), remedy: remedy.into() })
+    };
+    if !folder.exists() {
+        return not_found("dataset folder", "check the path; a relative path starts at the notebook's folder");
+    }
+    if !folder.is_dir() {
+        return not_found("dataset folder", "this is a file: use Dataset::from_json, from_parquet or from_csv");
+    }
+    Ok(())
+}
+
+fn split_names(folder: &Path) -> Result<Vec<String>> {
+    let path = folder.join("dataset_dict.json");
+    let names = read_json(&path)?["splits"].as_array().map(|splits| {
+        splits.iter().filter_map(|s| s.as_str().map(String::from)).collect::<Vec<_>>()
+    });
+    names.ok_or_else(|| Error::Malformed {
+        path,
+        format: "list of splits",
+        detail: "expected {\"splits\": [names]}".into(),
+        remedy: REDOWNLOAD.into(),
+    })
+}
+
+fn shard_names(state: &serde_json::Value) -> Option<Vec<String>> {
+    let name = |file: &serde_json::Value| file["filename"].as_str().map(String::from);
+    state["_data_files"].as_array()?.iter().map(name).collect()
+}
+
+/// One Arrow IPC stream, to its end mark: a stream that stops earlier has lost rows.
+fn read_shard(path: &Path) -> Result<(SchemaRef, Vec<RecordBatch>)> {
+    let bytes = fs::read(path).map_err(Error::io("read", path))?;
+    let malformed = |detail: String| Error::Malformed {
+        path: path.into(),
+        format: "Arrow IPC stream",
+        detail,
+        remedy: "copy or download this file again".into(),
+    };
+    if bytes.is_empty() {
+        return Err(malformed("the file is empty".into()));
+    }
+    if bytes.starts_with(b"ARROW1") {
+        return Err(malformed("it is in the Arrow file format; save_to_disk writes the stream format".into()));
+    }
+    let len = bytes.len();
+    let mut rest = Buffer::from_vec(bytes);
+    let decoded = super::formats::catch(|| {
+        let mut decoder = StreamDecoder::new();
+        let mut batches = Vec::new();
+        while !rest.is_empty() {
+            let before = rest.len();
+            match decoder.decode(&mut rest) {
+                Ok(batch) => batches.extend(batch),
+                // The last four bytes of the end mark leave the decoder finished; more is an error.
+                Err(e) => return Err(format!("{e} (at byte {} of {len})", len - before)),
+            }
+        }
+        let schema = decoder.schema().ok_or("the file ends before its schema")?;
+        decoder.finish().map_err(|_| format!("the file is cut off after {} whole batches", batches.len()))?;
+        Ok((schema, batches))
+    });
+    let (schema, batches) = decoded.map_err(malformed)?;
+    Ok((schema, batches))
+}
+
+fn describe(schema: &Schema) -> String {
+    let columns: Vec<String> =
+        schema.fields().iter().map(|f| format!("{}: {}", f.name(), type_name(f.data_type()))).collect();
+    format!("[{}]", columns.join(", "))
+}
+
+fn with_features(schema: &Schema, features: &serde_json::Value) -> Schema {
+    let fields = schema.fields().iter().map(|field| {
+        let described = features.get(field.name()).map(|f| (FEATURE_KEY.to_string(), f.to_string()));
+        field.as_ref().clone().with_metadata(described.into_iter().collect::<HashMap<_, _>>())
+    });
+    Schema::new(fields.collect::<Vec<_>>())
+}
+
+fn without_features(schema: &Schema) -> Schema {
+    with_features(schema, &json!(null))
+}
+
+fn feature_json(field: &arrow::datatypes::Field) -> serde_json::Value {
+    let loaded = field.metadata().get(FEATURE_KEY).and_then(|text| serde_json::from_str(text).ok());
+    loaded.unwrap_or_else(|| feature_of(field.data_type()))
+}
+
+/// A type as dataset_info.json describes it, in the words that all versions of `datasets` read
+/// (version 4 added "List", and still reads the older "Sequence").
+fn feature_of(dtype: &DataType) -> serde_json::Value {
+    match dtype {
+        DataType::Struct(fields) => {
+            fields.iter().map(|f| (f.name().clone(), feature_of(f.data_type()))).collect::<serde_json::Map<_, _>>().into()
+        }
+        DataType::List(f) => match f.data_type() {
+            DataType::Struct(_) => json!([feature_of(f.data_type())]),
+            item => json!({ "feature": feature_of(item), "_type": "Sequence" }),
+        },
+        DataType::LargeList(f) => json!({ "feature": feature_of(f.data_type()), "_type": "LargeList" }),
+        DataType::FixedSizeList(f, n) => {
+            json!({ "feature": feature_of(f.data_type()), "length": n, "_type": "Sequence" })
+        }
+        other => json!({ "dtype": type_name(other), "_type": "Value" }),
+    }
+}
+
+/// The bytes that a batch's own rows take, whatever larger buffers they lie in.
+fn logical_bytes(batch: &RecordBatch) -> usize {
+    batch.columns().iter().map(|c| c.to_data().get_slice_memory_size().unwrap_or(0)).sum()
+}
+
+/// Fills a temporary sibling of `target` and moves it into place when it is whole.
+fn replace_folder(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = match target.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let Some(name) = target.file_name().map(|n| n.to_string_lossy().into_owned()) else {
+        let got = target.display();
+        return Err(Error::argument("path", got, "a folder with a name", "use e.g. \"data/tokenized\""));
+    };
+    let is_dataset = target.join("state.json").exists() || target.join("dataset_dict.json").exists();
+    let is_empty = fs::read_dir(target).map(|mut entries| entries.next().is_none()).unwrap_or(false);
+    if target.exists() && !is_dataset && !is_empty {
+        let expected = "a new folder, or one that holds a saved dataset (it would be replaced)";
+        return Err(Error::argument("path", target.display(), expected, "choose another folder"));
+    }
+    fs::create_dir_all(parent).map_err(Error::io("write", parent))?;
+    let temporary = Temporary(parent.join(format!(".{name}.{}.tmp", std::process::id())));
+    let retired = Temporary(parent.join(format!(".{name}.{}.old", std::process::id())));
+    fs::create_dir(&temporary.0).map_err(Error::io("write", target))?;
+    fill(&temporary.0)?;
+    if target.exists() {
+        fs::rename(target, &retired.0).map_err(Error::io("write", target))?;
+    }
+    if let Err(e) = fs::rename(&temporary.0, target) {
+        let _ = fs::rename(&retired.0, target);
+        return Err(Error::io("write", target)(e));
+    }
+    Ok(())
+}
+
+/// A folder that goes away with this value, if it is still there.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+struct Hashed<'a, W> {
+    inner: W,
+    hasher: &'a mut std::hash::DefaultHasher,
+}
+
+impl<W: Write> Write for Hashed<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.hasher.write(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+fn few_names(folder: &Path) -> Vec<String> {
+    let names = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names.truncate(6);
+    names
+}
+
+fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let bytes = fs::read(path).map_err(Error::io("read", path))?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
+        path: path.into(),
+        format: "JSON file",
+        detail: if bytes.is_empty() { "the file is empty".into() } else { e.to_string() },
+        remedy: "copy or download this file again".into(),
+    })
+}
+
+fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
+    fs::write(path, format!("{json:#}")).map_err(Error::io("write", path))
+}
+
+fn write_failed(path: &Path) -> impl Fn(ArrowError) -> Error {
+    move |e| match e {
+        ArrowError::IoError(_, source) => Error::io("write", path)(source),
+        other => Error::Malformed {
+            path: path.into(),
+            format: "Arrow IPC stream",
+            detail: other.to_string(),
+            remedy: "report this as a bug of qlora-nb: these columns cannot be written".into(),
+        },
+    }
+}
+
+fn damaged(path: &Path) -> impl Fn(ArrowError) -> Error {
+    move |e| Error::Malformed {
+        path: path.into(),
+        format: "dataset folder",
+        detail: e.to_string(),
+        remedy: REDOWNLOAD.into(),
+    }
+}

@@ -1,0 +1,131 @@
+//! Rows from files of other programs: JSON, JSONL, Parquet and CSV.
+
+use std::{
+    fs::{self, File},
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::Arc,
+};
+
+use arrow::{
+    csv::{ReaderBuilder, reader::Format},
+    datatypes::{DataType, Field, Schema},
+};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+use super::{
+    Dataset, Value,
+    table::{BATCH_ROWS, Table},
+};
+use crate::error::{Error, Result};
+
+type JsonRow = serde_json::Map<String, serde_json::Value>;
+
+impl Dataset {
+    /// Rows from a JSON file: an array of objects, or one object after another (JSONL). All rows
+    /// must have the same keys; `null` stands for a value that is missing.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`], naming the file and the row.
+    pub fn from_json(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = fs::read(path).map_err(Error::io("read", path))?;
+        let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+        let is_array = text.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
+        let rows = if is_array {
+            serde_json::from_slice(text).map_err(|e| malformed(path, "JSON array of rows", json_detail(&e, text)))?
+        } else {
+            let mut rows: Vec<JsonRow> = Vec::new();
+            for row in serde_json::Deserializer::from_slice(text).into_iter() {
+                let at_row = |e| malformed(path, "JSONL file", format!("row {}: {}", rows.len(), json_detail(&e, text)));
+                let row = row.map_err(at_row)?;
+                rows.push(row);
+            }
+            rows
+        };
+        if rows.is_empty() && !is_array {
+            return Err(malformed(path, "JSON file", "it holds no rows".into()));
+        }
+        from_json_rows(rows).map_err(|detail| malformed(path, "JSON table", detail))
+    }
+
+    /// Rows from a Parquet file (uncompressed, snappy or zstd).
+    ///
+    /// # Errors
+    /// [`Error::Malformed`], naming the file.
+    pub fn from_parquet(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        let table = catch(|| {
+            let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
+            let schema = builder.schema().clone();
+            let reader = builder.with_batch_size(BATCH_ROWS).build().map_err(|e| e.to_string())?;
+            let batches = reader.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+            Table::new(&schema, batches).map_err(|e| e.to_string())
+        });
+        Ok(Self::of(table.map_err(|detail| malformed(path, "Parquet file", detail))?))
+    }
+
+    /// Rows from a CSV file with a header. Columns of numbers and of true/false are recognised,
+    /// all else is text; an empty cell is a missing value.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`], naming the file and the line.
+    pub fn from_csv(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let open = || File::open(path).map_err(Error::io("read", path));
+        let wrong = |detail: String| malformed(path, "CSV file", detail);
+        let format = Format::default().with_header(true);
+        let (schema, _) = format.infer_schema(open()?, None).map_err(|e| wrong(e.to_string()))?;
+        if schema.fields().is_empty() {
+            return Err(wrong("the file is empty: it has no header".into()));
+        }
+        // Dates stay text: a training prompt wants them as they were written.
+        let fields = schema.fields().iter().map(|f| {
+            let dtype = match f.data_type() {
+                kept @ (DataType::Int64 | DataType::Float64 | DataType::Boolean | DataType::Null) => kept.clone(),
+                _ => DataType::Utf8,
+            };
+            Field::new(f.name(), dtype, true)
+        });
+        let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+        let reader = ReaderBuilder::new(schema.clone()).with_format(format).with_batch_size(BATCH_ROWS).build(open()?);
+        let batches = reader.and_then(Iterator::collect).map_err(|e| wrong(e.to_string()))?;
+        Ok(Self::of(Table::new(&schema, batches).map_err(|e| wrong(e.to_string()))?))
+    }
+}
+
+fn from_json_rows(rows: Vec<JsonRow>) -> Result<Dataset, String> {
+    let names: Vec<String> = rows.first().map(|row| row.keys().cloned().collect()).unwrap_or_default();
+    let mut columns: Vec<Vec<Value>> = names.iter().map(|_| Vec::with_capacity(rows.len())).collect();
+    for (i, mut row) in rows.into_iter().enumerate() {
+        for (name, column) in names.iter().zip(&mut columns) {
+            let value = row.remove(name).ok_or_else(|| format!("row {i} has no key {name:?}; row 0 has {names:?}"))?;
+            column.push(value.into());
+        }
+        if let Some(extra) = row.keys().next() {
+            return Err(format!("row {i} has a key {extra:?}; row 0 has only {names:?}"));
+        }
+    }
+    let wrong = |(row, name, why)| format!("row {row}, key {name:?}: {why}");
+    Ok(Dataset::of(Table::from_values(&names, &columns).map_err(wrong)?))
+}
+
+fn json_detail(error: &serde_json::Error, text: &[u8]) -> String {
+    if text.iter().all(u8::is_ascii_whitespace) { "the file is empty".into() } else { error.to_string() }
+}
+
+fn malformed(path: &Path, format: &'static str, detail: String) -> Error {
+    let remedy = match format {
+        "JSON table" => "give every row the same keys and types, with null where a value is missing",
+        "CSV file" => "check that line: every line needs as many cells as the header",
+        _ => "check the file at that place, or download it again",
+    };
+    Error::Malformed { path: path.into(), format, detail, remedy: remedy.into() }
+}
+
+/// Runs a decoder. The arrow and parquet readers check what they read, but promise no freedom
+/// from panics on damaged files; a damaged file must not end a notebook.
+pub(super) fn catch<T>(decode: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| Err("its contents contradict each other".into()))
+}

@@ -1,0 +1,107 @@
+//! How a dataset looks: Hugging Face's text, and a table in a notebook.
+
+use std::fmt;
+
+use super::{
+    Dataset, DatasetDict,
+    value::{Value, quoted},
+};
+
+/// A table shows so many rows, and so many characters of a cell.
+const MAX_ROWS: usize = 10;
+const MAX_CHARS: usize = 160;
+
+/// `Dataset({ features: [...], num_rows: ... })`; a slice prints its rows as a dict of lists.
+impl fmt::Display for Dataset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.prints_rows {
+            return f.write_str(&summary(self));
+        }
+        f.write_str("{")?;
+        for (i, name) in self.column_names().iter().enumerate() {
+            write!(f, "{}{}: [", if i == 0 { "" } else { ", " }, quoted(name))?;
+            for (row, example) in self.iter().enumerate() {
+                let value = example.value(name).unwrap_or_default();
+                write!(f, "{}{value}", if row == 0 { "" } else { ", " })?;
+            }
+            f.write_str("]")?;
+        }
+        f.write_str("}")
+    }
+}
+
+impl Dataset {
+    /// Shows the first rows as a table in a notebook.
+    pub fn evcxr_display(&self) {
+        let text = if self.len() > MAX_ROWS { summary(self) } else { self.to_string() };
+        notebook(&self.to_html(), &text);
+    }
+
+    /// The first rows as an HTML table, readable on a light and on a dark page.
+    pub fn to_html(&self) -> String {
+        let names = self.column_names();
+        let mut html = format!("<div class=\"qlora-dataset\" style=\"overflow-x:auto\"><table style=\"{TABLE}\"><tr>");
+        html += &format!("<th style=\"{CELL}\"></th>");
+        for name in &names {
+            let dtype = self.features().get(name).unwrap_or_default();
+            html += &format!(
+                "<th style=\"{CELL}\">{}<br><small style=\"opacity:.6\">{}</small></th>",
+                escape(name),
+                escape(&dtype)
+            );
+        }
+        html += "</tr>";
+        for (row, example) in self.iter().take(MAX_ROWS).enumerate() {
+            html += &format!("<tr><td style=\"{CELL};opacity:.6\">{row}</td>");
+            for name in &names {
+                html += &cell(&example.value(name).unwrap_or_default());
+            }
+            html += "</tr>";
+        }
+        html += "</table>";
+        let rows = match self.len() {
+            1 => "1 row".to_string(),
+            n => format!("{n} rows"),
+        };
+        let shown = if self.len() > MAX_ROWS { format!(", the first {MAX_ROWS} shown") } else { String::new() };
+        html + &format!("<small style=\"opacity:.6\">{rows}{shown}</small></div>")
+    }
+}
+
+const TABLE: &str = "border-collapse:collapse;color:inherit;background:transparent";
+const CELL: &str = "border:1px solid rgba(128,128,128,.35);padding:.25em .6em;text-align:left;vertical-align:top;\
+                    max-width:32em;white-space:pre-wrap;overflow-wrap:anywhere";
+
+fn cell(value: &Value) -> String {
+    let (text, faint) = match value {
+        Value::Text(text) => (text.clone(), ""),
+        Value::Null => ("None".into(), ";opacity:.6"),
+        other => (other.to_string(), ""),
+    };
+    let mut chars = text.chars();
+    let start: String = chars.by_ref().take(MAX_CHARS).collect();
+    let more = match chars.count() {
+        0 => String::new(),
+        n => format!("<span style=\"opacity:.6\"> … +{n} characters</span>"),
+    };
+    format!("<td style=\"{CELL}{faint}\">{}{more}</td>", escape(&start))
+}
+
+pub(super) fn dict_html(dict: &DatasetDict) -> String {
+    dict.iter().map(|(name, dataset)| format!("<p><b>{}</b></p>{}", escape(name), dataset.to_html())).collect()
+}
+
+pub(super) fn summary(dataset: &Dataset) -> String {
+    let names: Vec<String> = dataset.column_names().iter().map(|n| quoted(n)).collect();
+    format!("Dataset({{\n    features: [{}],\n    num_rows: {}\n}})", names.join(", "), dataset.len())
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// Both forms of a value, in the lines by which evcxr knows rich output.
+pub(super) fn notebook(html: &str, text: &str) {
+    println!("EVCXR_BEGIN_CONTENT text/html\n{html}\nEVCXR_END_CONTENT");
+    println!("EVCXR_BEGIN_CONTENT text/plain\n{text}\nEVCXR_END_CONTENT");
+}

@@ -1,0 +1,301 @@
+//! Step 3: text to tokens and back, on Hugging Face's `tokenizers`.
+
+mod config;
+mod show;
+mod stream;
+
+use std::{
+    collections::HashSet,
+    fmt,
+    sync::{Arc, Mutex},
+};
+
+use tokenizers::{AddedToken, ModelWrapper};
+
+pub use self::{show::LabelledTokens, stream::DecodeStream};
+use self::config::Config;
+pub use crate::features::Encoding;
+use crate::{
+    error::{Error, Result},
+    hub::Snapshot,
+};
+
+/// The side of a row that padding goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PaddingSide {
+    Left,
+    Right,
+}
+
+impl fmt::Display for PaddingSide {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PaddingSide::Left => "left",
+            PaddingSide::Right => "right",
+        })
+    }
+}
+
+/// Loads tokenizers: `AutoTokenizer::from_pretrained("models/poet-bloom-zh")`.
+pub struct AutoTokenizer;
+
+impl AutoTokenizer {
+    /// A tokenizer from a folder or a hub id that has a tokenizer.json. Special tokens, padding
+    /// side and limits come from tokenizer_config.json, special_tokens_map.json and, for what
+    /// those do not name, the token ids in generation_config.json and config.json.
+    ///
+    /// Warns on stderr when there is no end token, or when it is also the padding token: in both
+    /// cases a tuned model would not learn to stop.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a folder or file that is not there, [`Error::Hub`] for what the hub
+    /// refused, [`Error::Malformed`], naming the file, for what cannot be read.
+    pub fn from_pretrained(name_or_path: impl AsRef<str>) -> Result<Tokenizer> {
+        let snapshot = Snapshot::open(name_or_path.as_ref())?;
+        let path = snapshot.file("tokenizer.json")?;
+        let malformed = |detail: String| Error::Malformed {
+            path: path.clone(),
+            format: "tokenizer.json",
+            detail,
+            remedy: "copy or download this file again".into(),
+        };
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        if bytes.is_empty() {
+            return Err(malformed("the file is empty".into()));
+        }
+        let mut core = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| malformed(e.to_string()))?;
+        // Padding and truncation belong to each call, not to the file, as in transformers.
+        core.with_padding(None);
+        core.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
+        let config = Config::read(&snapshot, |id| core.id_to_token(id))?;
+        add_special_tokens(&mut core, &config).map_err(malformed)?;
+        let tokenizer = Tokenizer { core: Arc::new(core), config: Arc::new(config) };
+        tokenizer.warn_about_end();
+        Ok(tokenizer)
+    }
+}
+
+/// Special tokens that only the config names become tokens here too, as transformers does it.
+fn add_special_tokens(core: &mut tokenizers::Tokenizer, config: &Config) -> Result<(), String> {
+    let known: HashSet<String> = core.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+    let named = config.special.iter().map(|(_, token)| token).chain(&config.additional);
+    let new: Vec<AddedToken> =
+        named.filter(|token| !known.contains(*token)).map(|token| AddedToken::from(token.clone(), true)).collect();
+    if !new.is_empty() {
+        core.add_special_tokens(new).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+/// Text to tokens and back. Cloning is cheap.
+#[derive(Clone)]
+pub struct Tokenizer {
+    core: Arc<tokenizers::Tokenizer>,
+    config: Arc<Config>,
+}
+
+impl Tokenizer {
+    /// What `tokenizer(text)` gives in Python: the tokens, with the special tokens that the
+    /// tokenizer's own post-processor adds.
+    pub fn encode(&self, text: &str) -> Result<Encoding> {
+        let encoding = self.core.encode_fast(text, true).map_err(failed)?;
+        Ok(Encoding {
+            input_ids: encoding.get_ids().to_vec(),
+            attention_mask: encoding.get_attention_mask().to_vec(),
+        })
+    }
+
+    /// Several texts, padded to the longest on this tokenizer's side; padding has mask 0.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when padding is needed and there is no padding token.
+    pub fn encode_batch(&self, texts: &[impl AsRef<str>]) -> Result<Vec<Encoding>> {
+        let mut rows = texts.iter().map(|text| self.encode(text.as_ref())).collect::<Result<Vec<_>>>()?;
+        let length = rows.iter().map(Encoding::len).max().unwrap_or(0);
+        for row in &mut rows {
+            let missing = length - row.len();
+            if missing == 0 {
+                continue;
+            }
+            let pad = self.pad_token_id().ok_or_else(|| {
+                let expected = "a padding token: the texts differ in length";
+                Error::argument("pad_token", "none", expected, "give it one: tokenizer.with_pad_token(\"<pad>\")?")
+            })?;
+            let at = match self.padding_side() {
+                PaddingSide::Left => 0,
+                PaddingSide::Right => row.len(),
+            };
+            row.input_ids.splice(at..at, std::iter::repeat_n(pad, missing));
+            row.attention_mask.splice(at..at, std::iter::repeat_n(0, missing));
+        }
+        Ok(rows)
+    }
+
+    /// Tokens to text. As in Python, ids beyond the vocabulary are left out, and
+    /// `clean_up_tokenization_spaces` is not applied to BPE tokenizers, whose text it would damage.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        let text = self.core.decode(ids, skip_special_tokens).map_err(failed)?;
+        let is_bpe = matches!(self.core.get_model(), ModelWrapper::BPE(_));
+        Ok(if self.config.clean_up_tokenization_spaces && !is_bpe { clean_up(&text) } else { text })
+    }
+
+    /// Decodes tokens one at a time, giving out only whole characters; special tokens are left out.
+    pub fn decode_stream(&self) -> DecodeStream {
+        DecodeStream::new(self)
+    }
+
+    /// The number of tokens of the model's own vocabulary, without added tokens.
+    pub fn vocab_size(&self) -> usize {
+        self.core.get_vocab_size(false)
+    }
+
+    /// The number of tokens, added ones included.
+    #[allow(clippy::len_without_is_empty)] // a tokenizer without tokens does not load
+    pub fn len(&self) -> usize {
+        self.core.get_vocab_size(true)
+    }
+
+    /// The token that begins a text, or "" if there is none.
+    pub fn bos_token(&self) -> &str {
+        self.special("bos_token")
+    }
+
+    /// The token that ends a text, or "" if there is none (loading warns about that), so that it
+    /// can always be appended to an answer.
+    pub fn eos_token(&self) -> &str {
+        self.special("eos_token")
+    }
+
+    /// The token for what the vocabulary does not have, or "".
+    pub fn unk_token(&self) -> &str {
+        self.special("unk_token")
+    }
+
+    /// The token that fills rows up, or "".
+    pub fn pad_token(&self) -> &str {
+        self.special("pad_token")
+    }
+
+    pub fn bos_token_id(&self) -> Option<u32> {
+        self.special_id("bos_token")
+    }
+
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.special_id("eos_token")
+    }
+
+    pub fn unk_token_id(&self) -> Option<u32> {
+        self.special_id("unk_token")
+    }
+
+    pub fn pad_token_id(&self) -> Option<u32> {
+        self.special_id("pad_token")
+    }
+
+    /// The ids of all special tokens, in ascending order.
+    pub fn all_special_ids(&self) -> Vec<u32> {
+        let added = self.core.get_added_tokens_decoder();
+        let mut ids: Vec<u32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    fn special(&self, name: &str) -> &str {
+        self.config.token(name).unwrap_or("")
+    }
+
+    fn special_id(&self, name: &str) -> Option<u32> {
+        self.core.token_to_id(self.config.token(name)?)
+    }
+
+    /// The id of one token as the vocabulary spells it.
+    pub fn convert_tokens_to_ids(&self, token: &str) -> Option<u32> {
+        self.core.token_to_id(token)
+    }
+
+    /// A token as the vocabulary spells it (byte-level BPE spells bytes by letters of their own).
+    pub fn convert_ids_to_tokens(&self, id: u32) -> Option<String> {
+        self.core.id_to_token(id)
+    }
+
+    pub fn padding_side(&self) -> PaddingSide {
+        self.config.padding_side
+    }
+
+    /// The longest row that the model takes, in tokens; none if the files set no limit.
+    pub fn model_max_length(&self) -> Option<usize> {
+        self.config.model_max_length
+    }
+
+    pub fn name_or_path(&self) -> &str {
+        &self.config.name_or_path
+    }
+
+    pub fn clean_up_tokenization_spaces(&self) -> bool {
+        self.config.clean_up_tokenization_spaces
+    }
+
+    /// The same tokenizer, padding on another side.
+    pub fn with_padding_side(&self, padding_side: PaddingSide) -> Self {
+        let config = Config { padding_side, ..(*self.config).clone() };
+        Self { core: self.core.clone(), config: Arc::new(config) }
+    }
+
+    /// The same tokenizer with another padding token, which must be in the vocabulary: a new one
+    /// would have no row in the model's embeddings.
+    pub fn with_pad_token(&self, token: &str) -> Result<Self> {
+        if self.core.token_to_id(token).is_none() {
+            let expected = "a token of the vocabulary";
+            return Err(Error::argument("pad_token", format!("{token:?}"), expected, "use e.g. the unk_token"));
+        }
+        let mut config = (*self.config).clone();
+        config.special.retain(|(name, _)| *name != "pad_token");
+        config.special.push(("pad_token", token.into()));
+        let order = |name: &str| config::NAMES.iter().position(|n| *n == name);
+        config.special.sort_by_key(|(name, _)| order(name));
+        let tokenizer = Self { core: self.core.clone(), config: Arc::new(config) };
+        tokenizer.warn_about_end();
+        Ok(tokenizer)
+    }
+
+    /// Once for each tokenizer and cause, so that a cell run again does not repeat it.
+    fn warn_about_end(&self) {
+        static TOLD: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+        let name = self.name_or_path();
+        let warning = match (self.eos_token(), self.pad_token()) {
+            ("", _) => format!("{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"),
+            (eos, pad) if eos == pad => format!(
+                "{name}: pad_token and eos_token are both {eos:?}; a collator or loss that leaves out padding \
+                 also leaves out the end, and the model never learns to stop. Give it another padding token: \
+                 tokenizer.with_pad_token({:?})?",
+                if self.unk_token().is_empty() { "<a rare token>" } else { self.unk_token() }
+            ),
+            _ => return,
+        };
+        let mut told = TOLD.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if told.get_or_insert_default().insert(warning.clone()) {
+            eprintln!("warning: {warning}");
+        }
+    }
+}
+
+fn failed(e: tokenizers::Error) -> Error {
+    Error::Tokenizer(e.to_string())
+}
+
+/// What `clean_up_tokenization` of transformers replaces.
+fn clean_up(text: &str) -> String {
+    const PAIRS: [(&str, &str); 10] = [
+        (" .", "."),
+        (" ?", "?"),
+        (" !", "!"),
+        (" ,", ","),
+        (" ' ", "'"),
+        (" n't", "n't"),
+        (" 'm", "'m"),
+        (" 's", "'s"),
+        (" 've", "'ve"),
+        (" 're", "'re"),
+    ];
+    PAIRS.iter().fold(text.to_string(), |text, (from, to)| text.replace(from, to))
+}

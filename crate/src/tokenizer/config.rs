@@ -1,0 +1,110 @@
+//! What the files beside tokenizer.json say: special tokens, padding, limits.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::PaddingSide;
+use crate::{
+    error::{Error, Result},
+    hub::Snapshot,
+};
+
+/// The special tokens that have a name of their own, in the order in which they are printed.
+pub(super) const NAMES: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+#[derive(Clone, Debug)]
+pub(super) struct Config {
+    pub name_or_path: String,
+    pub class: String,
+    /// `(name, token)`, in the order of `NAMES`.
+    pub special: Vec<(&'static str, String)>,
+    /// Special tokens without a name of their own.
+    pub additional: Vec<String>,
+    pub padding_side: PaddingSide,
+    pub model_max_length: Option<usize>,
+    pub clean_up_tokenization_spaces: bool,
+}
+
+impl Config {
+    /// Reads tokenizer_config.json, then special_tokens_map.json, then the ids in
+    /// generation_config.json and config.json: the first that names a token wins.
+    pub fn read(snapshot: &Snapshot, token_of: impl Fn(u32) -> Option<String>) -> Result<Self> {
+        let optional = |name: &str| -> Result<Value> {
+            snapshot.optional_file(name)?.map_or(Ok(Value::Null), |path| read_json(&path))
+        };
+        let config = optional("tokenizer_config.json")?;
+        let map = optional("special_tokens_map.json")?;
+        let model = optional("config.json")?;
+        let generation = optional("generation_config.json")?;
+
+        let by_id = |source: &Value, name: &str| {
+            let id = &source[format!("{name}_id")];
+            let id = id.as_u64().or_else(|| id.as_array()?.first()?.as_u64())?;
+            token_of(u32::try_from(id).ok()?)
+        };
+        let find = |name: &&'static str| {
+            let token = content(&config[*name]).or_else(|| content(&map[*name]));
+            let token = token.or_else(|| by_id(&generation, name)).or_else(|| by_id(&model, name));
+            token.map(|token| (*name, token))
+        };
+        let additional = [&config, &map].into_iter().find_map(|source| source["additional_special_tokens"].as_array());
+        let model_type = model["model_type"].as_str().unwrap_or("");
+        let class = class_name(config["tokenizer_class"].as_str(), model_type);
+        let padding_side = match config["padding_side"].as_str() {
+            Some("left") => PaddingSide::Left,
+            Some("right") => PaddingSide::Right,
+            Some(other) => {
+                let remedy = "correct padding_side in tokenizer_config.json";
+                return Err(Error::argument("padding_side", format!("{other:?}"), "\"left\" or \"right\"", remedy));
+            }
+            None => default_padding_side(&class),
+        };
+        Ok(Self {
+            name_or_path: snapshot.name_or_path().into(),
+            special: NAMES.iter().filter_map(find).collect(),
+            additional: additional.into_iter().flatten().filter_map(content).collect(),
+            padding_side,
+            // transformers writes 1e30 for "no limit", which no usize holds.
+            model_max_length: config["model_max_length"].as_u64().and_then(|n| usize::try_from(n).ok()),
+            clean_up_tokenization_spaces: config["clean_up_tokenization_spaces"].as_bool().unwrap_or(false),
+            class,
+        })
+    }
+
+    pub fn token(&self, name: &str) -> Option<&str> {
+        self.special.iter().find(|(n, _)| *n == name).map(|(_, token)| token.as_str())
+    }
+}
+
+/// A token is written as a string, or as an AddedToken object.
+fn content(token: &Value) -> Option<String> {
+    token.as_str().or_else(|| token["content"].as_str()).map(String::from)
+}
+
+fn class_name(named: Option<&str>, model_type: &str) -> String {
+    match named {
+        Some(name) if name.ends_with("Fast") => name.into(),
+        Some(name) => format!("{name}Fast"),
+        None if model_type == "bloom" => "BloomTokenizerFast".into(),
+        None => "PreTrainedTokenizerFast".into(),
+    }
+}
+
+/// The side that each class of transformers pads on when its config does not say.
+fn default_padding_side(class: &str) -> PaddingSide {
+    const LEFT: [&str; 6] = ["Bloom", "Llama", "CodeLlama", "Gemma", "Cohere", "XLNet"];
+    let family = class.trim_end_matches("Fast").trim_end_matches("Tokenizer");
+    if LEFT.contains(&family) { PaddingSide::Left } else { PaddingSide::Right }
+}
+
+pub(super) fn read_json(path: &Path) -> Result<Value> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
+        path: path.into(),
+        format: "JSON file",
+        detail: if bytes.is_empty() { "the file is empty".into() } else { e.to_string() },
+        remedy: "copy or download this file again".into(),
+    })
+}
