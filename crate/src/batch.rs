@@ -85,7 +85,7 @@ mod tests {
 
     fn batch(labels: &[[i64; 3]]) -> Result<Batch> {
         let ids = Tensor::ones((labels.len(), 3), DType::U32, &Device::Cpu)?;
-        Batch::new(ids.clone(), ids, Tensor::new(labels, &Device::Cpu)?)
+        Batch::new(ids.clone(), ids, Tensor::new(&labels[..], &Device::Cpu)?)
     }
 
     #[test]

@@ -1,15 +1,25 @@
 //! QLoRA fine-tuning in Rust, cell by cell in Jupyter.
+
+// 2
+pub mod dataset;
+// 3
+pub mod tokenizer;
+pub mod features;
+pub mod collator;
+// 4
+pub mod model;
+pub mod peft;
+
+// Beneath the steps.
+pub mod batch;
 pub mod display;
 pub mod error;
+pub mod hub;
 pub mod interrupt;
 pub mod layers;
+pub mod models;
 pub mod module_tree;
-pub mod peft;
-pub mod py_repr;
-pub mod batch;
-pub mod collator;
-pub mod dataset;
-pub mod features;
-pub mod hub;
 pub mod prelude;
-pub mod tokenizer;
+pub mod py_repr;
+pub mod quant;
+pub mod safe_file;

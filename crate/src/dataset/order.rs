@@ -120,6 +120,6 @@ mod tests {
         assert_eq!(permutation(12, 123_456_789_012), [4, 7, 6, 8, 1, 11, 3, 0, 10, 5, 2, 9]);
         assert_eq!(permutation(1000, 42)[..8], [978, 933, 859, 916, 127, 608, 856, 260]);
         assert_eq!(permutation(1, 0), [0]);
-        assert_eq!(permutation(0, 0), []);
+        assert_eq!(permutation(0, 0), Vec::<usize>::new());
     }
 }
