@@ -1,0 +1,142 @@
+//! 4-bit weights: NF4 and its relatives, bit-equal to bitsandbytes.
+//!
+//! A weight is cut into blocks (64 elements by default, row-major). Each block stores its
+//! largest magnitude, `absmax`, and for every element a 4-bit code: the nearest of 16 fixed
+//! values to `x / absmax`. Double quantization stores the `absmax` themselves in 8 bits, in
+//! blocks of 256, which brings a parameter from 4.5 to 4.127 bits.
+//!
+//! ```
+//! use qlora_nb::quant::{QuantType, dequantize_4bit, quantize_4bit};
+//! # use candle_core::{Device, Tensor};
+//! let weight = Tensor::randn(0f32, 1f32, (64, 64), &Device::Cpu)?;
+//! let (packed, state) = quantize_4bit(&weight, QuantType::Nf4, 64, true)?;
+//! assert_eq!(packed.dims(), [64 * 64 / 2, 1]);
+//! assert_eq!(dequantize_4bit(&packed, &state)?.dims(), [64, 64]);
+//! # Ok::<(), qlora_nb::error::Error>(())
+//! ```
+//!
+//! The functions take tensors and look at where they are; what runs on the CPU works on slices
+//! (`encode` to quantize, `cpu` to dequantize, `simd` beneath both), with `oracle` as their
+//! plain definition. The model's layers read weights through [`dequantize_range`].
+
+mod blockwise;
+mod checkpoint;
+mod code;
+mod cpu;
+mod encode;
+mod mean;
+pub mod oracle;
+mod simd;
+mod state;
+pub(crate) mod tensor;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+pub(crate) use blockwise::DynamicMap;
+pub use blockwise::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState, dequantize_blockwise, quantize_blockwise};
+pub use code::{QuantType, create_dynamic_map};
+pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};
+pub use state::{QuantState, QuantizedTensor};
+
+use crate::error::{Error, Result};
+use encode::Element;
+
+/// Quantizes a weight in blocks of `blocksize` elements.
+///
+/// - `weight`: f32, f16 or bf16, any shape, at least one element, all finite.
+/// - `blocksize`: 32, 64, ... 4096; the last block may be partial.
+/// - `compress_statistics`: double quantization.
+///
+/// Returns the codes, uint8 `[(n+1)/2, 1]` with the first element of each two in the high
+/// nibble (`[n, 1]` for `Int8`), and the state that undoes it. Fails on a NaN or infinite
+/// element, naming its index in the flattened weight.
+pub fn quantize_4bit(
+    weight: &Tensor,
+    quant_type: QuantType,
+    blocksize: usize,
+    compress_statistics: bool,
+) -> Result<(Tensor, QuantState)> {
+    check_blocksize(blocksize)?;
+    let n = weight.elem_count();
+    if n == 0 {
+        return Err(Error::argument("elements of the weight", 0, "at least 1", "leave empty weights as they are"));
+    }
+    let mut packed = vec![0u8; quant_type.packed_len(n)];
+    let mut absmax = vec![0f32; n.div_ceil(blocksize)];
+    let job = Quantize { quant_type, blocksize, packed: &mut packed, absmax: &mut absmax };
+    tensor::for_floats(weight, job)??;
+
+    let (absmax, offset, state2) = if compress_statistics {
+        let offset = mean::cuda_mean(&absmax);
+        absmax.iter_mut().for_each(|a| *a -= offset);
+        let (codes, state2) = quantize_blockwise(&tensor::tensor_f32(absmax)?, NESTED_BLOCKSIZE)?;
+        (codes, Some(offset), Some(state2))
+    } else {
+        (tensor::tensor_f32(absmax)?, None, None)
+    };
+    let state = QuantState {
+        absmax,
+        shape: weight.dims().to_vec(),
+        dtype: weight.dtype(),
+        blocksize,
+        quant_type,
+        code: quant_type.code()?,
+        offset,
+        state2,
+    };
+    let len = packed.len();
+    Ok((Tensor::from_vec(packed, (len, 1), &Device::Cpu)?, state))
+}
+
+struct Quantize<'a> {
+    quant_type: QuantType,
+    blocksize: usize,
+    packed: &'a mut [u8],
+    absmax: &'a mut [f32],
+}
+
+impl tensor::ForFloats for Quantize<'_> {
+    type Output = Result<()>;
+
+    fn call<T: Element>(self, x: &[T]) -> Result<()> {
+        encode::quantize(x, self.quant_type, self.blocksize, self.packed, self.absmax).map_err(|index| {
+            let mut buffer = [0f32; 1];
+            tensor::not_finite(index, T::as_f32(&x[index..=index], &mut buffer)[0])
+        })
+    }
+}
+
+/// The weight that `packed` and `state` stand for: of the state's dtype (f32, f16 or bf16)
+/// and shape, each element `code * absmax` rounded once.
+pub fn dequantize_4bit(packed: &Tensor, state: &QuantState) -> Result<Tensor> {
+    check_float(state.dtype)?;
+    let weight = QuantizedTensor::new(packed, state)?;
+    // Whole blocks a task, and enough of them to be worth one.
+    const TASK: usize = 1 << 16;
+    let mut out = vec![0f32; state.elem_count()];
+    weight.with_cpu(|view| {
+        let tasks = out.par_chunks_mut(TASK).enumerate();
+        tasks.for_each(|(i, out)| dequantize_range(view, i * TASK, out));
+    })?;
+    Ok(Tensor::from_vec(out, state.shape.as_slice(), &Device::Cpu)?.to_dtype(state.dtype)?)
+}
+
+pub(crate) fn check_blocksize(blocksize: usize) -> Result<()> {
+    if blocksize.is_power_of_two() && (32..=4096).contains(&blocksize) {
+        return Ok(());
+    }
+    Err(Error::argument("blocksize", blocksize, "a power of two from 32 to 4096", "use 64, as QLoRA does"))
+}
+
+pub(crate) fn check_float(dtype: DType) -> Result<()> {
+    if matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: "dtype of a dequantized weight".into(),
+        got: dtype.as_str().into(),
+        supported: ["f32", "f16", "bf16"].map(String::from).into(),
+        remedy: "use DType::F16 or DType::BF16 as bnb_4bit_compute_dtype".into(),
+    })
+}
