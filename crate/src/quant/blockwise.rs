@@ -45,6 +45,7 @@ impl DynamicMap {
     }
 
     /// For numbers that are not negative.
+    #[cfg(test)]
     pub fn unsigned() -> &'static Self {
         static MAP: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(create_dynamic_map(false)));
         &MAP
@@ -108,12 +109,7 @@ pub fn quantize_blockwise(x: &Tensor, blocksize: usize) -> Result<(Tensor, Block
         blocks.for_each(|((x, codes), absmax)| *absmax = map.encode_block(x, codes));
         Ok(())
     })??;
-    let state = BlockwiseState {
-        absmax: tensor_f32(absmax)?,
-        code: signed_code()?,
-        blocksize,
-        dtype: x.dtype(),
-    };
+    let state = BlockwiseState { absmax: tensor_f32(absmax)?, code: signed_code()?, blocksize, dtype: x.dtype() };
     Ok((Tensor::from_vec(codes, x.shape(), &Device::Cpu)?, state))
 }
 

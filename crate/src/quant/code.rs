@@ -57,9 +57,11 @@ impl QuantType {
     }
 
     /// `values()` as the tensor that a checkpoint calls `quant_map`; one tensor for all weights.
+    /// FP4's second zero is -0 when it is dequantized, but not there.
     pub(crate) fn code(self) -> Result<Tensor> {
-        static CODES: LazyLock<candle_core::Result<Vec<Tensor>>> =
-            LazyLock::new(|| QuantType::ALL.map(|t| Tensor::new(t.values(), &Device::Cpu)).into_iter().collect());
+        static CODES: LazyLock<candle_core::Result<Vec<Tensor>>> = LazyLock::new(|| {
+            QuantType::ALL.into_iter().map(|t| Tensor::new(t.values(), &Device::Cpu)? + 0.0).collect()
+        });
         match &*CODES {
             Ok(codes) => Ok(codes[self as usize].clone()),
             Err(e) => Err(Error::Tensor(candle_core::Error::Msg(e.to_string()))),
@@ -114,8 +116,8 @@ static NF4: [f32; 16] = [
 #[rustfmt::skip]
 static NF4_THRESHOLDS: Thresholds = Thresholds {
     above: [
-        -0.848_096_4, -0.610_632_9, -0.459_995_27, -0.339_679_43, -0.234_607_41, -0.137_911_73, -0.045_525_018,
-        0.039_790_15, 0.120_255_25, 0.203_521_25, 0.292_013_77, 0.389_312_53, 0.501_663_4, 0.642_786_9, 0.861_478_4,
+        -0.848_096_4, -0.610_632_9, -0.459_995_27, -0.339_679_42, -0.234_607_4, -0.137_911_74, -0.045_525_018,
+        0.039_790_15, 0.120_255_25, 0.203_521_25, 0.292_013_76, 0.389_312_54, 0.501_663_45, 0.642_786_9, 0.861_478_4,
     ],
     code: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
 };

@@ -62,7 +62,11 @@ pub fn dequantize_range(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) 
     if view.quant_type == QuantType::Int8 {
         return dequantize_int8(view, start, out);
     }
-    match super::simd::level() {
+    dequantize_at(super::simd::level(), view, start, out);
+}
+
+pub(crate) fn dequantize_at(level: super::simd::Level, view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
+    match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the level was detected on this processor.
         super::simd::Level::Avx512 => unsafe { super::simd::x86::dequantize_avx512(view, start, out) },
@@ -74,7 +78,7 @@ pub fn dequantize_range(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) 
 }
 
 /// The same without SIMD: for processors without AVX2, and the reference for those with it.
-pub(crate) fn dequantize_scalar(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
+fn dequantize_scalar(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
     for_each_block(view.blocksize, start, out, |block, start, out| {
         let absmax = view.absmax.get(block);
         let mut table = [0f32; 16];

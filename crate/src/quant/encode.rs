@@ -10,7 +10,7 @@
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use super::{QuantType, code::Thresholds};
+use super::{QuantType, code::Thresholds, simd::Level};
 
 /// The smallest maximum that is divided by: below it a block's values are noise, not weights.
 const MIN_ABSMAX: f32 = 1e-38;
@@ -22,12 +22,19 @@ const TASK: usize = 1 << 16;
 pub(crate) trait Element: Copy + Sync {
     /// `source` as f32, in `buffer` unless it is f32 already.
     fn as_f32<'a>(source: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32];
+
+    /// The nearest values of this type.
+    fn from_f32s(source: &[f32], out: &mut [Self]);
 }
 
 impl Element for f32 {
     #[inline(always)]
     fn as_f32<'a>(source: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
         source
+    }
+
+    fn from_f32s(source: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(source);
     }
 }
 
@@ -37,6 +44,10 @@ impl Element for f16 {
         let buffer = &mut buffer[..source.len()];
         source.convert_to_f32_slice(buffer);
         buffer
+    }
+
+    fn from_f32s(source: &[f32], out: &mut [f16]) {
+        out.convert_from_f32_slice(source);
     }
 }
 
@@ -48,6 +59,10 @@ impl Element for bf16 {
             *b = f32::from_bits(u32::from(s.to_bits()) << 16);
         }
         buffer
+    }
+
+    fn from_f32s(source: &[f32], out: &mut [bf16]) {
+        out.convert_from_f32_slice(source);
     }
 }
 
@@ -68,15 +83,7 @@ pub(crate) fn quantize<T: Element>(
         let blocks = x.chunks(blocksize).zip(packed.chunks_mut(quant_type.packed_len(blocksize))).zip(absmax);
         for (block, ((x, packed), absmax)) in blocks.enumerate() {
             let x = T::as_f32(x, &mut buffer);
-            *absmax = match level {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the level was detected on this processor.
-                super::simd::Level::Avx512 => unsafe { block_avx512(x, quant_type, packed) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as above.
-                super::simd::Level::Avx2 => unsafe { block_avx2(x, quant_type, packed) },
-                super::simd::Level::Scalar => block_portable(x, quant_type, packed),
-            };
+            *absmax = encode_block_at(level, x, quant_type, packed);
             if !absmax.is_finite() {
                 let index = x.iter().position(|v| !v.is_finite()).unwrap_or(0);
                 return Some(task * TASK + block * blocksize + index);
@@ -85,6 +92,20 @@ pub(crate) fn quantize<T: Element>(
         None
     });
     found.map_or(Ok(()), Err)
+}
+
+/// One block of at most 4096 values; returns its maximum, which is not finite if a value is not.
+#[inline]
+pub(crate) fn encode_block_at(level: Level, x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level was detected on this processor.
+        Level::Avx512 => unsafe { block_avx512(x, quant_type, packed) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { block_avx2(x, quant_type, packed) },
+        Level::Scalar => block_portable(x, quant_type, packed),
+    }
 }
 
 // One source, compiled for three kinds of processor: the loops below vectorize themselves.
@@ -101,9 +122,8 @@ fn block_avx2(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
     block_portable(x, quant_type, packed)
 }
 
-/// One block of at most 4096 values; returns its maximum, which is not finite if a value is not.
 #[inline(always)]
-pub(crate) fn block_portable(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
+fn block_portable(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
     // As integers, magnitudes order like the floats, and NaN and infinity lie above them all.
     let absmax = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff)));
     if !absmax.is_finite() {

@@ -100,7 +100,27 @@ fn tree(sums: &mut [f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
+
+    /// The formula of scripts/fixtures/quant_cuda.py.
+    fn uniform(n: usize, seed: u64) -> Vec<f32> {
+        let value = |i: u64| (((i * 2654435761) & 0xffff_ffff) ^ ((i * 40503) & 0xffff)) >> 8;
+        (0..n as u64).map(|i| value(i + seed) as f32 / (1 << 24) as f32).collect()
+    }
+
+    #[test]
+    fn means_are_those_of_an_h100() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/quant_cuda.safetensors");
+        let f = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        let sizes = f["mean.size"].to_vec1::<i64>().unwrap();
+        let values = f["mean.value"].to_vec1::<f32>().unwrap();
+        assert_eq!(sizes.len(), 36);
+        for (n, expected) in sizes.into_iter().zip(values) {
+            assert_eq!(cuda_mean(&uniform(n as usize, 3)), expected, "{n} values");
+        }
+    }
 
     #[test]
     fn means_of_exact_sums_are_exact() {

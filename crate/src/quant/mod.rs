@@ -26,14 +26,16 @@ mod cpu;
 mod encode;
 mod mean;
 pub mod oracle;
+#[cfg(test)]
+mod properties;
 mod simd;
 mod state;
 pub(crate) mod tensor;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16};
 use rayon::prelude::*;
 
-pub(crate) use blockwise::DynamicMap;
 pub use blockwise::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState, dequantize_blockwise, quantize_blockwise};
 pub use code::{QuantType, create_dynamic_map};
 pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};
@@ -112,14 +114,27 @@ impl tensor::ForFloats for Quantize<'_> {
 pub fn dequantize_4bit(packed: &Tensor, state: &QuantState) -> Result<Tensor> {
     check_float(state.dtype)?;
     let weight = QuantizedTensor::new(packed, state)?;
-    // Whole blocks a task, and enough of them to be worth one.
+    weight.with_cpu(|view| match state.dtype {
+        DType::F16 => dequantize_to::<f16>(view, &state.shape),
+        DType::BF16 => dequantize_to::<bf16>(view, &state.shape),
+        _ => dequantize_to::<f32>(view, &state.shape),
+    })?
+}
+
+fn dequantize_to<T: Element + WithDType>(view: &QuantizedCpu<'_>, shape: &[usize]) -> Result<Tensor> {
+    // Whole blocks a task, and enough of them to be worth one; a buffer that stays in the cache.
     const TASK: usize = 1 << 16;
-    let mut out = vec![0f32; state.elem_count()];
-    weight.with_cpu(|view| {
-        let tasks = out.par_chunks_mut(TASK).enumerate();
-        tasks.for_each(|(i, out)| dequantize_range(view, i * TASK, out));
-    })?;
-    Ok(Tensor::from_vec(out, state.shape.as_slice(), &Device::Cpu)?.to_dtype(state.dtype)?)
+    const BUFFER: usize = 1 << 12;
+    let mut out = vec![T::zero(); view.len];
+    out.par_chunks_mut(TASK).enumerate().for_each(|(task, out)| {
+        let mut buffer = [0f32; BUFFER];
+        for (i, out) in out.chunks_mut(BUFFER).enumerate() {
+            let buffer = &mut buffer[..out.len()];
+            dequantize_range(view, task * TASK + i * BUFFER, buffer);
+            T::from_f32s(buffer, out);
+        }
+    });
+    Ok(Tensor::from_vec(out, shape, &Device::Cpu)?)
 }
 
 pub(crate) fn check_blocksize(blocksize: usize) -> Result<()> {

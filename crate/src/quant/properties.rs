@@ -1,0 +1,119 @@
+//! The fast code against the oracle, at every SIMD level that the processor has.
+
+use candle_core::{DType, Device, Tensor};
+use proptest::prelude::*;
+
+use super::{QuantType, QuantizedTensor, cpu::dequantize_at, encode::encode_block_at, oracle, simd};
+
+/// Weights of all magnitudes, with zeros, denormals, and values that lie on a threshold.
+fn weights(len: impl Into<proptest::collection::SizeRange>) -> impl Strategy<Value = Vec<f32>> {
+    let value = prop_oneof![
+        8 => -1f32..1.0,
+        1 => Just(0f32),
+        1 => Just(-0f32),
+        1 => (-1f32..1.0).prop_map(|x| x * 1e-39),
+        1 => (-3f32..3.0).prop_map(|x| x * 1e4),
+        1 => (0usize..15, any::<bool>()).prop_map(|(i, fp4)| {
+            let t = if fp4 { QuantType::Fp4 } else { QuantType::Nf4 };
+            t.thresholds().above[i]
+        }),
+    ];
+    // Scaling whole stretches makes blocks of zeros and of denormals likely.
+    let scale = prop_oneof![6 => Just(1f32), 1 => Just(0f32), 1 => Just(1e-40f32)];
+    (proptest::collection::vec(value, len), proptest::collection::vec(scale, 1..8)).prop_map(|(mut x, scales)| {
+        x.iter_mut().enumerate().for_each(|(i, x)| *x *= scales[(i / 64) % scales.len()]);
+        x
+    })
+}
+
+fn quant_types() -> impl Strategy<Value = QuantType> {
+    (0usize..4).prop_map(|i| QuantType::ALL[i])
+}
+
+fn dtypes() -> impl Strategy<Value = DType> {
+    prop_oneof![Just(DType::F32), Just(DType::F16), Just(DType::BF16)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn a_block_is_encoded_as_the_oracle_does(x in weights(1..300), quant_type in quant_types()) {
+        let (codes, maxima) = oracle::quantize(&x, quant_type, 4096);
+        let expected = oracle::pack(&codes, quant_type);
+        for level in simd::available() {
+            let mut packed = vec![0xAA; quant_type.packed_len(x.len())];
+            let absmax = encode_block_at(level, &x, quant_type, &mut packed);
+            prop_assert_eq!(absmax.to_bits(), maxima[0].to_bits());
+            prop_assert_eq!(&packed, &expected, "{:?}", level);
+        }
+    }
+
+    #[test]
+    fn any_range_is_dequantized_as_the_oracle_does(
+        x in weights(1..700),
+        quant_type in quant_types(),
+        dtype in dtypes(),
+        blocksize in (5u32..9).prop_map(|log| 1usize << log),
+        nested in any::<bool>(),
+        (from, to) in (0f64..1.0, 0f64..=1.0),
+    ) {
+        let n = x.len();
+        let weight = Tensor::new(x, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let q = QuantizedTensor::quantize(&weight, quant_type, blocksize, nested).unwrap();
+        let rounded = weight.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        let (codes, maxima) = oracle::quantize(&rounded, quant_type, blocksize);
+        let start = (from * n as f64) as usize;
+        let len = (to * (n - start) as f64).ceil() as usize;
+        q.with_cpu(|view| {
+            let stored: Vec<f32> = (0..maxima.len()).map(|b| view.absmax.get(b)).collect();
+            if !nested {
+                prop_assert_eq!(&stored, &maxima);
+            }
+            let whole = oracle::dequantize(&codes, &stored, quant_type, blocksize, dtype);
+            for level in simd::available().into_iter().filter(|_| quant_type != QuantType::Int8) {
+                let mut out = vec![f32::NAN; len];
+                dequantize_at(level, view, start, &mut out);
+                let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                prop_assert_eq!(bits(&out), bits(&whole[start..start + len]), "{:?} {}..+{}", level, start, len);
+            }
+            let mut out = vec![f32::NAN; len];
+            super::dequantize_range(view, start, &mut out);
+            prop_assert_eq!(&out[..], &whole[start..start + len]);
+            Ok(())
+        }).unwrap()?;
+    }
+
+    /// What a user sees: the tensor that comes back is the oracle's, and an element moves by at
+    /// most half the widest gap of the code book.
+    #[test]
+    fn a_tensor_comes_back_within_the_code_book(x in weights(1..500), quant_type in quant_types()) {
+        let weight = Tensor::new(x.as_slice(), &Device::Cpu).unwrap();
+        let (packed, state) = super::quantize_4bit(&weight, quant_type, 64, false).unwrap();
+        let back = super::dequantize_4bit(&packed, &state).unwrap().to_vec1::<f32>().unwrap();
+        let maxima = state.absmax.to_vec1::<f32>().unwrap();
+        let half_gap = match quant_type {
+            QuantType::Nf4 => 0.1520,
+            QuantType::Fp4 => 0.1668,
+            QuantType::Int4 => 0.5 / 7.0,
+            QuantType::Int8 => 0.5 / 127.0,
+        };
+        for (i, (x, y)) in x.iter().zip(&back).enumerate() {
+            let absmax = maxima[i / 64];
+            // A maximum below 1e-38 is not divided by: such a block may come back as nothing.
+            let bound = absmax * if absmax < 1e-38 { 1.0 } else { half_gap * 1.001 };
+            prop_assert!((x - y).abs() <= bound, "{i}: {x} came back as {y}, absmax {absmax}");
+            prop_assert!(*x != 0.0 || quant_type == QuantType::Int8 || *y == 0.0);
+        }
+    }
+}
+
+#[test]
+fn a_range_beyond_the_weight_panics_like_an_index() {
+    let weight = Tensor::new(&[1f32; 70], &Device::Cpu).unwrap();
+    let q = QuantizedTensor::quantize(&weight, QuantType::Nf4, 64, true).unwrap();
+    let beyond = |start| {
+        q.with_cpu(|view| std::panic::catch_unwind(|| super::dequantize_range(view, start, &mut [0.0; 8])).is_err())
+    };
+    assert!(!beyond(62).unwrap() && beyond(63).unwrap() && beyond(usize::MAX).unwrap());
+}
