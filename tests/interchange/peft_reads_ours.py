@@ -3,9 +3,9 @@
     python peft_reads_ours.py BASE ADAPTER [--ids '[[5, 6, 7]]'] [--mask '[[1, 1, 1]]'] [--merge] [--out logits.json]
 
 Loads BASE (e.g. tests/fixtures/bloom_tiny) with transformers in f32, ADAPTER with PEFT, and writes {"input_ids",
-"attention_mask", "logits": [B][T][vocab], "modules": wrapped, "config"} as JSON, to stdout unless --out. Exits with 1, and
-says which, if a tensor of the adapter's file found no place in the model or a place found no tensor: PEFT itself only
-warns. Exits with 77 if torch or PEFT is not installed, which the calling test reports as skipped.
+"attention_mask", "logits": [B][T][vocab], "modules": wrapped, "config"} as JSON, to stdout unless --out. Exits with 1,
+and says which, if a tensor of the adapter's file found no place in the model or a place found no tensor: PEFT itself
+only warns. Exits with 77 if torch or PEFT is not installed, which the calling test reports as skipped.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def main():
     with safe_open(Path(args.adapter) / "adapter_model.safetensors", "pt") as f:
         stored = {key: f.get_tensor(key).float() for key in f.keys()}
     live = {n.replace(".default.", "."): p for n, p in model.named_parameters() if "lora_" in n}
-    for what, keys in (("no place in the model", stored.keys() - live.keys()), ("no tensor", live.keys() - stored.keys())):
+    stray, lacking = stored.keys() - live.keys(), live.keys() - stored.keys()
+    for what, keys in (("no place in the model", stray), ("no tensor", lacking)):
         if keys:
             sys.exit(f"{args.adapter}: {what} for {sorted(keys)[:4]} ({len(keys)} in all)")
     changed = [key for key, value in stored.items() if not torch.equal(value, live[key].float())]
