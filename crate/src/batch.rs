@@ -42,14 +42,18 @@ impl Batch {
                 });
             }
         }
-        // The model predicts position t + 1 at t: the first label of a row is never asked for.
-        let counted = |row: &Vec<i64>| row.iter().skip(1).filter(|&&label| label != IGNORE_INDEX).count();
-        let num_label_tokens = labels.to_vec2::<i64>()?.iter().map(counted).sum();
+        // The model predicts position t + 1 at t: a label without a real token before it (the first
+        // of a row, padded or not) is never asked for.
+        let counted = |(labels, mask): (&Vec<i64>, &Vec<u32>)| {
+            labels.iter().skip(1).zip(mask).filter(|(label, mask)| **label != IGNORE_INDEX && **mask != 0).count()
+        };
+        let num_label_tokens =
+            labels.to_vec2::<i64>()?.iter().zip(&attention_mask.to_vec2::<u32>()?).map(counted).sum();
         Ok(Self { input_ids, attention_mask, labels, num_label_tokens })
     }
 
-    /// The number of labels that enter the loss, `labels[:, 1:] != -100`: what the sum of the
-    /// token losses is divided by.
+    /// The number of labels that enter the loss, `labels[:, 1:] != -100` after a real token: what
+    /// the sum of the token losses is divided by.
     pub fn num_label_tokens(&self) -> usize {
         self.num_label_tokens
     }
@@ -85,7 +89,7 @@ mod tests {
 
     fn batch(labels: &[[i64; 3]]) -> Result<Batch> {
         let ids = Tensor::ones((labels.len(), 3), DType::U32, &Device::Cpu)?;
-        Batch::new(ids.clone(), ids, Tensor::new(&labels[..], &Device::Cpu)?)
+        Batch::new(ids.clone(), ids, Tensor::from_vec(labels.concat(), (labels.len(), 3), &Device::Cpu)?)
     }
 
     #[test]

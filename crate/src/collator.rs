@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(batch.input_ids.to_vec2::<u32>().unwrap(), [[5, 6, 7], [3, 3, 8]]);
         assert_eq!(batch.attention_mask.to_vec2::<u32>().unwrap(), [[1, 1, 1], [0, 0, 1]]);
         assert_eq!(batch.labels.to_vec2::<i64>().unwrap(), [[5, 6, 7], [-100, -100, 8]]);
-        assert_eq!(batch.num_label_tokens(), 3);
+        assert_eq!(batch.num_label_tokens(), 2);
         let right = DataCollatorForSeq2Seq { pad_to_multiple_of: Some(4), ..collator(PaddingSide::Right) };
         let batch = right.collate(&[&a, &b]).unwrap();
         assert_eq!(batch.input_ids.to_vec2::<u32>().unwrap(), [[5, 6, 7, 3], [8, 3, 3, 3]]);

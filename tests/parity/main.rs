@@ -3,6 +3,7 @@
 //! The files in `tests/fixtures` were written by the reference programs
 //! (`scripts/fixtures`); a larger set beside the repository is used where it is present.
 
+mod adamw;
 mod bloom;
 mod engine;
 mod lora;

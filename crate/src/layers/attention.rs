@@ -143,9 +143,10 @@ impl Attention {
 /// assert_eq!(alibi_slopes(4), [0.25, 0.0625, 0.015625, 0.00390625]);
 /// ```
 pub fn alibi_slopes(heads: usize) -> Vec<f32> {
+    // The base is rounded to f32, and so is each power: as PyTorch's pow has them.
     let slopes = |n: usize, step: usize, count: usize| {
         let base = 2f64.powf(-(2f64.powf(-((n as f64).log2() - 3.0)))) as f32;
-        (0..count).map(move |i| base.powi((1 + i * step) as i32)).collect::<Vec<f32>>()
+        (0..count).map(move |i| f64::from(base).powi((1 + i * step) as i32) as f32).collect::<Vec<f32>>()
     };
     let power = if heads == 0 { return Vec::new() } else { 1 << heads.ilog2() };
     let mut all = slopes(power, 1, power);
