@@ -50,6 +50,12 @@ pub fn notice_once(text: &str) {
     }
 }
 
+/// Whether somebody sees the output as it comes: at a terminal, or in a notebook's cell.
+pub fn interactive() -> bool {
+    // evcxr sets the variable in the process that runs the cells.
+    io::stdout().is_terminal() || std::env::var_os("EVCXR_IS_RUNTIME").is_some()
+}
+
 /// Whether progress is drawn as a bar that overwrites itself.
 fn live_terminal() -> bool {
     io::stderr().is_terminal()

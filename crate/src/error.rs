@@ -109,6 +109,12 @@ pub enum Error {
     )]
     NotFinite { what: String, value: f64, step: usize, checkpoint: Option<PathBuf> },
 
+    /// Logits from which no token can be chosen.
+    #[error(
+        "prompt {prompt}: the logits after {position} tokens hold {value}, so no next token can be chosen\n  what to do: load the model in f32 or bf16 (f16 overflows beyond 65504); if that does not help, its weights are damaged"
+    )]
+    LogitsNotFinite { prompt: usize, position: usize, value: f32 },
+
     /// A checkpoint that another run wrote.
     #[error("{} is a checkpoint of another run: {field} was {expected}, here it is {got}\n  what to do: resume with the arguments, data and model of that run, or train from the start", path.display())]
     CheckpointMismatch { path: PathBuf, field: String, expected: String, got: String },

@@ -3,17 +3,20 @@
 // 2
 pub mod dataset;
 // 3
-pub mod tokenizer;
-pub mod features;
 pub mod collator;
+pub mod features;
+pub mod tokenizer;
 // 4
 pub mod model;
 pub mod peft;
+// 8
+pub mod pipeline;
 
 // Beneath the steps.
 pub mod batch;
 pub mod display;
 pub mod error;
+pub mod generation;
 pub mod hub;
 pub mod interrupt;
 pub mod layers;

@@ -6,4 +6,5 @@
 mod adamw;
 mod bloom;
 mod engine;
+mod generation;
 mod lora;

@@ -8,7 +8,10 @@ use super::{
     config::{InitLoraWeights, LoraConfig},
     targets::TargetModules,
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    safe_file::write_atomically,
+};
 
 /// The file in an adapter's folder that holds its configuration.
 pub const CONFIG_NAME: &str = "adapter_config.json";
@@ -21,14 +24,7 @@ impl LoraConfig {
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         fs::create_dir_all(dir).map_err(Error::io("write", dir))?;
-        let path = dir.join(CONFIG_NAME);
-        let temporary = dir.join(format!(".{CONFIG_NAME}.tmp"));
-        let written = fs::write(&temporary, self.to_json_string()).and_then(|()| fs::rename(&temporary, &path));
-        written.map_err(|e| {
-            // The error is the news; a leftover temporary file is not.
-            let _ = fs::remove_file(&temporary);
-            Error::io("write", &path)(e)
-        })
+        write_atomically(&dir.join(CONFIG_NAME), self.to_json_string().as_bytes())
     }
 
     /// The text of `adapter_config.json`: keys sorted, two spaces, as `json.dumps(..., indent=2, sort_keys=True)`.

@@ -1,0 +1,65 @@
+//! Choosing a token from processed logits.
+
+use super::processors::{Scratch, highest};
+
+/// A stream of random numbers: SplitMix64. One draw a token, so that what a sequence becomes
+/// depends on its seed and its own logits, not on the batch that it is in.
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// The stream number `stream` of a seed.
+    pub fn new(seed: u64, stream: u64) -> Self {
+        // The seed is mixed before the stream is added, or neighbouring seeds would share streams.
+        Self(mix(mix(seed.wrapping_add(GAMMA)) ^ stream.wrapping_mul(GAMMA)))
+    }
+
+    /// Uniform in [0, 1), 53 bits.
+    pub fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(GAMMA);
+        (mix(self.0) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The most likely token; of equal ones the first.
+pub fn greedy(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &x) in logits.iter().enumerate() {
+        if x > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+/// The token at `u` (in [0, 1)) of the cumulative softmax, in the order of ids.
+pub fn sample(logits: &[f32], u: f64, scratch: &mut Scratch) -> u32 {
+    let max = highest(logits);
+    let candidates = &mut scratch.candidates;
+    candidates.clear();
+    let mut total = 0f64;
+    for (id, &x) in logits.iter().enumerate() {
+        if x > f32::NEG_INFINITY {
+            let weight = (x - max).exp();
+            total += f64::from(weight);
+            candidates.push((weight, id as u32));
+        }
+    }
+    let mut rest = u * total;
+    for &(weight, id) in candidates.iter() {
+        rest -= f64::from(weight);
+        if rest < 0.0 {
+            return id;
+        }
+    }
+    // Rounding left a crumb behind the last one.
+    candidates.iter().rev().find(|(weight, _)| *weight > 0.0).map_or(0, |(_, id)| *id)
+}

@@ -1,0 +1,324 @@
+//! Step 8: text from a prompt, with the trained model.
+
+use std::{fmt, ops::Deref, sync::Arc};
+
+use crate::{
+    display,
+    error::{Error, Result},
+    generation::{FinishReason, GenerationConfig, generate},
+    models::causal_lm::CausalLM,
+    py_repr::py_str,
+    tokenizer::{DecodeStream, Tokenizer},
+};
+
+/// A pipeline for a task, as `transformers.pipeline`. The one task is `"text-generation"`; the
+/// model is a base model or one with an adapter, and is shared, not copied.
+///
+/// ```no_run
+/// # use qlora_nb::{error::Result, generation::GenerationConfig, model::{AutoModelForCausalLM, ModelOptions},
+/// #     pipeline::pipeline, tokenizer::AutoTokenizer};
+/// # fn main() -> Result<()> {
+/// let tokenizer = AutoTokenizer::from_pretrained("models/poet-bloom-zh")?;
+/// let model = AutoModelForCausalLM::from_pretrained("models/poet-bloom-zh", ModelOptions::default())?;
+/// let pipe = pipeline("text-generation", &model, &tokenizer)?;
+/// let config = GenerationConfig { max_length: Some(500), do_sample: true, ..Default::default() };
+/// println!("{}", pipe.generate("Human: 写一首七言绝句\n\nAssistant: ", &config)?.text());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// `Unsupported` for another task.
+pub fn pipeline<M>(task: &str, model: &M, tokenizer: &Tokenizer) -> Result<TextGenerationPipeline>
+where
+    M: CausalLM + Clone + 'static,
+{
+    if task != TASK {
+        return Err(Error::Unsupported {
+            what: "the pipeline task".into(),
+            got: task.into(),
+            supported: vec![TASK.into()],
+            remedy: format!("use pipeline({TASK:?}, &model, &tokenizer)"),
+        });
+    }
+    Ok(TextGenerationPipeline { model: Arc::new(model.clone()), tokenizer: tokenizer.clone(), live: true })
+}
+
+const TASK: &str = "text-generation";
+
+/// A model and its tokenizer, ready to write. Cloning is cheap.
+#[derive(Clone)]
+pub struct TextGenerationPipeline {
+    model: Arc<dyn CausalLM>,
+    tokenizer: Tokenizer,
+    live: bool,
+}
+
+impl TextGenerationPipeline {
+    /// Continues one prompt. In a notebook or a terminal the text appears as it is made, unless
+    /// [`streaming(false)`](Self::streaming) was asked for or there are several sequences.
+    ///
+    /// Settings that `config` leaves open come from the checkpoint, then from the tokenizer
+    /// (`eos_token_id`), then from the defaults of the reference's pipeline: 256 new tokens and,
+    /// when sampling, temperature 0.7.
+    ///
+    /// An interrupt ends the text early and returns what there is.
+    ///
+    /// # Errors
+    /// Those of [`generate`].
+    pub fn generate(&self, prompt: impl AsRef<str>, config: &GenerationConfig) -> Result<Generations> {
+        let prompt = prompt.as_ref();
+        let config = self.complete(config)?;
+        if self.live && config.num_return_sequences.unwrap_or(1) == 1 && display::interactive() {
+            let mut live = LiveText::default();
+            live.push(prompt);
+            let text = self.run_streaming(prompt, &config, &mut |piece| live.push(piece))?;
+            return Ok(Generations(vec![text]));
+        }
+        let mut out = self.run(&[prompt], &config)?;
+        Ok(out.pop().unwrap_or(Generations(Vec::new())))
+    }
+
+    /// Continues several prompts as one batch; the result is in their order.
+    pub fn generate_batch(&self, prompts: &[impl AsRef<str>], config: &GenerationConfig) -> Result<Vec<Generations>> {
+        let prompts: Vec<&str> = prompts.iter().map(AsRef::as_ref).collect();
+        self.run(&prompts, &self.complete(config)?)
+    }
+
+    /// Continues one prompt and hands each piece of new text over as soon as its characters are
+    /// whole; the pieces together are the `new_text` of the result.
+    ///
+    /// ```no_run
+    /// # use qlora_nb::{error::Result, generation::GenerationConfig, pipeline::TextGenerationPipeline};
+    /// # fn f(pipe: TextGenerationPipeline) -> Result<()> {
+    /// pipe.stream("春眠不觉晓", &GenerationConfig::default(), |piece| print!("{piece}"))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn stream(
+        &self,
+        prompt: impl AsRef<str>,
+        config: &GenerationConfig,
+        mut on_text: impl FnMut(&str),
+    ) -> Result<GeneratedText> {
+        let config = self.complete(config)?;
+        if let Some(n) = config.num_return_sequences.filter(|n| *n != 1) {
+            let remedy = "leave it out, or use generate";
+            return Err(Error::argument("num_return_sequences", n, "1 when streaming", remedy));
+        }
+        self.run_streaming(prompt.as_ref(), &config, &mut on_text)
+    }
+
+    /// The same pipeline; whether `generate` shows text as it is made.
+    pub fn streaming(&self, on: bool) -> Self {
+        Self { live: on, ..self.clone() }
+    }
+
+    /// What the checkpoint's `generation_config.json` asks for, `do_sample` included:
+    /// `GenerationConfig { max_new_tokens: Some(64), ..pipe.generation_config()? }`.
+    pub fn generation_config(&self) -> Result<GenerationConfig> {
+        GenerationConfig::from_checkpoint(self.model.generation_defaults())
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    fn complete(&self, config: &GenerationConfig) -> Result<GenerationConfig> {
+        for notice in config.notices(self.model.generation_defaults()) {
+            display::notice_once(&notice);
+        }
+        let pipeline_defaults = GenerationConfig {
+            max_new_tokens: Some(256),
+            temperature: Some(0.7),
+            eos_token_id: self.tokenizer.eos_token_id().map(|id| vec![id]),
+            ..Default::default()
+        };
+        Ok(config.or(&self.generation_config()?).or(&pipeline_defaults))
+    }
+
+    fn run(&self, prompts: &[&str], config: &GenerationConfig) -> Result<Vec<Generations>> {
+        let ids: Vec<Vec<u32>> =
+            prompts.iter().map(|p| Ok(self.tokenizer.encode(p)?.input_ids)).collect::<Result<_>>()?;
+        let out = generate(self.model.as_ref(), &ids, config, &mut |_, _| {})?;
+        let copies = config.num_return_sequences.unwrap_or(1).max(1);
+        let mut out = out.into_iter();
+        let of_prompt = |prompt: &&str| {
+            let copies = out.by_ref().take(copies);
+            let texts = copies.map(|g| {
+                let new_text = self.tokenizer.decode(&g.ids, true)?;
+                Ok(GeneratedText { prompt: (*prompt).into(), new_text, ids: g.ids, finish_reason: g.finish_reason })
+            });
+            Ok(Generations(texts.collect::<Result<_>>()?))
+        };
+        let generations = prompts.iter().map(of_prompt).collect::<Result<Vec<_>>>()?;
+        tell_if_interrupted(generations.iter().flat_map(|g| g.iter()));
+        Ok(generations)
+    }
+
+    fn run_streaming(
+        &self,
+        prompt: &str,
+        config: &GenerationConfig,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<GeneratedText> {
+        let ids = self.tokenizer.encode(prompt)?.input_ids;
+        let mut decoder = self.tokenizer.decode_stream();
+        let (mut new_text, mut fault) = (String::new(), None);
+        let mut take = |piece: Result<Option<String>>| match piece {
+            Ok(Some(piece)) => {
+                new_text.push_str(&piece);
+                on_text(&piece);
+            }
+            Ok(None) => {}
+            Err(e) => fault = Some(e),
+        };
+        let out = generate(self.model.as_ref(), &[ids], config, &mut |_, id| take(decoder.push(id)))?;
+        take(DecodeStream::finish(&mut decoder));
+        if let Some(e) = fault {
+            return Err(e);
+        }
+        let (ids, finish_reason) =
+            out.into_iter().next().map_or((Vec::new(), FinishReason::Interrupted), |g| (g.ids, g.finish_reason));
+        let text = GeneratedText { prompt: prompt.into(), new_text, ids, finish_reason };
+        tell_if_interrupted([&text]);
+        Ok(text)
+    }
+}
+
+impl fmt::Debug for TextGenerationPipeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TextGenerationPipeline(tokenizer={})", py_str(self.tokenizer.name_or_path()))
+    }
+}
+
+fn tell_if_interrupted<'a>(texts: impl IntoIterator<Item = &'a GeneratedText>) {
+    if texts.into_iter().any(|t| t.finish_reason == FinishReason::Interrupted) {
+        display::notice("generation was interrupted; this is the text so far");
+    }
+}
+
+/// Text on its way to the screen. However it ends, the line is finished: a front end that reads
+/// whole lines would wait for the rest.
+#[derive(Default)]
+struct LiveText {
+    open_line: bool,
+}
+
+impl LiveText {
+    fn push(&mut self, piece: &str) {
+        if !piece.is_empty() {
+            self.open_line = !piece.ends_with('\n');
+            display::stream(piece);
+        }
+    }
+}
+
+impl Drop for LiveText {
+    fn drop(&mut self) {
+        if self.open_line {
+            display::stream("\n");
+        }
+    }
+}
+
+/// One text that a pipeline wrote.
+#[derive(Clone, PartialEq, Eq)]
+pub struct GeneratedText {
+    prompt: String,
+    new_text: String,
+    ids: Vec<u32>,
+    finish_reason: FinishReason,
+}
+
+impl GeneratedText {
+    /// The prompt and what was written after it, without special tokens.
+    pub fn text(&self) -> String {
+        format!("{}{}", self.prompt, self.new_text)
+    }
+
+    /// What was written, without the prompt and special tokens.
+    pub fn new_text(&self) -> &str {
+        &self.new_text
+    }
+
+    /// The prompt.
+    pub fn prompt(&self) -> &str {
+        &self.prompt
+    }
+
+    /// The tokens that were written, the end token included.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Why the text ends where it ends.
+    pub fn finish_reason(&self) -> FinishReason {
+        self.finish_reason
+    }
+}
+
+/// As the reference's pipeline prints one: `{'generated_text': '...'}`.
+impl fmt::Display for GeneratedText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{{'generated_text': {}}}", py_str(&self.text()))
+    }
+}
+
+impl fmt::Debug for GeneratedText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// What one prompt became: one text, or `num_return_sequences` of them. It is a slice of
+/// [`GeneratedText`], and has the first one's texts as its own.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Generations(Vec<GeneratedText>);
+
+impl Generations {
+    /// The prompt and what was written after it, of the first sequence.
+    pub fn text(&self) -> String {
+        self.0.first().map(GeneratedText::text).unwrap_or_default()
+    }
+
+    /// What was written, of the first sequence.
+    pub fn new_text(&self) -> &str {
+        self.0.first().map(GeneratedText::new_text).unwrap_or_default()
+    }
+}
+
+impl Deref for Generations {
+    type Target = [GeneratedText];
+
+    fn deref(&self) -> &[GeneratedText] {
+        &self.0
+    }
+}
+
+impl IntoIterator for Generations {
+    type Item = GeneratedText;
+    type IntoIter = std::vec::IntoIter<GeneratedText>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+/// As the reference's pipeline prints it: `[{'generated_text': '...'}]`.
+impl fmt::Display for Generations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[")?;
+        for (i, text) in self.0.iter().enumerate() {
+            write!(f, "{}{text}", if i == 0 { "" } else { ", " })?;
+        }
+        f.write_str("]")
+    }
+}
+
+impl fmt::Debug for Generations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
