@@ -113,26 +113,6 @@ impl ModuleNode {
         self
     }
 
-    /// Replaces the modules for which `f` gives another, children first. `f` sees a module and
-    /// its dotted path from here; the replacement stands under the old name.
-    pub fn map_leaves(mut self, f: &mut dyn FnMut(&str, &ModuleNode) -> Option<ModuleNode>) -> Self {
-        self.map_below("", f);
-        self
-    }
-
-    fn map_below(&mut self, path: &str, f: &mut dyn FnMut(&str, &ModuleNode) -> Option<ModuleNode>) {
-        for child in &mut self.children {
-            let path = if path.is_empty() { child.name.clone() } else { format!("{path}.{}", child.name) };
-            if child.children.is_empty() {
-                if let Some(other) = f(&path, child) {
-                    *child = other.named(std::mem::take(&mut child.name));
-                }
-            } else {
-                child.map_below(&path, f);
-            }
-        }
-    }
-
     /// The tree as HTML whose branches fold; the first `open` levels are unfolded.
     pub fn to_html(&self, open: usize) -> String {
         let mut html = String::from("<div style=\"font-family: monospace; line-height: 1.5\">");
@@ -278,22 +258,6 @@ ModuleList(
   )
 )";
         assert_eq!(list.to_string(), expected);
-    }
-
-    #[test]
-    fn leaves_are_replaced_by_path() {
-        let list = ModuleNode::list("h", vec![block(), block()]);
-        let mut paths = Vec::new();
-        let wrapped = list.map_leaves(&mut |path, leaf| {
-            paths.push(path.to_string());
-            let wrapped = ModuleNode::lora_linear(leaf.clone(), 64, 192, 8, 0.0);
-            (path == "1.self_attention.query_key_value").then_some(wrapped)
-        });
-        assert!(paths.contains(&"0.self_attention.dense".to_string()), "{paths:?}");
-        let attention = &wrapped.children[1].children[1];
-        assert_eq!(attention.children[0].name, "query_key_value");
-        assert_eq!(attention.children[0].label, "lora.Linear4bit");
-        assert!(wrapped.to_string().contains("(0): BloomBlock"), "the blocks differ now");
     }
 
     #[test]

@@ -8,3 +8,4 @@ mod bloom;
 mod engine;
 mod generation;
 mod lora;
+mod prints;
