@@ -52,3 +52,21 @@ pub fn max_difference_where(a: &Tensor, b: &Tensor, mask: &Tensor) -> f64 {
     let row = |i: usize| i * width..(i + 1) * width;
     real.flat_map(|(i, _)| row(i)).map(|j| (a[j] - b[j]).abs()).fold(0.0, f64::max)
 }
+
+/// Runs `f` while no file can grow beyond `bytes`: the way a full disk looks to a program. The
+/// limit is the process's own, so a test that uses it needs its own process (nextest).
+pub fn with_file_size_limit<R>(bytes: u64, f: impl FnOnce() -> R) -> R {
+    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: plain system calls on a local struct; beyond the limit a write fails with EFBIG
+    // because SIGXFSZ is ignored.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        assert_eq!(libc::getrlimit(libc::RLIMIT_FSIZE, &mut before), 0);
+        let limit = libc::rlimit { rlim_cur: bytes, ..before };
+        assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &limit), 0);
+    }
+    let result = f();
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &before) }, 0);
+    result
+}

@@ -1,0 +1,3 @@
+//! Bad input gets a typed error that names the place and the remedy, and costs nothing.
+
+mod model;
