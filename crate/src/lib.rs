@@ -22,6 +22,7 @@ pub mod interrupt;
 pub mod layers;
 pub mod models;
 pub mod module_tree;
+pub mod optim;
 pub mod prelude;
 pub mod py_repr;
 pub mod quant;

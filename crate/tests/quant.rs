@@ -48,6 +48,10 @@ fn assert_bits(what: &str, got: &Tensor, expected: &Tensor) {
     assert!(wrong.is_empty(), "{what}: {} of {} differ, first at {:?}", wrong.len(), got.len(), wrong.first());
 }
 
+fn floats(t: &Tensor) -> Vec<f32> {
+    bits(t).into_iter().map(f32::from_bits).collect()
+}
+
 fn scalar(t: &Tensor) -> f32 {
     t.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0]
 }
@@ -221,6 +225,50 @@ fn code_books_are_those_of_bitsandbytes() {
         assert_eq!(oracle::encode(t, QuantType::Nf4) as usize, code, "a tie takes the lower code");
         assert_eq!(oracle::encode(t.next_up(), QuantType::Nf4) as usize, code + 1);
     }
+}
+
+/// bitsandbytes without a GPU (scripts/fixtures/nf4.py). It differs from its CUDA backend, which is the reference here,
+/// where a value lies within an ulp of a threshold, in the sign of FP4's zero, and in the order of a sum.
+#[test]
+fn cpu_fixture_is_equal_but_for_its_own_ways() {
+    let f = fixture("nf4.safetensors");
+    let mut cases = 0;
+    for (key, packed) in f.iter().filter(|(k, _)| k.ends_with(".packed") && k.split('.').count() == 4) {
+        let [name, quant_type, blocksize, _] = key.split('.').collect::<Vec<_>>()[..] else { unreachable!() };
+        let (quant_type, blocksize): (QuantType, usize) = (quant_type.parse().unwrap(), blocksize.parse().unwrap());
+        let of = |part: &str| f.get(&format!("{name}.{quant_type}.{blocksize}.{part}"));
+        let (got, state) = quantize_4bit(&f[&format!("{name}.weight")], quant_type, blocksize, false).unwrap();
+        assert_bits(key, &state.absmax, of("absmax").unwrap());
+        // Small positive numbers are FP4's second zero (-0) there.
+        let zero = |code: u32| if quant_type == QuantType::Fp4 && code == 8 { 0 } else { code };
+        let codes = |t: &Tensor| bits(t).into_iter().flat_map(|b| [zero(b >> 4), zero(b & 15)]).collect::<Vec<_>>();
+        let (got, mut expected) = (codes(&got), codes(packed));
+        if name == "ties" {
+            // Its midpoint of the two highest values is an ulp above the CUDA kernel's threshold.
+            expected[14] = 15;
+        }
+        assert_eq!(got, expected, "{key}");
+        if let Some(expected) = of("dequant") {
+            let got = dequantize_4bit(packed, &state).unwrap();
+            assert_eq!(floats(&got), floats(expected), "{key}");
+        }
+        cases += 1;
+    }
+    assert_eq!(cases, 4 * 2 + 2 + 2 + 8);
+
+    let (packed, state) = quantize_4bit(&f["double.weight"], QuantType::Nf4, 32, true).unwrap();
+    assert_bits("packed", &packed, &f["double.packed"]);
+    let offset = state.offset.unwrap();
+    assert!((offset / scalar(&f["double.offset"]) - 1.0).abs() < 1e-6, "{offset}");
+    let absmax = (&f["double.absmax"] - f64::from(scalar(&f["double.offset"]))).unwrap();
+    let (codes, state2) = quantize_blockwise(&absmax, 256).unwrap();
+    assert_bits("nested absmax", &state2.absmax, &f["double.nested_absmax"]);
+    assert_bits("nested codes", &codes, &f["double.absmax_u8"]);
+
+    let get = |name: &str| Ok(f.get(if name == "statedict" { "statedict.packed" } else { name }).cloned());
+    let read = QuantizedTensor::from_tensors("statedict", get).unwrap().unwrap();
+    let error = (read.dequantize().unwrap() - &f["statedict.weight"]).unwrap().abs().unwrap();
+    assert!(floats(&error).into_iter().fold(0.0, f32::max) < 0.5);
 }
 
 /// Numbers of the normal distribution (Box-Muller over a counter).

@@ -45,7 +45,6 @@ impl DynamicMap {
     }
 
     /// For numbers that are not negative.
-    #[cfg(test)]
     pub fn unsigned() -> &'static Self {
         static MAP: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(create_dynamic_map(false)));
         &MAP
@@ -68,6 +67,13 @@ impl DynamicMap {
             code += if x > self.above[code + step - 1] { step } else { 0 };
         }
         code as u8
+    }
+
+    /// The values of one block's codes.
+    pub fn decode_block(&self, codes: &[u8], absmax: f32, out: &mut [f32]) {
+        for (o, c) in out.iter_mut().zip(codes) {
+            *o = self.value[*c as usize] * absmax;
+        }
     }
 
     /// Quantizes one block; returns its maximum. A block of zeros gets code 0, as in bitsandbytes.

@@ -205,6 +205,22 @@ mod tests {
         }
     }
 
+    /// bitsandbytes' kernel asks for the sign, then compares |x|; ties belong to the smaller magnitude.
+    #[test]
+    fn fp4_decides_on_the_magnitude() {
+        let by_magnitude = |x: f32| {
+            let steps =
+                [(0.8333333, 3), (0.583333, 2), (0.4166667, 5), (0.29166667, 4), (0.20833333, 7), (0.0859375, 6)];
+            let above = steps.into_iter().chain([(0.00260417, 1)]).find(|(t, _)| x.abs() > *t);
+            above.map_or(0, |(_, code)| code) + if x < 0.0 { 8 } else { 0 }
+        };
+        for t in QuantType::Fp4.thresholds().above.into_iter().chain([0.0, -0.0, 1.0, -1.0]) {
+            for x in [t, -t, t.next_up(), -t.next_up(), t.next_down(), -t.next_down()] {
+                assert_eq!(crate::quant::oracle::encode(x, QuantType::Fp4), by_magnitude(x), "{x:e}");
+            }
+        }
+    }
+
     #[test]
     fn dynamic_maps_have_256_distinct_values() {
         for signed in [true, false] {

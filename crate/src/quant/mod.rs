@@ -28,7 +28,7 @@ mod mean;
 pub mod oracle;
 #[cfg(test)]
 mod properties;
-mod simd;
+pub(crate) mod simd;
 mod state;
 pub(crate) mod tensor;
 
@@ -36,6 +36,7 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+pub(crate) use blockwise::DynamicMap;
 pub use blockwise::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState, dequantize_blockwise, quantize_blockwise};
 pub use code::{QuantType, create_dynamic_map};
 pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};

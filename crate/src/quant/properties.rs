@@ -117,3 +117,30 @@ fn a_range_beyond_the_weight_panics_like_an_index() {
     };
     assert!(!beyond(62).unwrap() && beyond(63).unwrap() && beyond(usize::MAX).unwrap());
 }
+
+/// Values that lie in the middle between two of the compute dtype, and an ulp beside it.
+#[test]
+fn ties_are_rounded_to_even_at_every_level() {
+    for dtype in [DType::BF16, DType::F16] {
+        // The code of 1.0 in every place: the weight is the maximum itself, rounded.
+        let packed = [0xffu8; 16];
+        for upper in [0x3f80_0000u32, 0x3f81_0000, 0x3fff_0000, 0x4380_2000, 0x4380_4000, 0x3380_0000] {
+            for lower in [0, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let absmax = [f32::from_bits(upper + lower)];
+                let view = super::QuantizedCpu {
+                    packed: &packed,
+                    absmax: super::AbsmaxCpu::Plain(&absmax),
+                    quant_type: QuantType::Nf4,
+                    blocksize: 32,
+                    dtype,
+                    len: 32,
+                };
+                for level in simd::available() {
+                    let mut out = [0f32; 32];
+                    dequantize_at(level, &view, 0, &mut out);
+                    assert_eq!(out, [super::cpu::round_to(dtype, absmax[0]); 32], "{level:?} {dtype:?} {absmax:?}");
+                }
+            }
+        }
+    }
+}
