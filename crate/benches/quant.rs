@@ -1,9 +1,9 @@
 //! Speed of quantization on one core and on all: `cargo bench -p qlora-nb --bench quant`.
 //!
-//! Seen on 2 cores of an AMD EPYC (Zen 4, AVX-512), busy with other work, in elements/s of one core:
-//! - NF4 quantization of f32: 935 M; of f16 390 M, of bf16 675 M (goal 300 M).
-//! - `dequantize_range` in cache: 11.5 to 13.5 G; over a whole weight: 9 to 11 G (goal 4 G).
-//! - A weight to an f16 tensor, both cores: 2.9 G; 0.35 G before it was converted within the tasks.
+//! Seen on 2 cores of an AMD EPYC (Zen 4, AVX-512), in elements/s of one core:
+//! - NF4 quantization of f32: 880 M; of f16 640 M, of bf16 690 M; FP4 540 to 640 M (goal 300 M).
+//! - `dequantize_range` in cache: 11.4 to 13.4 G; over a whole weight: 9 to 11 G (goal 4 G).
+//! - A weight to an f16 tensor, both cores: 3.4 G; 0.35 G before it was converted within the tasks.
 
 use std::{hint::black_box, time::Instant};
 

@@ -60,13 +60,16 @@ impl DynamicMap {
         Self { value, above }
     }
 
+    /// The codes of `N` values. The searches run side by side: each waits for its own loads.
     #[inline(always)]
-    pub fn encode(&self, x: f32) -> u8 {
-        let mut code = 0usize;
+    fn encode<const N: usize>(&self, x: [f32; N]) -> [u8; N] {
+        let mut code = [0u32; N];
         for step in [128, 64, 32, 16, 8, 4, 2, 1] {
-            code += if x > self.above[code + step - 1] { step } else { 0 };
+            for (c, x) in code.iter_mut().zip(x) {
+                *c += step * u32::from(x > self.above[(*c + step - 1) as usize & 255]);
+            }
         }
-        code as u8
+        code.map(|c| c as u8)
     }
 
     /// The values of one block's codes.
@@ -78,14 +81,19 @@ impl DynamicMap {
 
     /// Quantizes one block; returns its maximum. A block of zeros gets code 0, as in bitsandbytes.
     pub fn encode_block(&self, x: &[f32], codes: &mut [u8]) -> f32 {
-        let absmax = x.iter().fold(0f32, |max, v| max.max(v.abs()));
+        // Magnitudes order like integers, which vectorizes.
+        let absmax = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff)));
         if absmax == 0.0 {
             codes.fill(0);
             return 0.0;
         }
         let inverse = 1.0 / absmax.max(1e-38);
-        for (c, v) in codes.iter_mut().zip(x) {
-            *c = self.encode(v * inverse);
+        let ((x, x_rest), (codes, codes_rest)) = (x.as_chunks::<16>(), codes.as_chunks_mut::<16>());
+        for (c, x) in codes.iter_mut().zip(x) {
+            *c = self.encode(x.map(|v| v * inverse));
+        }
+        for (c, v) in codes_rest.iter_mut().zip(x_rest) {
+            [*c] = self.encode([v * inverse]);
         }
         absmax
     }
@@ -161,7 +169,7 @@ mod tests {
             let middles = map.windows(2).map(|w| (w[1] + w[0]) * 0.5);
             for x in map.into_iter().chain(middles).chain([0.0, -1.0, 1.0, 1.5, -1.5]) {
                 for x in [x.next_down(), x, x.next_up()] {
-                    assert_eq!(fast.encode(x), oracle::encode_dynamic(x, &map), "{x} signed {signed}");
+                    assert_eq!(fast.encode([x]), [oracle::encode_dynamic(x, &map)], "{x} signed {signed}");
                 }
             }
         }
