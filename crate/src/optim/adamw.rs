@@ -113,7 +113,7 @@ impl AdamW {
         self.states.iter().flat_map(State::parts).map(|(_, t)| bytes(t)).sum()
     }
 
-    /// Copies of the state under checkpoint names: `step` (i64 [1]), and for each parameter
+    /// Copies of the state under checkpoint names: `step` (i64, one element), and for each parameter
     /// `<name>.exp_avg` and `<name>.exp_avg_sq`, or for an 8-bit state `<name>.state1`,
     /// `.state2` (uint8), `.absmax1` and `.absmax2`.
     pub fn state_dict(&self) -> Result<HashMap<String, Tensor>> {

@@ -22,7 +22,7 @@ pub const BLOCKSIZE: usize = 256;
 pub struct BlockwiseState {
     /// f32, one a block.
     pub absmax: Tensor,
-    /// f32 [256], sorted.
+    /// f32, 256 values, sorted.
     pub code: Tensor,
     /// Elements a block; a power of two.
     pub blocksize: usize,
