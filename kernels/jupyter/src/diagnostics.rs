@@ -1,0 +1,93 @@
+//! Compiler messages and panics in the words and lines of the cell, not of the source that evcxr made of it.
+
+use evcxr::{CompilationError, Error};
+
+use crate::session::{Failure, FailureKind};
+
+pub fn failure(error: &Error, code: &str) -> Failure {
+    match error {
+        Error::CompilationErrors(errors) => compile_errors(errors, code),
+        Error::SubprocessTerminated(how) => Failure::new(FailureKind::Died, how, how),
+        Error::TypeRedefinedVariablesLost(names) => {
+            let message =
+                format!("a type was defined anew, and the variables of the old one are lost: {}", names.join(", "));
+            Failure::new(FailureKind::Compile, &message, &message)
+        }
+        Error::Message(text) => {
+            let text = text.trim();
+            Failure::new(FailureKind::Compile, text.lines().next().unwrap_or_default(), text)
+        }
+    }
+}
+
+fn compile_errors(errors: &[CompilationError], code: &str) -> Failure {
+    let is_error = |error: &&CompilationError| error.level().starts_with("error");
+    let mut rendered: Vec<String> = errors.iter().filter(is_error).map(|error| render(error, code)).collect();
+    rendered.dedup();
+    let first = errors.iter().find(is_error).or(errors.first());
+    let message = first.map_or_else(|| "the cell does not compile".to_owned(), headline);
+    let message = message.lines().next().unwrap_or_default().to_owned();
+    if rendered.is_empty() {
+        rendered.extend(errors.iter().map(|error| render(error, code)));
+    }
+    Failure::new(FailureKind::Compile, &message, &rendered.join("\n\n"))
+}
+
+fn headline(error: &CompilationError) -> String {
+    match error.code() {
+        Some(code) => format!("error[{code}]: {}", error.message()),
+        None => format!("error: {}", error.message()),
+    }
+}
+
+/// A message in the manner of rustc, with the cell's own line numbers.
+fn render(error: &CompilationError, code: &str) -> String {
+    let mut out = headline(error);
+    let mut shown_line = 0;
+    for spanned in error.spanned_messages() {
+        let Some(span) = &spanned.span else { continue };
+        let Some(line) = span.start_line.checked_sub(1).and_then(|i| code.lines().nth(i)) else { continue };
+        if span.start_line != shown_line {
+            out.push_str(&format!("\n{:>4} | {line}", span.start_line));
+            shown_line = span.start_line;
+        }
+        let start = span.start_column.saturating_sub(1);
+        let end =
+            if span.end_line == span.start_line { span.end_column.saturating_sub(1) } else { line.chars().count() };
+        let marks = if spanned.is_primary { "^" } else { "-" }.repeat(end.saturating_sub(start).max(1));
+        let indent: String = line.chars().take(start).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
+        out.push_str(format!("\n     | {indent}{marks} {}", spanned.label).trim_end());
+    }
+    for help in error.help() {
+        out.push_str(&format!("\nhelp: {help}"));
+    }
+    if let Some(hint) = error.evcxr_extra_hint() {
+        out.push_str(&format!("\nnote: {hint}"));
+    }
+    out
+}
+
+/// A panic's message as Rust prints it, without the thread, and with the cell's line for the generated one.
+pub fn panic(said: &str, code: &str, compiled: &str) -> Failure {
+    let (first, rest) = said.trim().split_once('\n').unwrap_or((said.trim(), ""));
+    let message = rest.split("\nnote: run with").next().unwrap_or_default().trim_end();
+    let place = first.split_once("panicked at ").map_or("", |(_, place)| place.trim_end_matches(':'));
+    let place = match cell_line(place, code, compiled) {
+        Some((number, line)) => format!("line {number}: {}", line.trim()),
+        None => place.to_owned(),
+    };
+    let headline = message.lines().next().filter(|line| !line.is_empty()).unwrap_or("a panic without a message");
+    Failure::new(FailureKind::Panic, headline, format!("panicked at {place}\n{message}").trim_end())
+}
+
+/// The cell's line for `src/lib.rs:LINE:COLUMN` in the source that evcxr compiled.
+fn cell_line<'a>(place: &str, code: &'a str, compiled: &str) -> Option<(usize, &'a str)> {
+    let number = place.strip_prefix("src/lib.rs:")?.split(':').next()?.parse::<usize>().ok()?;
+    let line = compiled.lines().nth(number.checked_sub(1)?)?.trim();
+    if line.is_empty() {
+        return None;
+    }
+    // evcxr puts each statement on a line of its own, and a variable's type stands behind it.
+    let is_it = |own: &str| !own.trim().is_empty() && (line.starts_with(own.trim()) || own.contains(line));
+    code.lines().enumerate().find(|(_, own)| is_it(own)).map(|(i, own)| (i + 1, own))
+}

@@ -1,0 +1,220 @@
+//! Notebook files: nbformat 4 in, nbformat 4.5 out.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// A cell with this tag must fail; nbclient knows the same tag.
+const RAISES_EXCEPTION: &str = "raises-exception";
+
+pub struct Notebook {
+    json: Value,
+}
+
+/// One entry of a code cell's `outputs`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    Stream {
+        name: &'static str,
+        text: String,
+    },
+    /// Representations of one thing, by MIME type; `is_result` if it is the value of the last expression.
+    Display {
+        data: Vec<(String, String)>,
+        is_result: bool,
+    },
+    Error {
+        name: String,
+        message: String,
+        traceback: Vec<String>,
+    },
+}
+
+impl Notebook {
+    pub fn read(path: &Path) -> Result<Notebook> {
+        let shown = path.display();
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read the notebook {shown}"))?;
+        let mut json: Value = serde_json::from_str(&text)
+            .with_context(|| format!("{shown} is not a notebook: a notebook is JSON, as Jupyter saves it (.ipynb)"))?;
+        match json["nbformat"].as_u64() {
+            Some(4) => {}
+            Some(old) if old < 4 => bail!(
+                "{shown} is in notebook format {old}, and format 4 is needed\n\
+                 remedy: jupyter nbconvert --to notebook --nbformat 4 --inplace {shown}"
+            ),
+            Some(new) => bail!("{shown} is in notebook format {new}, and only format 4 is known"),
+            None => bail!("{shown} is not a notebook: it has no \"nbformat\" number"),
+        }
+        let language = json["metadata"]["kernelspec"]["language"].as_str();
+        let language = language.or(json["metadata"]["language_info"]["name"].as_str()).unwrap_or("rust");
+        if !language.eq_ignore_ascii_case("rust") {
+            bail!("{shown} is a notebook in {language}, and only Rust is run here");
+        }
+        let Some(cells) = json["cells"].as_array_mut() else { bail!("{shown} has no list of \"cells\"") };
+        for (i, cell) in cells.iter_mut().enumerate() {
+            let is_cell = cell.is_object() && (cell["source"].is_string() || cell["source"].is_array());
+            if !is_cell || !cell["cell_type"].is_string() {
+                bail!("{shown}: cells[{i}] is no cell: it needs a \"cell_type\" and a \"source\"");
+            }
+            // Format 4.5 wants an id a cell; older notebooks have none.
+            if !cell["id"].is_string() {
+                cell["id"] = json!(format!("cell-{i}"));
+            }
+        }
+        let minor = json["nbformat_minor"].as_u64().unwrap_or(0).max(5);
+        json["nbformat_minor"] = json!(minor);
+        Ok(Notebook { json })
+    }
+
+    /// Writes beside the file first, so that no reader ever meets half a notebook.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let context = || format!("cannot write the notebook {}", path.display());
+        let mut bytes = Vec::new();
+        let indent = serde_json::ser::PrettyFormatter::with_indent(b" ");
+        let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, indent);
+        self.json.serialize(&mut serializer)?;
+        bytes.push(b'\n');
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::create_dir_all(folder).with_context(context)?;
+        let mut file = tempfile::NamedTempFile::new_in(folder).with_context(context)?;
+        file.write_all(&bytes).with_context(context)?;
+        // A temporary file is for its owner alone, a notebook is not.
+        let permissions = fs::metadata(path).map_or(fs::Permissions::from_mode(0o644), |m| m.permissions());
+        file.as_file().set_permissions(permissions).with_context(context)?;
+        file.persist(path).with_context(context)?;
+        Ok(())
+    }
+
+    fn cells(&self) -> &[Value] {
+        self.json["cells"].as_array().map_or(&[], Vec::as_slice)
+    }
+
+    /// Positions of the code cells that hold code.
+    pub fn code_cells(&self) -> Vec<usize> {
+        let cells = self.cells().iter().enumerate();
+        let code = cells.filter(|(_, cell)| cell["cell_type"] == "code");
+        code.map(|(i, _)| i).filter(|i| !self.source(*i).trim().is_empty()).collect()
+    }
+
+    pub fn source(&self, cell: usize) -> String {
+        match &self.cells()[cell]["source"] {
+            Value::String(text) => text.clone(),
+            lines => lines.as_array().into_iter().flatten().filter_map(Value::as_str).collect(),
+        }
+    }
+
+    pub fn must_fail(&self, cell: usize) -> bool {
+        let tags = self.cells()[cell]["metadata"]["tags"].as_array();
+        tags.is_some_and(|tags| tags.iter().any(|tag| tag == RAISES_EXCEPTION))
+    }
+
+    /// Forgets all outputs, so that none outlives the code that made it.
+    pub fn clear_outputs(&mut self) {
+        for cell in self.json["cells"].as_array_mut().into_iter().flatten() {
+            if cell["cell_type"] == "code" {
+                cell["outputs"] = json!([]);
+                cell["execution_count"] = Value::Null;
+            }
+        }
+    }
+
+    pub fn set_outputs(&mut self, cell: usize, count: usize, outputs: &[Output]) {
+        let outputs: Vec<Value> = outputs.iter().map(|output| output.to_json(count)).collect();
+        self.json["cells"][cell]["outputs"] = Value::Array(outputs);
+        self.json["cells"][cell]["execution_count"] = json!(count);
+    }
+}
+
+impl Output {
+    fn to_json(&self, count: usize) -> Value {
+        match self {
+            Output::Stream { name, text } => json!({ "output_type": "stream", "name": name, "text": lines(text) }),
+            Output::Display { data, is_result } => {
+                let data: serde_json::Map<_, _> =
+                    data.iter().map(|(mime, data)| (mime.clone(), representation(mime, data))).collect();
+                match is_result {
+                    true => {
+                        json!({ "output_type": "execute_result", "execution_count": count, "data": data, "metadata": {} })
+                    }
+                    false => json!({ "output_type": "display_data", "data": data, "metadata": {} }),
+                }
+            }
+            Output::Error { name, message, traceback } => {
+                json!({ "output_type": "error", "ename": name, "evalue": message, "traceback": traceback })
+            }
+        }
+    }
+}
+
+/// JSON types hold JSON; images other than SVG hold base64 in one string; all else is text.
+fn representation(mime: &str, data: &str) -> Value {
+    if mime == "application/json" || mime.ends_with("+json") {
+        return serde_json::from_str(data).unwrap_or_else(|_| json!(data));
+    }
+    let is_text = mime.starts_with("text/") || mime == "image/svg+xml" || mime == "application/javascript";
+    if is_text { lines(data) } else { json!(data) }
+}
+
+/// Text as Jupyter stores it: a list of lines, which makes for readable differences.
+fn lines(text: &str) -> Value {
+    json!(text.split_inclusive('\n').collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Notebook> {
+        let file = tempfile::NamedTempFile::new()?;
+        fs::write(&file, text)?;
+        Notebook::read(file.path())
+    }
+
+    fn refused(text: &str, why: &str) {
+        let error = read(text).err().map(|e| format!("{e:#}")).unwrap_or_default();
+        assert!(error.contains(why), "{error:?} does not say {why:?}");
+    }
+
+    #[test]
+    fn refuses_what_is_no_notebook_and_says_why() {
+        refused("print(1)", "a notebook is JSON");
+        refused("{}", "no \"nbformat\" number");
+        refused(r#"{"nbformat": 3, "worksheets": []}"#, "--nbformat 4");
+        refused(r#"{"nbformat": 4}"#, "no list of \"cells\"");
+        refused(r#"{"nbformat": 4, "cells": [1]}"#, "cells[0] is no cell");
+        let python = r#"{"nbformat": 4, "metadata": {"kernelspec": {"language": "python"}}, "cells": []}"#;
+        refused(python, "a notebook in python");
+        assert!(
+            Notebook::read(Path::new("/nowhere.ipynb")).is_err_and(|e| format!("{e:#}").contains("/nowhere.ipynb"))
+        );
+    }
+
+    #[test]
+    fn writes_what_jupyter_reads() -> Result<()> {
+        let cell = r#"{"cell_type": "code", "metadata": {}, "source": ["let a = 1;\n", "a"], "outputs": [{"old": 1}]}"#;
+        let mut notebook = read(&format!(r#"{{"nbformat": 4, "nbformat_minor": 2, "cells": [{cell}]}}"#))?;
+        assert_eq!(notebook.source(0), "let a = 1;\na");
+        notebook.clear_outputs();
+        let result = Output::Display { data: vec![("text/plain".into(), "1\n2".into())], is_result: true };
+        let stream = Output::Stream { name: "stdout", text: "诗\n".into() };
+        notebook.set_outputs(0, 7, &[stream, result]);
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("new/out.ipynb");
+        notebook.write(&path)?;
+        let text = fs::read_to_string(&path)?;
+        assert!(text.contains("诗") && text.ends_with("}\n"));
+        let json: Value = serde_json::from_str(&text)?;
+        assert_eq!(json["nbformat_minor"], 5);
+        assert_eq!(json["cells"][0]["id"], "cell-0");
+        assert_eq!(json["cells"][0]["outputs"][0]["text"], json!(["诗\n"]));
+        let expected = json!({ "output_type": "execute_result", "execution_count": 7,
+                               "data": { "text/plain": ["1\n", "2"] }, "metadata": {} });
+        assert_eq!(json["cells"][0]["outputs"][1], expected);
+        Ok(())
+    }
+}

@@ -1,0 +1,383 @@
+//! Between evcxr and the process that runs the cells.
+//!
+//! evcxr reads the markers that a cell prints when it panics or returns early with `?`, and tells nobody. So
+//! this process takes evcxr's place at the other end of the cells' pipes: it turns what they print into
+//! [`Event`]s, one JSON object a line, which evcxr passes on as ordinary output, and hands evcxr only the
+//! markers that it acts on. It also keeps the order of text and rich outputs, of which evcxr keeps one a MIME
+//! type, and text without a newline at the end, which would run into evcxr's own markers.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use serde_json::{Value, json};
+
+/// Set by evcxr for the process that it starts to run cells.
+const EVCXR_IS_RUNTIME: &str = "EVCXR_IS_RUNTIME";
+/// Set by us for the process that runs them in truth.
+const WORKER: &str = "QLORA_NB_WORKER";
+
+const EXECUTION_COMPLETE: &str = "EVCXR_EXECUTION_COMPLETE";
+const PANIC: &str = "EVCXR_PANIC_NOTIFICATION";
+const USER_ERROR: &str = "EVCXR_ERROR_OCCURRED";
+const VARIABLE_CHANGED_TYPE: &str = "EVCXR_VARIABLE_CHANGED_TYPE:";
+const INPUT_REQUEST: &str = "EVCXR_INPUT_REQUEST";
+const BEGIN_CONTENT: &str = "EVCXR_BEGIN_CONTENT ";
+const END_CONTENT: &str = "EVCXR_END_CONTENT";
+/// What every marker begins with; a text that may still become a marker is held back.
+const MARKER: &str = "EVCXR_";
+
+/// Begins a line that carries an [`Event`]; no text can forge it, for text travels inside events.
+const EVENT: char = '\u{1}';
+
+/// What a cell did, in the order in which it did it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    Stdout(String),
+    Stderr(String),
+    /// One representation of a rich output.
+    Content {
+        mime: String,
+        data: String,
+    },
+    /// A panic ended the cell; its message was the last thing on stderr.
+    Panic,
+    /// An `Err` left the cell through `?`; its text was the last thing on stderr.
+    UserError,
+    /// The process is gone, and all variables with it.
+    Died(String),
+}
+
+impl Event {
+    fn to_line(&self) -> String {
+        let value = match self {
+            Event::Stdout(text) => json!(["stdout", text]),
+            Event::Stderr(text) => json!(["stderr", text]),
+            Event::Content { mime, data } => json!(["content", mime, data]),
+            Event::Panic => json!(["panic"]),
+            Event::UserError => json!(["error"]),
+            Event::Died(how) => json!(["died", how]),
+        };
+        format!("{EVENT}{value}\n")
+    }
+
+    /// The event in a line of evcxr's output; None for a line that is none.
+    pub fn from_line(line: &str) -> Option<Event> {
+        let value: Value = serde_json::from_str(line.strip_prefix(EVENT)?).ok()?;
+        let text = |i: usize| value.get(i).and_then(Value::as_str).map(str::to_owned);
+        Some(match value.get(0)?.as_str()? {
+            "stdout" => Event::Stdout(text(1)?),
+            "stderr" => Event::Stderr(text(1)?),
+            "content" => Event::Content { mime: text(1)?, data: text(2)? },
+            "panic" => Event::Panic,
+            "error" => Event::UserError,
+            "died" => Event::Died(text(1)?),
+            _ => return None,
+        })
+    }
+}
+
+/// A session makes this file in evcxr's folder once evcxr has started. Before that evcxr runs a line of its own, and
+/// waits for somebody to read what it shows, while nobody can.
+pub const STARTED: &str = "started";
+
+pub fn is_asked_for() -> bool {
+    std::env::var_os(EVCXR_IS_RUNTIME).is_some() && std::env::var_os(WORKER).is_none()
+}
+
+/// Starts the worker and carries what it prints until it ends.
+pub fn run() -> ! {
+    let code = match start_worker().and_then(|mut worker| carry(&mut worker)) {
+        Ok(status) => status.code().unwrap_or(1),
+        Err(error) => {
+            eprintln!("qlora-nb: the process for the cells: {error}");
+            1
+        }
+    };
+    std::process::exit(code);
+}
+
+fn start_worker() -> std::io::Result<Child> {
+    let mut command = Command::new(std::env::current_exe()?);
+    // A backtrace through generated code tells a notebook's reader nothing; whoever wants one sets it in a cell.
+    command.env(WORKER, "1").env("RUST_BACKTRACE", "0");
+    command.stdin(Stdio::inherit()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: prctl is async-signal-safe. It makes the worker die with us, for evcxr can only kill us.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+    command.spawn()
+}
+
+fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
+    let (Some(mut out), Some(mut err)) = (worker.stdout.take(), worker.stderr.take()) else {
+        return worker.wait();
+    };
+    let (out_fd, err_fd) = (out.as_raw_fd(), err.as_raw_fd());
+    let started = std::env::var_os("EVCXR_TMPDIR").is_some_and(|folder| Path::new(&folder).join(STARTED).exists());
+    let mut relay = Relay { mute: !started, ..Default::default() };
+    let mut buffer = vec![0; 1 << 16];
+    let (mut out_open, mut err_open) = (true, true);
+    while out_open || err_open {
+        let fds = [if out_open { out_fd } else { -1 }, if err_open { err_fd } else { -1 }];
+        let ready = readable(fds, -1)?;
+        if ready[1] {
+            let n = err.read(&mut buffer)?;
+            err_open = n > 0;
+            relay.stderr(&buffer[..n]);
+        }
+        if ready[0] {
+            let n = out.read(&mut buffer)?;
+            out_open = n > 0;
+            // What a cell wrote to stderr before a marker on stdout is in the pipe by now: take it first, so
+            // that a panic's message precedes the panic.
+            let text = buffer[..n].to_vec();
+            while err_open && readable([-1, err_fd], 0)?[1] {
+                let n = err.read(&mut buffer)?;
+                err_open = n > 0;
+                relay.stderr(&buffer[..n]);
+            }
+            relay.stdout(&text);
+        }
+        relay.send()?;
+    }
+    let status = worker.wait()?;
+    relay.finish(&death(status));
+    relay.send()?;
+    Ok(status)
+}
+
+/// Which of two pipes has something to read or was closed; a descriptor of -1 is passed over.
+fn readable(fds: [RawFd; 2], timeout_ms: i32) -> std::io::Result<[bool; 2]> {
+    let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+    loop {
+        // SAFETY: the pointer and the count describe `polled`, which outlives the call.
+        let n = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };
+        if n >= 0 {
+            return Ok(polled.map(|p| p.revents != 0));
+        }
+        let error = std::io::Error::last_os_error();
+        if error.kind() != std::io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+fn death(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(libc::SIGABRT), _) => "it aborted (SIGABRT)".into(),
+        (Some(libc::SIGSEGV), _) => "it touched memory that is not its own (SIGSEGV)".into(),
+        (Some(libc::SIGKILL), _) => "it was killed (SIGKILL; the kernel does so when memory runs out)".into(),
+        (Some(signal), _) => format!("signal {signal} ended it"),
+        (None, code) => format!("it exited with status {}", code.unwrap_or(-1)),
+    }
+}
+
+/// Turns bytes into lines for evcxr: events, and the markers that it waits for.
+#[derive(Default)]
+struct Relay {
+    /// Bytes of stdout's last line, not sent yet.
+    line: Vec<u8>,
+    /// A rich output that has begun: its MIME type and the lines so far.
+    content: Option<(String, String)>,
+    /// Text of stdout, decoded, to be sent as one event.
+    text: String,
+    /// Bytes of an unfinished character at the end of stderr.
+    stderr_rest: Vec<u8>,
+    /// Whether events are dropped, up to the end of evcxr's first cell.
+    mute: bool,
+    lines: String,
+}
+
+impl Relay {
+    fn stdout(&mut self, bytes: &[u8]) {
+        for part in bytes.split_inclusive(|b| *b == b'\n') {
+            self.line.extend_from_slice(part);
+            if part.ends_with(b"\n") {
+                let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+                self.stdout_line(line.strip_suffix('\n').unwrap_or(&line));
+            }
+        }
+        if self.content.is_none() {
+            let keep = possible_marker(&self.line);
+            let rest = self.line.split_off(keep);
+            let text = std::mem::replace(&mut self.line, rest);
+            self.text.push_str(&decode(text, &mut self.line));
+        }
+        self.flush_text();
+    }
+
+    fn stdout_line(&mut self, line: &str) {
+        if let Some((mime, mut data)) = self.content.take() {
+            if line == END_CONTENT || line == PANIC {
+                // A panic inside a display cuts the output short; what there is of it is kept.
+                data.pop();
+                self.event(Event::Content { mime, data });
+                if line == PANIC {
+                    self.marker(Some(Event::Panic), PANIC);
+                }
+            } else {
+                data.push_str(line);
+                data.push('\n');
+                self.content = Some((mime, data));
+            }
+        } else if let Some(before) = line.strip_suffix(EXECUTION_COMPLETE) {
+            self.text.push_str(before);
+            self.marker(None, EXECUTION_COMPLETE);
+        } else if let Some(before) = line.strip_suffix(PANIC) {
+            self.text.push_str(before);
+            self.marker(Some(Event::Panic), PANIC);
+        } else if let Some(before) = line.strip_suffix(USER_ERROR) {
+            self.text.push_str(before);
+            self.marker(Some(Event::UserError), USER_ERROR);
+        } else if let Some((before, mime)) = line.split_once(BEGIN_CONTENT) {
+            self.text.push_str(before);
+            self.content = Some((mime.trim().to_owned(), String::new()));
+        } else if let Some(at) = line.find(VARIABLE_CHANGED_TYPE).or_else(|| line.find(INPUT_REQUEST)) {
+            self.text.push_str(&line[..at]);
+            self.marker(None, &line[at..]);
+        } else {
+            self.text.push_str(line);
+            self.text.push('\n');
+        }
+    }
+
+    fn stderr(&mut self, bytes: &[u8]) {
+        let mut all = std::mem::take(&mut self.stderr_rest);
+        all.extend_from_slice(bytes);
+        let text = decode(all, &mut self.stderr_rest);
+        if !text.is_empty() {
+            self.event(Event::Stderr(text));
+        }
+    }
+
+    fn finish(&mut self, death: &str) {
+        let rest = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+        self.text.push_str(&rest);
+        if let Some((mime, data)) = self.content.take() {
+            self.event(Event::Content { mime, data });
+        }
+        self.event(Event::Died(death.to_owned()));
+    }
+
+    fn marker(&mut self, event: Option<Event>, line: &str) {
+        self.flush_text();
+        if let Some(event) = event {
+            self.event(event);
+        }
+        self.mute &= line != EXECUTION_COMPLETE;
+        self.lines.push_str(line);
+        self.lines.push('\n');
+    }
+
+    fn event(&mut self, event: Event) {
+        self.flush_text();
+        self.push(event);
+    }
+
+    fn flush_text(&mut self) {
+        if !self.text.is_empty() {
+            let text = std::mem::take(&mut self.text);
+            self.push(Event::Stdout(text));
+        }
+    }
+
+    fn push(&mut self, event: Event) {
+        if !self.mute {
+            self.lines.push_str(&event.to_line());
+        }
+    }
+
+    fn send(&mut self) -> std::io::Result<()> {
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(std::mem::take(&mut self.lines).as_bytes())?;
+        stdout.flush()
+    }
+}
+
+/// Decodes UTF-8, leaving an unfinished character's bytes in front of `rest`.
+fn decode(bytes: Vec<u8>, rest: &mut Vec<u8>) -> String {
+    let end = match std::str::from_utf8(&bytes) {
+        Err(error) if error.error_len().is_none() => error.valid_up_to(),
+        _ => bytes.len(),
+    };
+    rest.splice(0..0, bytes[end..].iter().copied());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+/// Where a marker begins, or may begin, in an unfinished line.
+fn possible_marker(line: &[u8]) -> usize {
+    let marker = MARKER.as_bytes();
+    let begins = |at: &usize| {
+        let tail = &line[*at..];
+        tail.starts_with(marker) || marker.starts_with(tail)
+    };
+    (0..line.len()).find(begins).unwrap_or(line.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What evcxr would be sent for these chunks of stdout: events, and markers as bare strings.
+    fn relayed(chunks: &[&str]) -> Vec<Result<Event, String>> {
+        let mut relay = Relay::default();
+        for chunk in chunks {
+            relay.stdout(chunk.as_bytes());
+        }
+        relay.lines.lines().map(|line| Event::from_line(line).ok_or(line.to_owned())).collect()
+    }
+
+    fn text(s: &str) -> Result<Event, String> {
+        Ok(Event::Stdout(s.to_owned()))
+    }
+
+    fn marker(s: &str) -> Result<Event, String> {
+        Err(s.to_owned())
+    }
+
+    #[test]
+    fn text_without_a_newline_does_not_hide_a_marker() {
+        assert_eq!(relayed(&["a\nbEVCXR_EXECUTION_COMPLETE\n"]), [text("a\nb"), marker(EXECUTION_COMPLETE)]);
+        assert_eq!(relayed(&["bEVCXR_PANIC", "_NOTIFICATION\n"])[1..], [Ok(Event::Panic), marker(PANIC)]);
+        assert_eq!(relayed(&["EVCXR_ERROR_OCCURRED\n"]), [Ok(Event::UserError), marker(USER_ERROR)]);
+    }
+
+    #[test]
+    fn an_unfinished_line_is_sent_at_once() {
+        assert_eq!(relayed(&["step 1", "\rstep 2"]), [text("step 1"), text("\rstep 2")]);
+        assert_eq!(relayed(&["EV", "ERY\n"]), [text("EVERY\n")]);
+    }
+
+    #[test]
+    fn a_character_cut_in_two_is_put_together() {
+        let mut relay = Relay::default();
+        let bytes = "诗\n".as_bytes();
+        relay.stdout(&bytes[..1]);
+        relay.stdout(&bytes[1..]);
+        relay.stderr(&bytes[..2]);
+        relay.stderr(&bytes[2..]);
+        let events: Vec<_> = relay.lines.lines().filter_map(Event::from_line).collect();
+        assert_eq!(events, [Event::Stdout("诗\n".into()), Event::Stderr("诗\n".into())]);
+    }
+
+    #[test]
+    fn every_rich_output_is_kept_in_order() {
+        let html = |data: &str| Ok(Event::Content { mime: "text/html".into(), data: data.into() });
+        let chunks = ["xEVCXR_BEGIN_CONTENT text/html\n<b>\n", "1</b>\nEVCXR_END_CONTENT\ny\n"];
+        let again = ["EVCXR_BEGIN_CONTENT text/html\n2\nEVCXR_END_CONTENT\n"];
+        let chunks = [chunks.as_slice(), again.as_slice()].concat();
+        assert_eq!(relayed(&chunks), [text("x"), html("<b>\n1</b>"), text("y\n"), html("2")]);
+    }
+
+    #[test]
+    fn text_cannot_pass_for_an_event() {
+        let forged = Event::Panic.to_line();
+        assert_eq!(relayed(&[&forged]), [text(&forged)]);
+    }
+}
