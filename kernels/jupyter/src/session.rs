@@ -323,15 +323,17 @@ impl CellOutputs {
         }
     }
 
-    /// Representations that follow each other are of one thing, until a MIME type comes again.
+    /// Representations that follow each other are of one thing, up to the plain text, which the library puts last,
+    /// or until a MIME type comes again.
     fn content(&mut self, mime: &str, data: &str) {
         // The value of a statement without a semicolon, such as a loop.
         if mime == "text/plain" && data == "()" {
             return;
         }
         let representation = (mime.to_owned(), data.to_owned());
+        let goes_with = |data: &[(String, String)]| data.iter().all(|(m, _)| m != mime && m != "text/plain");
         match self.outputs.last_mut() {
-            Some(Output::Display { data, .. }) if data.iter().all(|(m, _)| m != mime) => data.push(representation),
+            Some(Output::Display { data, .. }) if goes_with(data) => data.push(representation),
             _ => self.outputs.push(Output::Display { data: vec![representation], is_result: false }),
         }
     }
@@ -408,6 +410,8 @@ mod tests {
             Event::Stdout("b\n".into()),
             content("text/html", "1"),
             content("text/plain", "1"),
+            content("image/svg+xml", "2"),
+            content("text/html", "2"),
             content("text/html", "2"),
             Event::Stderr("warned\n".into()),
             content("text/plain", "()"),
@@ -416,6 +420,7 @@ mod tests {
         let expected = [
             Output::Stream { name: "stdout", text: "ab\n".into() },
             display(&[("text/html", "1"), ("text/plain", "1")], false),
+            display(&[("image/svg+xml", "2"), ("text/html", "2")], false),
             display(&[("text/html", "2")], false),
             Output::Stream { name: "stderr", text: "warned\n".into() },
             display(&[("text/plain", "3")], true),
