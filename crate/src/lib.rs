@@ -9,6 +9,10 @@ pub mod tokenizer;
 // 4
 pub mod model;
 pub mod peft;
+// 5
+pub mod training_args;
+// 6 and 7
+pub mod trainer;
 // 8
 pub mod pipeline;
 

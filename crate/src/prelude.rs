@@ -1,9 +1,21 @@
 //! Everything that the eight steps name: `use qlora_nb::prelude::*;`
 
+pub use candle_core::{self, DType, Device, Tensor};
+
 pub use crate::{
+    batch::Batch,
     collator::DataCollatorForSeq2Seq,
     dataset::{Dataset, DatasetDict, Example, Value},
     error::{Error, Result},
     features::{Encoding, Features},
+    generation::GenerationConfig,
+    model::{AutoModelForCausalLM, BitsAndBytesConfig, DeviceMap, Model, ModelOptions},
+    models::causal_lm::{CausalLM, Trainable},
+    optim::{Optim, lr_scheduler::SchedulerType},
+    peft::{LoraConfig, PeftModel, TargetModules, TaskType, get_peft_model},
+    pipeline::{TextGenerationPipeline, pipeline},
+    quant::{QuantState, QuantType, dequantize_4bit, quantize_4bit},
     tokenizer::{AutoTokenizer, PaddingSide, Tokenizer},
+    trainer::{TrainOutput, Trainer, TrainerCallback, TrainerControl, TrainerState},
+    training_args::{IntervalStrategy, SamplingStrategy, SaveStrategy, TrainingArguments},
 };

@@ -9,3 +9,4 @@ mod engine;
 mod generation;
 mod lora;
 mod prints;
+mod trainer;

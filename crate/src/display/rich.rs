@@ -2,7 +2,10 @@
 
 use std::{fmt, fs, path::Path};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    safe_file::write_atomically,
+};
 
 /// A picture. At the end of a cell it is drawn; printed, it is its SVG source.
 #[derive(Clone, PartialEq, Eq)]
@@ -28,13 +31,7 @@ impl Svg {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         }
-        // Beside the target and renamed, so that a full disk does not cost the earlier file.
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".tmp");
-        fs::write(&temporary, &self.source).and_then(|()| fs::rename(&temporary, path)).map_err(|e| {
-            let _ = fs::remove_file(&temporary);
-            Error::io("write", path)(e)
-        })
+        write_atomically(path, self.source.as_bytes())
     }
 
     /// Called by evcxr to show the value that ends a cell.

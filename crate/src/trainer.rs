@@ -1,0 +1,400 @@
+//! Steps 6 and 7: the trainer, with the semantics of transformers' `Trainer`.
+//!
+//! All of a run's state is a count of updates and the loss not yet logged; the order of the rows
+//! and the dropout masks are functions of the seed and that count. So stopping, resuming and
+//! going on are one thing, and give the numbers of an uninterrupted run bit for bit.
+
+mod adapted;
+mod callback;
+mod checkpoint;
+#[cfg(test)]
+mod double;
+mod evaluate;
+mod rows;
+mod run;
+mod sampler;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde_json::{Value, json};
+
+use self::{
+    adapted::Adapted,
+    checkpoint::Progress,
+    rows::Rows,
+    sampler::{Plan, Sampler},
+};
+use crate::{
+    collator::DataCollatorForSeq2Seq,
+    dataset::Dataset,
+    display,
+    error::{Error, Result},
+    layers::{dropout::mix, param::Param},
+    optim::{AdamW, lr_scheduler::lr_at},
+    peft::PeftModel,
+    training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
+};
+
+pub use callback::{TrainerCallback, TrainerControl};
+pub use sampler::randperm;
+pub use state::{LogEntry, TrainOutput, TrainerState};
+
+/// The learning rate of update `step` (from 0).
+type Schedule = Box<dyn Fn(usize) -> f64 + Send>;
+
+/// Trains the adapters of a model on a tokenized dataset.
+///
+/// ```no_run
+/// use qlora_nb::{peft::PeftModel, prelude::*};
+/// # fn f(model: PeftModel, tokenized_ds: Dataset, tokenizer: Tokenizer) -> Result<()> {
+/// let args = TrainingArguments { output_dir: "out/qlora".into(), max_steps: 200, ..Default::default() };
+/// let mut trainer = Trainer::new(&model, args, &tokenized_ds, DataCollatorForSeq2Seq::new(&tokenizer))?;
+/// trainer.train()?;
+/// trainer.loss_curve().save("out/loss.svg")?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Trainer {
+    model: Arc<dyn Adapted>,
+    params: Vec<Param>,
+    args: TrainingArguments,
+    collator: DataCollatorForSeq2Seq,
+    train_rows: Rows,
+    eval_rows: Option<Rows>,
+    plan: Plan,
+    sampler: Sampler,
+    optimizer: AdamW,
+    schedule: Option<Schedule>,
+    callbacks: Vec<Box<dyn TrainerCallback>>,
+    state: TrainerState,
+    control: TrainerControl,
+    progress: Progress,
+    last_checkpoint: Option<PathBuf>,
+    /// What the finished run gave.
+    output: Option<TrainOutput>,
+}
+
+impl Trainer {
+    /// Checks everything that can be checked before training. The model and the dataset are
+    /// borrowed: the trainer keeps cheap handles, and the model that learns is the caller's.
+    ///
+    /// # Errors
+    /// Arguments outside their domain; rows that cannot be trained on (empty, ids beyond the
+    /// vocabulary, no label anywhere), with their number; an `output_dir` that cannot be written.
+    pub fn new(
+        model: &PeftModel,
+        args: TrainingArguments,
+        train_dataset: &Dataset,
+        data_collator: DataCollatorForSeq2Seq,
+    ) -> Result<Self> {
+        Self::on(Arc::new(model.clone()), args, train_dataset, data_collator)
+    }
+
+    fn on(
+        model: Arc<dyn Adapted>,
+        args: TrainingArguments,
+        train_dataset: &Dataset,
+        collator: DataCollatorForSeq2Seq,
+    ) -> Result<Self> {
+        args.validate()?;
+        let params = model.trainable_parameters();
+        if params.is_empty() {
+            let remedy = "train what get_peft_model returns";
+            return Err(Error::argument("model", "no parameter that learns", "a model with adapters", remedy));
+        }
+        let train_rows = Rows::check(train_dataset, &collator, model.vocab_size())?;
+        let Some(plan) = Plan::new(train_rows.len(), &args) else {
+            let got =
+                format!("true with {} rows and batches of {}", train_rows.len(), args.per_device_train_batch_size);
+            let remedy = "set it to false, or per_device_train_batch_size lower";
+            return Err(Error::argument("dataloader_drop_last", got, "at least one whole batch", remedy));
+        };
+        if args.save_strategy != SaveStrategy::No {
+            check_writable(&args.output_dir())?;
+        }
+        for (name, set) in [("bf16", args.bf16), ("fp16", args.fp16)] {
+            if set && params.iter().all(|p| p.value().device().is_cpu()) {
+                display::notice_once(&format!("{name}: the CPU computes in f32, which is at least as exact"));
+            }
+        }
+        let betas = (args.adam_beta1, args.adam_beta2);
+        let optimizer = AdamW::new(args.optim, &params, betas, args.adam_epsilon, args.weight_decay)?;
+        let state = TrainerState {
+            max_steps: plan.max_steps,
+            num_train_epochs: plan.num_train_epochs,
+            logging_steps: args.logging_steps,
+            eval_steps: args.eval_steps(),
+            save_steps: args.save_steps,
+            train_batch_size: args.per_device_train_batch_size,
+            ..Default::default()
+        };
+        Ok(Self {
+            model,
+            params,
+            collator,
+            train_rows,
+            eval_rows: None,
+            plan,
+            sampler: Sampler::new(&args),
+            optimizer,
+            schedule: None,
+            callbacks: Vec::new(),
+            state,
+            control: TrainerControl::default(),
+            progress: Progress::default(),
+            last_checkpoint: None,
+            output: None,
+            args,
+        })
+    }
+
+    /// The rows to evaluate on.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`] checks the training rows.
+    pub fn with_eval_dataset(mut self, dataset: &Dataset) -> Result<Self> {
+        self.eval_rows = Some(Rows::check(dataset, &self.collator, self.model.vocab_size())?);
+        Ok(self)
+    }
+
+    /// Adds hooks; they are called in the order in which they were added.
+    pub fn with_callback(mut self, callback: impl TrainerCallback + 'static) -> Self {
+        self.callbacks.push(Box::new(callback));
+        self
+    }
+
+    /// An own schedule: `schedule(step)` is the learning rate of update `step`, from 0, in place
+    /// of `learning_rate`, `lr_scheduler_type` and the warm-up.
+    pub fn with_lr_schedule(mut self, schedule: impl Fn(usize) -> f64 + Send + 'static) -> Self {
+        self.schedule = Some(Box::new(schedule));
+        self
+    }
+
+    /// Trains to the end of the run. After an interrupt, an error, `train_steps` or
+    /// [`load_checkpoint`](Self::load_checkpoint) it goes on where the run stands; after the end
+    /// it gives the same output again.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] for a loss or gradient that is NaN or infinite: the update is not
+    /// made. [`Error::Io`] when a checkpoint cannot be written: nothing half-written stays. In
+    /// both cases the trainer and the model are as after the last update.
+    pub fn train(&mut self) -> Result<TrainOutput> {
+        self.run(None)
+    }
+
+    /// At most `n` more updates; the run stays open, so `train` goes on from there.
+    pub fn train_steps(&mut self, n: usize) -> Result<TrainOutput> {
+        self.run(Some(n))
+    }
+
+    /// Puts the run where `checkpoint` was saved, and trains to its end: weights, losses, data
+    /// order and dropout are those of a run that was never stopped.
+    ///
+    /// # Errors
+    /// Those of [`load_checkpoint`](Self::load_checkpoint) and [`train`](Self::train).
+    pub fn resume_from_checkpoint(&mut self, checkpoint: impl AsRef<Path>) -> Result<TrainOutput> {
+        self.load_checkpoint(checkpoint)?;
+        self.train()
+    }
+
+    /// Puts the run where `checkpoint` was saved, without training.
+    ///
+    /// # Errors
+    /// A missing or damaged checkpoint, and [`Error::CheckpointMismatch`] for one of another
+    /// run: other data, model, adapter configuration, or an argument that changes the numbers.
+    /// The trainer and the model stay as they were.
+    pub fn load_checkpoint(&mut self, checkpoint: impl AsRef<Path>) -> Result<()> {
+        let folder = checkpoint.as_ref();
+        let loaded = checkpoint::load(folder, &self.identity()?)?;
+        let before = self.params.iter().map(|p| Ok(p.value().copy()?)).collect::<Result<Vec<_>>>()?;
+        self.model.load_adapter(folder)?;
+        if let Err(error) = self.optimizer.load_state_dict(&loaded.optimizer) {
+            self.params.iter().zip(&before).try_for_each(|(p, value)| p.set(value))?;
+            return Err(error);
+        }
+        let (logging_steps, eval_steps, save_steps) =
+            (self.state.logging_steps, self.state.eval_steps, self.state.save_steps);
+        self.state = TrainerState { logging_steps, eval_steps, save_steps, ..loaded.state };
+        self.progress = loaded.progress;
+        self.control = TrainerControl::default();
+        self.last_checkpoint = Some(folder.to_owned());
+        self.output = None;
+        Ok(())
+    }
+
+    /// Mean loss over the evaluation dataset, without dropout: `eval_loss`, its run time and
+    /// throughput. The result is logged.
+    ///
+    /// # Errors
+    /// Without an evaluation dataset; [`Error::Interrupted`]; [`Error::NotFinite`].
+    pub fn evaluate(&mut self) -> Result<LogEntry> {
+        let _guard = crate::interrupt::Guard::new()?;
+        self.evaluate_and_log(&display::Progress::silent())
+    }
+
+    /// Saves a `checkpoint-N` in `output_dir` now, and gives its folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`], with nothing half-written left behind.
+    pub fn save_checkpoint(&mut self) -> Result<PathBuf> {
+        let folder = self.args.output_dir().join(format!("{}{}", checkpoint::PREFIX, self.state.global_step));
+        let mut state = self.state.clone();
+        if state.best_global_step == Some(state.global_step) {
+            state.best_model_checkpoint = Some(folder.to_string_lossy().into_owned());
+        }
+        let content = checkpoint::Content {
+            state: state.to_json(&self.control),
+            progress: &self.progress,
+            optimizer: self.optimizer.state_dict()?,
+            scheduler: json!({
+                "last_epoch": self.state.global_step,
+                "base_lrs": [self.args.learning_rate],
+                "_last_lr": [self.learning_rate(self.state.global_step)?],
+            }),
+            rng: json!({
+                "seed": self.args.seed,
+                "data_seed": self.args.data_seed.unwrap_or(self.args.seed),
+                "next_micro_batch": self.plan.micro_batches_before(self.state.global_step),
+            }),
+            arguments: self.args.to_json(),
+            identity: self.identity()?,
+        };
+        checkpoint::save(&folder, |f| self.model.save_adapter(f), &content)?;
+        self.state = state;
+        self.last_checkpoint = Some(folder.clone());
+        if let Some(limit) = self.args.save_total_limit {
+            self.rotate(limit, Some(&folder))?;
+        }
+        Ok(folder)
+    }
+
+    /// Saves the adapter alone, as `PeftModel::save_pretrained` does.
+    pub fn save_model(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.model.save_adapter(folder.as_ref())
+    }
+
+    /// Where the run stands.
+    pub fn state(&self) -> &TrainerState {
+        &self.state
+    }
+
+    /// All entries logged so far.
+    pub fn log_history(&self) -> &[LogEntry] {
+        &self.state.log_history
+    }
+
+    /// Training and evaluation loss over the updates, as a picture.
+    pub fn loss_curve(&self) -> display::Svg {
+        self.state.loss_curve()
+    }
+
+    /// The arguments of the run.
+    pub fn args(&self) -> &TrainingArguments {
+        &self.args
+    }
+
+    /// The checkpoint that was saved or loaded last.
+    pub fn last_checkpoint(&self) -> Option<&Path> {
+        self.last_checkpoint.as_deref()
+    }
+
+    fn rotate(&self, limit: usize, newest: Option<&Path>) -> Result<()> {
+        let best = self.state.best_model_checkpoint.as_deref().map(Path::new);
+        let keep: Vec<&Path> = newest.into_iter().chain(best).collect();
+        checkpoint::rotate(&self.args.output_dir(), limit, &keep)
+    }
+
+    fn learning_rate(&self, step: usize) -> Result<f64> {
+        let Some(schedule) = &self.schedule else {
+            let warmup = self.args.warmup_steps(self.plan.max_steps);
+            let factor = lr_at(self.args.lr_scheduler_type, step, warmup, self.plan.max_steps);
+            return Ok(self.args.learning_rate * factor);
+        };
+        match schedule(step) {
+            lr if lr.is_finite() && lr >= 0.0 => Ok(lr),
+            lr => {
+                let name = format!("the learning rate schedule at step {step}");
+                Err(Error::argument(&name, lr, "a number of 0 or more", "check the function given to with_lr_schedule"))
+            }
+        }
+    }
+
+    /// What two runs must agree on for a checkpoint of one to be resumed by the other.
+    fn identity(&self) -> Result<Vec<(String, Value)>> {
+        const FIELDS: [&str; 12] = [
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "weight_decay",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "max_grad_norm",
+            "seed",
+            "train_sampling_strategy",
+            "dataloader_drop_last",
+            "bf16",
+            "fp16",
+        ];
+        let args = self.args.to_json();
+        let mut identity = self.model.identity();
+        identity.push(("data".into(), self.train_rows.fingerprint.clone().into()));
+        identity.push(("data_collator".into(), self.train_rows.collator().into()));
+        identity.extend(FIELDS.iter().map(|&name| (name.to_owned(), args[name].clone())));
+        identity.push(("optim".into(), args["optim"].clone()));
+        identity.push(("data_seed".into(), self.args.data_seed.unwrap_or(self.args.seed).into()));
+        identity.push(("max_steps".into(), self.plan.max_steps.into()));
+        if self.schedule.is_none() {
+            identity.extend(["learning_rate", "lr_scheduler_type"].map(|name| (name.to_owned(), args[name].clone())));
+            identity.push(("warmup_steps".into(), self.args.warmup_steps(self.plan.max_steps).into()));
+            identity.push(("lr_schedule".into(), Value::Null));
+        } else {
+            // A function has no name to compare; its values have.
+            let hash = (0..self.plan.max_steps.min(100_000))
+                .try_fold(0, |h, step| Ok::<_, Error>(mix(h ^ self.learning_rate(step)?.to_bits())))?;
+            identity.push(("lr_schedule".into(), format!("{hash:016x}").into()));
+        }
+        Ok(identity)
+    }
+
+    fn check_evaluation(&self) -> Result<()> {
+        let asked = self.args.eval_strategy != IntervalStrategy::No || self.args.eval_on_start;
+        if asked && self.eval_rows.is_none() {
+            let remedy = "add .with_eval_dataset(&ds)?, or set eval_strategy to No";
+            return Err(Error::argument(
+                "eval_strategy",
+                self.args.eval_strategy,
+                "an evaluation dataset beside it",
+                remedy,
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Fails now rather than at the first checkpoint.
+fn check_writable(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
+    let probe = folder.join(format!(".writable.{}.tmp", std::process::id()));
+    fs::write(&probe, "").map_err(Error::io("write", folder))?;
+    fs::remove_file(&probe).map_err(Error::io("write", folder))
+}
+
+impl fmt::Debug for Trainer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (step, of) = (self.state.global_step, self.state.max_steps);
+        write!(f, "Trainer(global_step={step}, max_steps={of}, num_rows={})", self.train_rows.len())
+    }
+}
+
+impl fmt::Display for Trainer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}

@@ -1,0 +1,363 @@
+//! `checkpoint-N` folders: written whole or not at all, and recognised when they come back.
+//!
+//! | file | what |
+//! |---|---|
+//! | `adapter_model.safetensors`, `adapter_config.json` | the adapter, as PEFT writes it |
+//! | `optimizer.safetensors` | AdamW's moments and step count |
+//! | `scheduler.json` | updates done and the learning rates, as PyTorch's scheduler names them |
+//! | `rng_state.json` | the seeds and the number of the next micro-batch: all randomness follows from them |
+//! | `trainer_state.json` | transformers' file of that name |
+//! | `progress.json` | losses not yet logged, so that the log goes on as if nothing had happened |
+//! | `training_args.json` | the arguments, and what identifies the run |
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{Device, Tensor};
+use serde_json::{Map, Value, json};
+
+use super::state::TrainerState;
+use crate::{
+    error::{Error, Result},
+    safe_file::temporary_sibling,
+};
+
+pub(super) const PREFIX: &str = "checkpoint-";
+const ADAPTER: &str = "adapter_model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const SCHEDULER: &str = "scheduler.json";
+const RNG: &str = "rng_state.json";
+const STATE: &str = "trainer_state.json";
+const PROGRESS: &str = "progress.json";
+const ARGUMENTS: &str = "training_args.json";
+
+/// What the log needs and `trainer_state.json` has no place for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Progress {
+    /// Sum of the updates' losses since the last entry of the log.
+    pub loss_since_log: f64,
+    /// `global_step` at that entry.
+    pub step_logged: usize,
+    /// Sum of the losses of all updates.
+    pub loss_of_run: f64,
+    /// Of the last update.
+    pub grad_norm: f64,
+    /// Of the last update.
+    pub learning_rate: f64,
+    /// `global_step` at the last end of an epoch whose logging, evaluating and saving is done.
+    pub epoch_end_step: usize,
+}
+
+impl Progress {
+    fn to_json(&self) -> Value {
+        json!({
+            "loss_since_log": self.loss_since_log,
+            "step_logged": self.step_logged,
+            "loss_of_run": self.loss_of_run,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "epoch_end_step": self.epoch_end_step,
+        })
+    }
+
+    fn from_json(value: &Value) -> Option<Self> {
+        Some(Self {
+            loss_since_log: value["loss_since_log"].as_f64()?,
+            step_logged: value["step_logged"].as_u64()? as usize,
+            loss_of_run: value["loss_of_run"].as_f64()?,
+            grad_norm: value["grad_norm"].as_f64()?,
+            learning_rate: value["learning_rate"].as_f64()?,
+            epoch_end_step: value["epoch_end_step"].as_u64()? as usize,
+        })
+    }
+}
+
+/// What goes into a checkpoint's own files.
+pub(super) struct Content<'a> {
+    pub state: Value,
+    pub progress: &'a Progress,
+    pub optimizer: HashMap<String, Tensor>,
+    pub scheduler: Value,
+    pub rng: Value,
+    pub arguments: Map<String, Value>,
+    /// What makes this run another run than others, by name.
+    pub identity: Vec<(String, Value)>,
+}
+
+/// Writes the folder beside its place, then renames it. On failure nothing is left behind, and
+/// a folder that was there before is untouched.
+pub(super) fn save(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
+    let temporary = temporary_sibling(folder);
+    // Left over from a process of this id that was killed while saving.
+    let _ = fs::remove_dir_all(&temporary);
+    let written = write_all(&temporary, save_adapter, content).and_then(|()| put_in_place(&temporary, folder));
+    written.map_err(|error| {
+        // Best effort: the error that counts is the one being reported.
+        let _ = fs::remove_dir_all(&temporary);
+        in_final_place(error, &temporary, folder)
+    })
+}
+
+fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
+    fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
+    save_adapter(folder)?;
+    let path = folder.join(OPTIMIZER);
+    let mut tensors: Vec<_> = content.optimizer.iter().collect();
+    tensors.sort_by_key(|(name, _)| *name);
+    let bytes = safetensors::serialize(tensors, None).map_err(|e| malformed(&path, "safetensors file", e))?;
+    write(&path, &bytes)?;
+    let arguments = json!({
+        "arguments": content.arguments,
+        "run": content.identity.iter().cloned().collect::<Map<_, _>>(),
+    });
+    for (name, value) in [
+        (SCHEDULER, &content.scheduler),
+        (RNG, &content.rng),
+        (STATE, &content.state),
+        (PROGRESS, &content.progress.to_json()),
+        (ARGUMENTS, &arguments),
+    ] {
+        let text = serde_json::to_string_pretty(value).map_err(|e| malformed(&folder.join(name), "JSON file", e))?;
+        write(&folder.join(name), format!("{text}\n").as_bytes())?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let written = File::create(path).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all() // a full disk may only show here
+    });
+    written.map_err(Error::io("write", path))
+}
+
+/// Renames `temporary` to `folder`; a folder of that name steps aside first and comes back if
+/// the rename fails.
+fn put_in_place(temporary: &Path, folder: &Path) -> Result<()> {
+    let aside = temporary.with_extension("old");
+    let _ = fs::remove_dir_all(&aside);
+    let replaces = folder.exists();
+    if replaces {
+        fs::rename(folder, &aside).map_err(Error::io("write", folder))?;
+    }
+    if let Err(e) = fs::rename(temporary, folder) {
+        if replaces {
+            let _ = fs::rename(&aside, folder);
+        }
+        return Err(Error::io("write", folder)(e));
+    }
+    let _ = fs::remove_dir_all(&aside);
+    Ok(())
+}
+
+/// The user knows the checkpoint by its own name, not by that of its temporary folder.
+fn in_final_place(error: Error, temporary: &Path, folder: &Path) -> Error {
+    match error {
+        Error::Io { action, path, source } => {
+            let path = path.strip_prefix(temporary).map(|rest| folder.join(rest)).unwrap_or(path);
+            Error::Io { action, path, source }
+        }
+        other => other,
+    }
+}
+
+/// What a checkpoint holds beside the adapter.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    pub state: TrainerState,
+    pub progress: Progress,
+    pub optimizer: HashMap<String, Tensor>,
+}
+
+/// Reads a checkpoint and refuses one of another run.
+///
+/// # Errors
+/// A missing folder or file, a damaged file, and [`Error::CheckpointMismatch`] with the field.
+pub(super) fn load(folder: &Path, identity: &[(String, Value)]) -> Result<Loaded> {
+    if !folder.join(STATE).is_file() || !folder.join(ADAPTER).is_file() {
+        let near = if folder.is_dir() { folder } else { folder.parent().unwrap_or(folder) };
+        let remedy = match sorted(near).last() {
+            Some(last) => format!("name a checkpoint folder; the last one there is {}", last.display()),
+            None => "name a checkpoint-N folder that the trainer wrote".into(),
+        };
+        return Err(Error::NotFound { what: "checkpoint".into(), path: folder.into(), remedy });
+    }
+    let saved = read_json(&folder.join(ARGUMENTS))?;
+    for (field, here) in identity {
+        let there = &saved["run"][field];
+        if there != here {
+            let (expected, got) = (there.to_string(), here.to_string());
+            return Err(Error::CheckpointMismatch { path: folder.into(), field: field.clone(), expected, got });
+        }
+    }
+    let path = folder.join(STATE);
+    let state = TrainerState::from_json(&read_json(&path)?).map_err(|e| malformed(&path, "trainer state", e))?;
+    let path = folder.join(PROGRESS);
+    let progress = Progress::from_json(&read_json(&path)?);
+    let progress =
+        progress.ok_or_else(|| malformed(&path, "progress file", "a field is missing or of another type"))?;
+    let path = folder.join(OPTIMIZER);
+    let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+    let optimizer = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
+        .map_err(|e| malformed(&path, "safetensors file", e))?;
+    Ok(Loaded { state, progress, optimizer })
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    serde_json::from_str(&text).map_err(|e| malformed(path, "JSON file", e))
+}
+
+fn malformed(path: &Path, format: &'static str, detail: impl ToString) -> Error {
+    let remedy = "the checkpoint is damaged: resume from an earlier one".into();
+    Error::Malformed { path: path.into(), format, detail: detail.to_string(), remedy }
+}
+
+/// The checkpoints in `output_dir`, the oldest first: by the time of writing, as transformers
+/// sorts them, so that those of an earlier run count as old whatever their number.
+pub(super) fn sorted(output_dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(output_dir) else { return Vec::new() };
+    let mut found: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let step: usize = entry.file_name().to_str()?.strip_prefix(PREFIX)?.parse().ok()?;
+            let metadata = entry.metadata().ok().filter(|m| m.is_dir())?;
+            Some((metadata.modified().ok()?, step, entry.path()))
+        })
+        .collect();
+    found.sort();
+    found.into_iter().map(|(_, _, path)| path).collect()
+}
+
+/// Deletes the oldest checkpoints until `limit` are left, but none of `keep`.
+pub(super) fn rotate(output_dir: &Path, limit: usize, keep: &[&Path]) -> Result<()> {
+    let found = sorted(output_dir);
+    let mut surplus = found.len().saturating_sub(limit);
+    for path in found {
+        if surplus > 0 && !keep.contains(&path.as_path()) {
+            // Renamed first: a half-deleted folder must not look like a checkpoint.
+            let doomed = temporary_sibling(&path);
+            fs::rename(&path, &doomed)
+                .and_then(|()| fs::remove_dir_all(&doomed))
+                .map_err(Error::io("delete", &path))?;
+            surplus -= 1;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trainer::callback::TrainerControl;
+
+    fn content(progress: &Progress) -> Content<'_> {
+        Content {
+            state: TrainerState { global_step: 3, ..Default::default() }.to_json(&TrainerControl::default()),
+            progress,
+            optimizer: HashMap::from([("m".into(), Tensor::new(&[1f32, 2.0], &Device::Cpu).unwrap())]),
+            scheduler: json!({}),
+            rng: json!({}),
+            arguments: Map::new(),
+            identity: vec![("seed".into(), json!(42)), ("LoraConfig.r".into(), json!(8))],
+        }
+    }
+
+    fn adapter(folder: &Path) -> Result<()> {
+        write(&folder.join(ADAPTER), b"adapter")
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_checkpoint_comes_back_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("checkpoint-3");
+        let progress = Progress { loss_since_log: 0.1 + 0.2, step_logged: 2, ..Default::default() };
+        let content = content(&progress);
+        save(&folder, adapter, &content).unwrap();
+        let loaded = load(&folder, &content.identity).unwrap();
+        assert_eq!((loaded.progress, loaded.state.global_step), (progress.clone(), 3));
+        assert_eq!(loaded.optimizer["m"].to_vec1::<f32>().unwrap(), [1.0, 2.0]);
+        // Over itself: the new one takes the place of the old one and nothing else stays.
+        save(&folder, adapter, &content).unwrap();
+        assert_eq!(names(dir.path()), ["checkpoint-3"]);
+    }
+
+    #[test]
+    fn a_failed_save_leaves_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("checkpoint-3");
+        let progress = Progress::default();
+        save(&folder, adapter, &content(&progress)).unwrap();
+        let full = |f: &Path| {
+            adapter(f)?;
+            Err(Error::io("write", f.join(ADAPTER))(std::io::ErrorKind::StorageFull.into()))
+        };
+        let error = save(&folder, full, &content(&progress)).unwrap_err();
+        assert!(error.to_string().contains(&format!("{}/checkpoint-3/{ADAPTER}", dir.path().display())), "{error}");
+        assert!(error.to_string().contains("free some disk space"), "{error}");
+        assert_eq!(names(dir.path()), ["checkpoint-3"]);
+        load(&folder, &content(&progress).identity).unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_of_another_run_is_refused_by_field() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("checkpoint-3");
+        save(&folder, adapter, &content(&Progress::default())).unwrap();
+        let error = load(&folder, &[("seed".into(), json!(42)), ("LoraConfig.r".into(), json!(16))]).unwrap_err();
+        let Error::CheckpointMismatch { field, expected, got, .. } = error else { panic!("{error}") };
+        assert_eq!((field.as_str(), expected.as_str(), got.as_str()), ("LoraConfig.r", "8", "16"));
+    }
+
+    #[test]
+    fn a_damaged_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("checkpoint-3");
+        let progress = Progress::default();
+        for name in [OPTIMIZER, STATE, PROGRESS, ARGUMENTS] {
+            save(&folder, adapter, &content(&progress)).unwrap();
+            let whole = fs::read(folder.join(name)).unwrap();
+            fs::write(folder.join(name), &whole[..whole.len() / 2]).unwrap();
+            let error = load(&folder, &content(&progress).identity).unwrap_err();
+            assert!(matches!(&error, Error::Malformed { path, .. } if path.ends_with(name)), "{name}: {error}");
+        }
+        fs::remove_file(folder.join(STATE)).unwrap();
+        assert!(matches!(load(&folder, &[]).unwrap_err(), Error::NotFound { .. }));
+    }
+
+    #[test]
+    fn a_missing_checkpoint_points_to_the_last_one() {
+        let dir = tempfile::tempdir().unwrap();
+        save(&dir.path().join("checkpoint-3"), adapter, &content(&Progress::default())).unwrap();
+        for wrong in [dir.path().to_path_buf(), dir.path().join("checkpoint-4")] {
+            let error = load(&wrong, &[]).unwrap_err();
+            assert!(error.to_string().contains("checkpoint-3"), "{error}");
+        }
+    }
+
+    #[test]
+    fn rotation_keeps_the_newest_and_the_named() {
+        let dir = tempfile::tempdir().unwrap();
+        // An earlier run left a higher number; it is older all the same.
+        for step in [900, 1, 2, 3] {
+            fs::create_dir(dir.path().join(format!("checkpoint-{step}"))).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(15));
+        }
+        fs::write(dir.path().join("checkpoint-x"), "").unwrap();
+        rotate(dir.path(), 2, &[&dir.path().join("checkpoint-1")]).unwrap();
+        assert_eq!(names(dir.path()), ["checkpoint-1", "checkpoint-3", "checkpoint-x"]);
+        rotate(dir.path(), 1, &[&dir.path().join("checkpoint-1"), &dir.path().join("checkpoint-3")]).unwrap();
+        assert_eq!(names(dir.path()).len(), 3, "what must be kept is kept, whatever the limit");
+    }
+}

@@ -1,0 +1,329 @@
+//! What a run has done so far, in the form of transformers' `trainer_state.json`.
+
+use std::fmt;
+
+use serde_json::{Map, Value, json};
+
+use super::callback::TrainerControl;
+use crate::{display, py_repr::py_float};
+
+/// Where a training run stands.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TrainerState {
+    /// Epochs done, the current one as a fraction.
+    pub epoch: f64,
+    /// Updates done.
+    pub global_step: usize,
+    /// Updates in the whole run.
+    pub max_steps: usize,
+    /// Epochs begun in the whole run.
+    pub num_train_epochs: usize,
+    pub logging_steps: usize,
+    pub eval_steps: usize,
+    pub save_steps: usize,
+    pub train_batch_size: usize,
+    /// Input tokens that were trained on, padding included.
+    pub num_input_tokens_seen: usize,
+    /// All entries logged since the run began.
+    pub log_history: Vec<LogEntry>,
+    /// The lowest evaluation loss; kept when arguments ask for the best checkpoint.
+    pub best_metric: Option<f64>,
+    pub best_global_step: Option<usize>,
+    /// The folder of the checkpoint with the lowest evaluation loss.
+    pub best_model_checkpoint: Option<String>,
+}
+
+impl TrainerState {
+    /// The file's content: transformers' keys in its order, which its own loader reads.
+    pub(super) fn to_json(&self, control: &TrainerControl) -> Value {
+        json!({
+            "best_global_step": self.best_global_step,
+            "best_metric": self.best_metric,
+            "best_model_checkpoint": self.best_model_checkpoint,
+            "epoch": self.epoch,
+            "eval_steps": self.eval_steps,
+            "global_step": self.global_step,
+            "is_hyper_param_search": false,
+            "is_local_process_zero": true,
+            "is_world_process_zero": true,
+            "log_history": self.log_history.iter().map(LogEntry::to_json).collect::<Vec<_>>(),
+            "logging_steps": self.logging_steps,
+            "max_steps": self.max_steps,
+            "num_input_tokens_seen": self.num_input_tokens_seen,
+            "num_train_epochs": self.num_train_epochs,
+            "save_steps": self.save_steps,
+            "stateful_callbacks": {
+                "TrainerControl": {
+                    "args": {
+                        "should_epoch_stop": false,
+                        "should_evaluate": control.should_evaluate,
+                        "should_log": control.should_log,
+                        "should_save": control.should_save,
+                        "should_training_stop": control.should_training_stop,
+                    },
+                    "attributes": {},
+                }
+            },
+            // transformers' word for "not known".
+            "total_flos": 0.0,
+            "train_batch_size": self.train_batch_size,
+            "trial_name": null,
+            "trial_params": null,
+        })
+    }
+
+    /// Reads back what [`to_json`](Self::to_json) wrote; the error names the key.
+    pub(super) fn from_json(value: &Value) -> Result<Self, String> {
+        let count = |key: &str| value[key].as_u64().map(|n| n as usize).ok_or(format!("{key} is not a count"));
+        let history = value["log_history"].as_array().ok_or("log_history is not a list")?;
+        Ok(Self {
+            epoch: value["epoch"].as_f64().ok_or("epoch is not a number")?,
+            global_step: count("global_step")?,
+            max_steps: count("max_steps")?,
+            num_train_epochs: count("num_train_epochs")?,
+            logging_steps: count("logging_steps")?,
+            eval_steps: count("eval_steps")?,
+            save_steps: count("save_steps")?,
+            train_batch_size: count("train_batch_size")?,
+            num_input_tokens_seen: count("num_input_tokens_seen")?,
+            log_history: history.iter().map(LogEntry::from_json).collect::<Result<_, _>>()?,
+            best_metric: value["best_metric"].as_f64(),
+            best_global_step: value["best_global_step"].as_u64().map(|n| n as usize),
+            best_model_checkpoint: value["best_model_checkpoint"].as_str().map(str::to_owned),
+        })
+    }
+
+    /// `(step, value)` of every entry that has `key`: `curve("loss")`, `curve("eval_loss")`.
+    pub fn curve(&self, key: &str) -> Vec<(f64, f64)> {
+        self.log_history.iter().filter_map(|entry| Some((entry.get("step")?, entry.get(key)?))).collect()
+    }
+
+    /// Training and evaluation loss over the updates, as a picture.
+    pub fn loss_curve(&self) -> display::Svg {
+        let series = [("training", "loss"), ("evaluation", "eval_loss")]
+            .map(|(name, key)| display::Series { name: name.into(), points: self.curve(key) });
+        display::line_chart("Loss", "optimizer step", "loss (nats per token)", &series)
+    }
+}
+
+/// One entry of the log: names and numbers in the order in which they were logged.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LogEntry(Vec<(String, f64)>);
+
+impl LogEntry {
+    pub(super) fn new<'a>(values: impl IntoIterator<Item = (&'a str, f64)>) -> Self {
+        Self(values.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+    }
+
+    pub(super) fn push(&mut self, name: &str, value: f64) {
+        self.0.push((name.to_owned(), value));
+    }
+
+    /// The number under `name`, e.g. `"loss"`, `"grad_norm"`, `"learning_rate"`, `"epoch"`, `"step"`.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.0.iter().find(|(n, _)| n == name).map(|(_, value)| *value)
+    }
+
+    /// Names and numbers in their order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+
+    /// Like the whole entry with four significant digits a number: a line for the screen.
+    pub(super) fn brief(&self) -> String {
+        let short = |x: f64| format!("{x:.3e}").parse().unwrap_or(x);
+        Self(self.iter().map(|(name, value)| (name.to_owned(), short(value))).collect()).to_string()
+    }
+
+    fn to_json(&self) -> Value {
+        let mut sorted: Vec<_> = self.iter().collect();
+        sorted.sort_by_key(|(name, _)| *name);
+        let number = |name: &str, value: f64| if name == "step" { json!(value as u64) } else { json!(value) };
+        Value::Object(sorted.into_iter().map(|(name, value)| (name.to_owned(), number(name, value))).collect())
+    }
+
+    fn from_json(value: &Value) -> Result<Self, String> {
+        let map: &Map<_, _> = value.as_object().ok_or("an entry of log_history is not an object")?;
+        let mut entry = Self::default();
+        for (name, value) in map {
+            entry.push(name, value.as_f64().ok_or(format!("{name} in log_history is not a number"))?);
+        }
+        // The file has its keys sorted; here they are in the order of logging, as they were.
+        let rank = |name: &str| match name {
+            "loss" | "grad_norm" | "learning_rate" => {
+                ["loss", "grad_norm", "learning_rate"].iter().position(|n| *n == name)
+            }
+            "epoch" => Some(8),
+            "step" => Some(9),
+            _ => Some(if name.ends_with("_loss") && name.starts_with("train") { 7 } else { 3 }),
+        };
+        entry.0.sort_by_key(|(name, _)| rank(name));
+        Ok(entry)
+    }
+}
+
+impl fmt::Display for LogEntry {
+    /// As Python prints a dict.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("{")?;
+        for (i, (name, value)) in self.iter().enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            let value = if name == "step" { format!("{value}") } else { py_float(value) };
+            write!(f, "{comma}'{name}': {value}")?;
+        }
+        f.write_str("}")
+    }
+}
+
+/// What a call of `train` gives back.
+#[derive(Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TrainOutput {
+    /// Updates done since the run began.
+    pub global_step: usize,
+    /// Mean loss (nats a token): of the whole run after `train`, however often it was cut and
+    /// resumed; of this call's updates after `train_steps`.
+    pub training_loss: f64,
+    /// `train_runtime` in seconds and throughput, of this call; `train_loss`; `epoch`.
+    pub metrics: LogEntry,
+    /// Whether an interrupt ended it early; `train` again goes on from here.
+    pub interrupted: bool,
+    /// Whether the run is complete.
+    pub finished: bool,
+    pub(super) curve: display::Svg,
+}
+
+impl TrainOutput {
+    /// Training and evaluation loss over the updates, as a picture.
+    pub fn loss_curve(&self) -> &display::Svg {
+        &self.curve
+    }
+
+    /// Called by evcxr to show the value that ends a cell: numbers and loss curve.
+    pub fn evcxr_display(&self) {
+        let text = self.to_string();
+        let html = format!(
+            "<pre style=\"white-space:pre-wrap\">{}</pre>\n{}",
+            display::format::escape_html(&text),
+            self.curve.source()
+        );
+        display::emit(&[("text/html", &html), ("text/plain", &text)]);
+    }
+}
+
+impl fmt::Display for TrainOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (step, loss, metrics) = (self.global_step, py_float(self.training_loss), &self.metrics);
+        write!(f, "TrainOutput(global_step={step}, training_loss={loss}, metrics={metrics})")?;
+        match self.interrupted {
+            true => f.write_str("\ninterrupted; nothing was lost: trainer.train() goes on from here"),
+            false => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for TrainOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> TrainerState {
+        TrainerState {
+            epoch: 0.30000000000000004,
+            global_step: 3,
+            max_steps: 10,
+            num_train_epochs: 1,
+            logging_steps: 2,
+            eval_steps: 500,
+            save_steps: 3,
+            train_batch_size: 4,
+            num_input_tokens_seen: 1234,
+            log_history: vec![
+                LogEntry::new([
+                    ("loss", 2.125),
+                    ("grad_norm", 0.1),
+                    ("learning_rate", 4.5e-7),
+                    ("epoch", 0.2),
+                    ("step", 2.0),
+                ]),
+                LogEntry::new([
+                    ("eval_loss", 2.0 / 3.0),
+                    ("eval_runtime", 1.5),
+                    ("eval_samples_per_second", 3.0),
+                    ("eval_steps_per_second", 1.0),
+                    ("epoch", 0.2),
+                    ("step", 2.0),
+                ]),
+                LogEntry::new([
+                    ("train_runtime", 1.5),
+                    ("train_samples_per_second", 3.0),
+                    ("train_steps_per_second", 1.0),
+                    ("train_loss", 1.0),
+                    ("epoch", 0.2),
+                    ("step", 2.0),
+                ]),
+            ],
+            best_metric: None,
+            best_global_step: Some(2),
+            best_model_checkpoint: None,
+        }
+    }
+
+    #[test]
+    fn the_state_reads_back_bit_for_bit() {
+        let text = serde_json::to_string_pretty(&state().to_json(&TrainerControl::default())).unwrap();
+        assert_eq!(TrainerState::from_json(&serde_json::from_str(&text).unwrap()).unwrap(), state());
+        // Every float, not these only: reading JSON is exact.
+        let mut x = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..10_000 {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let value = (x >> 11) as f64 / 3e15;
+            let read: f64 = serde_json::from_str(&serde_json::to_string(&value).unwrap()).unwrap();
+            assert_eq!(read.to_bits(), value.to_bits());
+        }
+    }
+
+    #[test]
+    fn the_keys_are_those_of_the_reference_sorted() {
+        let json = state().to_json(&TrainerControl::default());
+        let keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
+        let mut sorted = keys.clone();
+        sorted.sort();
+        assert_eq!(keys, sorted);
+        let text = serde_json::to_string(&json["log_history"][0]).unwrap();
+        assert_eq!(text, r#"{"epoch":0.2,"grad_norm":0.1,"learning_rate":4.5e-7,"loss":2.125,"step":2}"#);
+    }
+
+    #[test]
+    fn a_damaged_state_names_the_key() {
+        let mut json = state().to_json(&TrainerControl::default());
+        json["global_step"] = json!("three");
+        assert_eq!(TrainerState::from_json(&json).unwrap_err(), "global_step is not a count");
+    }
+
+    #[test]
+    fn entries_print_as_python_dicts() {
+        let entry = &state().log_history[0];
+        assert_eq!(
+            entry.to_string(),
+            "{'loss': 2.125, 'grad_norm': 0.1, 'learning_rate': 4.5e-07, 'epoch': 0.2, 'step': 2}"
+        );
+        assert_eq!(
+            LogEntry::new([("loss", 2.19154), ("learning_rate", 4.53333e-5), ("epoch", 0.66666)]).brief(),
+            "{'loss': 2.192, 'learning_rate': 4.533e-05, 'epoch': 0.6667}"
+        );
+        assert_eq!((entry.get("loss"), entry.get("eval_loss")), (Some(2.125), None));
+    }
+
+    #[test]
+    fn the_loss_curve_has_both_losses() {
+        let svg = state().loss_curve();
+        assert!(svg.source().contains("training") && svg.source().contains("evaluation"));
+        assert_eq!(state().curve("loss"), [(2.0, 2.125)]);
+    }
+}
