@@ -211,7 +211,7 @@ fn refuse_not_finite(logits: &[f32], sequence: &Sequence) -> Result<()> {
     if ok && processors::highest(logits) > f32::NEG_INFINITY {
         return Ok(());
     }
-    let value = logits.iter().copied().find(|x| !(*x < f32::INFINITY)).unwrap_or(f32::NEG_INFINITY);
+    let value = logits.iter().copied().find(|x| x.is_nan() || *x == f32::INFINITY).unwrap_or(f32::NEG_INFINITY);
     let position = sequence.prompt_length + sequence.ids.len();
     Err(Error::LogitsNotFinite { prompt: sequence.prompt, position, value })
 }

@@ -4,12 +4,55 @@
 //! The order is the reference's: `repetition_penalty`, `forbid` (min_new_tokens), and when
 //! sampling `temperature`, `top_k`, `top_p`.
 
+use crate::layers::cpu::math::softmax;
+
 /// Buffers that the processors and the sampler use again and again, so that a token costs no
 /// allocation.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    values: Vec<f32>,
-    pub(super) candidates: Vec<(f32, u32)>,
+    /// The tokens that may still be chosen, in the order of ids.
+    pub(super) ids: Vec<u32>,
+    /// Their logits or probabilities.
+    pub(super) values: Vec<f32>,
+    candidates: Vec<Candidate>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    logit: f32,
+    probability: f32,
+    id: u32,
+}
+
+impl Scratch {
+    /// Gathers the tokens that may be chosen, `values` being their probabilities.
+    pub(super) fn softmax(&mut self, logits: &[f32]) {
+        self.ids.clear();
+        self.values.clear();
+        let Self { ids, values, .. } = self;
+        above(logits, &mut { f32::NEG_INFINITY }, |id, x, _| {
+            ids.push(id);
+            values.push(x);
+        });
+        softmax(values);
+    }
+}
+
+/// Calls `f` for every logit above `bar`, which `f` may raise. Blocks with none are passed over
+/// at the speed of SIMD.
+fn above(logits: &[f32], bar: &mut f32, mut f: impl FnMut(u32, f32, &mut f32)) {
+    const BLOCK: usize = 64;
+    for (b, block) in logits.chunks(BLOCK).enumerate() {
+        let limit = *bar;
+        if !block.iter().fold(false, |any, x| any | (*x > limit)) {
+            continue;
+        }
+        for (i, &x) in block.iter().enumerate() {
+            if x > *bar {
+                f((b * BLOCK + i) as u32, x, bar);
+            }
+        }
+    }
 }
 
 /// The distinct tokens of a sequence, prompt and answer.
@@ -66,25 +109,22 @@ pub fn top_k(logits: &mut [f32], k: usize, scratch: &mut Scratch) {
         return;
     }
     // One pass with a rising bar: after the first few hundred logits hardly any is above it.
-    let Scratch { values, .. } = scratch;
+    let values = &mut scratch.values;
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     let room = 256.max(4 * k);
-    let mut bar = f32::NEG_INFINITY;
     values.clear();
-    for &x in logits.iter() {
-        if x > bar {
-            values.push(x);
-            if values.len() == room {
-                bar = *values.select_nth_unstable_by(k - 1, descending).1;
-                values.truncate(k);
-            }
+    above(logits, &mut { f32::NEG_INFINITY }, |_, x, bar| {
+        values.push(x);
+        if values.len() == room {
+            *bar = *values.select_nth_unstable_by(k - 1, descending).1;
+            values.truncate(k);
         }
-    }
+    });
     if values.len() < k {
         return;
     }
     let last = *values.select_nth_unstable_by(k - 1, descending).1;
-    logits.iter_mut().filter(|x| **x < last).for_each(|x| *x = f32::NEG_INFINITY);
+    logits.iter_mut().for_each(|x| *x = if *x < last { f32::NEG_INFINITY } else { *x });
 }
 
 /// Keeps the smallest set of most likely tokens whose probabilities reach `p`; at least one.
@@ -94,34 +134,27 @@ pub fn top_p(logits: &mut [f32], p: f64, scratch: &mut Scratch) {
     if p >= 1.0 {
         return;
     }
-    let max = highest(logits);
-    // A token more than `depth` below the highest cannot stay: all such tokens together have
-    // less than 1 - p, for each is below exp(-depth) of the most likely one.
-    let depth = (logits.len() as f64 / (1.0 - p)).ln() as f32;
-    let Scratch { candidates, .. } = scratch;
+    scratch.softmax(logits);
+    let Scratch { ids, values: probabilities, candidates } = scratch;
+    // The tokens at or below this probability have no more than 1 - p together, so none of them
+    // stays; a hair less, because equal probabilities must not fall to rounding.
+    let floor = ((1.0 - p) / ids.len() as f64 * 0.9999) as f32;
     candidates.clear();
-    let mut total = 0f64;
-    for (id, &x) in logits.iter().enumerate() {
-        let below = max - x;
-        // Beyond 30 all 250,000 tokens of a large vocabulary together are lost in f32 rounding.
-        if below < 30.0 {
-            total += f64::from((-below).exp());
-            if below <= depth {
-                candidates.push((x, id as u32));
-            }
-        }
-    }
-    let kept = kept_by_top_p(candidates, max, total, p);
+    above(probabilities, &mut { floor }, |i, probability, _| {
+        let id = ids[i as usize];
+        candidates.push(Candidate { logit: logits[id as usize], probability, id });
+    });
+    let kept = kept_by_top_p(candidates, sum(probabilities), p);
     logits.fill(f32::NEG_INFINITY);
-    for &(x, id) in &candidates[..kept] {
-        logits[id as usize] = x;
+    for &Candidate { logit, id, .. } in &candidates[..kept] {
+        logits[id as usize] = logit;
     }
 }
 
 /// Brings the tokens that stay to the front of `candidates` and counts them. Sorts a few at a
 /// time from the top, because the set is usually small and the vocabulary is not.
-fn kept_by_top_p(candidates: &mut [(f32, u32)], max: f32, total: f64, p: f64) -> usize {
-    let descending = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+fn kept_by_top_p(candidates: &mut [Candidate], total: f64, p: f64) -> usize {
+    let descending = |a: &Candidate, b: &Candidate| b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id));
     let edge = (1.0 - p) as f32;
     let (mut kept, mut above, mut chunk) = (0, 0f64, 64);
     while kept < candidates.len() {
@@ -131,14 +164,14 @@ fn kept_by_top_p(candidates: &mut [(f32, u32)], max: f32, total: f64, p: f64) ->
             rest.select_nth_unstable_by(n - 1, descending);
         }
         rest[..n].sort_unstable_by(descending);
-        for &(x, _) in &rest[..n] {
+        for candidate in &rest[..n] {
             // The probability of this token and all below it; the reference drops what does
             // not raise that sum, taken from the bottom, above 1 - p.
             let from_below = ((total - above) / total) as f32;
             if from_below <= edge && kept > 0 {
                 return kept;
             }
-            above += f64::from((x - max).exp());
+            above += f64::from(candidate.probability);
             kept += 1;
         }
         chunk *= 4;
@@ -146,6 +179,24 @@ fn kept_by_top_p(candidates: &mut [(f32, u32)], max: f32, total: f64, p: f64) ->
     kept
 }
 
+/// The sum, in an order of its own that SIMD can follow.
+pub(super) fn sum(x: &[f32]) -> f64 {
+    let mut lanes = [0f64; 16];
+    let chunks = x.chunks_exact(lanes.len());
+    let rest: f64 = chunks.remainder().iter().map(|x| f64::from(*x)).sum();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += f64::from(*x));
+    }
+    rest + lanes.iter().sum::<f64>()
+}
+
+/// The highest logit, `NaN` left out.
 pub(super) fn highest(logits: &[f32]) -> f32 {
-    logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = logits.chunks_exact(lanes.len());
+    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = if *x > *lane { *x } else { *lane });
+    }
+    lanes.iter().copied().fold(rest, f32::max)
 }

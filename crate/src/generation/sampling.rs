@@ -1,6 +1,6 @@
 //! Choosing a token from processed logits.
 
-use super::processors::{Scratch, highest};
+use super::processors::{Scratch, highest, sum};
 
 /// A stream of random numbers: SplitMix64. One draw a token, so that what a sequence becomes
 /// depends on its seed and its own logits, not on the batch that it is in.
@@ -31,35 +31,29 @@ fn mix(mut z: u64) -> u64 {
 
 /// The most likely token; of equal ones the first.
 pub fn greedy(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &x) in logits.iter().enumerate() {
-        if x > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
+    let max = highest(logits);
+    logits.iter().position(|x| *x == max).unwrap_or(0) as u32
 }
 
 /// The token at `u` (in [0, 1)) of the cumulative softmax, in the order of ids.
 pub fn sample(logits: &[f32], u: f64, scratch: &mut Scratch) -> u32 {
-    let max = highest(logits);
-    let candidates = &mut scratch.candidates;
-    candidates.clear();
-    let mut total = 0f64;
-    for (id, &x) in logits.iter().enumerate() {
-        if x > f32::NEG_INFINITY {
-            let weight = (x - max).exp();
-            total += f64::from(weight);
-            candidates.push((weight, id as u32));
+    const BLOCK: usize = 256;
+    scratch.softmax(logits);
+    let Scratch { ids, values: probabilities, .. } = scratch;
+    let mut rest = u * probabilities.chunks(BLOCK).map(sum).sum::<f64>();
+    for (ids, block) in ids.chunks(BLOCK).zip(probabilities.chunks(BLOCK)) {
+        let mass = sum(block);
+        if rest >= mass {
+            rest -= mass;
+            continue;
         }
-    }
-    let mut rest = u * total;
-    for &(weight, id) in candidates.iter() {
-        rest -= f64::from(weight);
-        if rest < 0.0 {
-            return id;
+        for (id, p) in ids.iter().zip(block) {
+            rest -= f64::from(*p);
+            if rest < 0.0 {
+                return *id;
+            }
         }
     }
     // Rounding left a crumb behind the last one.
-    candidates.iter().rev().find(|(weight, _)| *weight > 0.0).map_or(0, |(_, id)| *id)
+    ids.last().copied().unwrap_or(0)
 }
