@@ -40,7 +40,7 @@ pub(super) struct Double {
     dropout: bool,
     pub lora_r: usize,
     passes: AtomicUsize,
-    keys: Mutex<Vec<u64>>,
+    options: Mutex<Vec<PassOptions>>,
     /// Called with the number of the pass before it is made; what it returns is added to the loss.
     hook: Mutex<Option<Hook>>,
 }
@@ -63,7 +63,7 @@ impl Double {
             dropout,
             lora_r: R,
             passes: AtomicUsize::new(0),
-            keys: Mutex::new(Vec::new()),
+            options: Mutex::new(Vec::new()),
             hook: Mutex::new(None),
         })
     }
@@ -76,9 +76,9 @@ impl Double {
         *self.hook.lock().unwrap() = None;
     }
 
-    /// The dropout keys of all passes.
-    pub fn dropout_keys(&self) -> Vec<u64> {
-        self.keys.lock().unwrap().clone()
+    /// How each pass was asked for.
+    pub fn options(&self) -> Vec<PassOptions> {
+        self.options.lock().unwrap().clone()
     }
 
     /// All weights.
@@ -147,7 +147,7 @@ impl Trainable for Double {
 
     fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {
         let number = self.passes.fetch_add(1, SeqCst);
-        self.keys.lock().unwrap().push(options.dropout_key);
+        self.options.lock().unwrap().push(options.clone());
         let extra = self.hook.lock().unwrap().as_mut().map_or(0.0, |hook| hook(number));
         let b = self.b.value().to_vec2::<f32>()?;
         let (mut da, mut db) = (vec![0f32; VOCAB * R], vec![0f32; R * VOCAB]);

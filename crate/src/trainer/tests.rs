@@ -173,7 +173,7 @@ fn every_micro_batch_has_dropout_masks_of_its_own() {
         let dir = tempfile::tempdir().unwrap();
         let model = Double::with(true);
         trainer(&model, TrainingArguments { seed, ..args(dir.path()) }).train().unwrap();
-        model.dropout_keys()
+        model.options().iter().map(|options| options.dropout_key).collect::<Vec<_>>()
     };
     let (a, b) = (keys(1), keys(2));
     assert_eq!(a, keys(1));
@@ -181,6 +181,56 @@ fn every_micro_batch_has_dropout_masks_of_its_own() {
     all.sort();
     all.dedup();
     assert_eq!(all.len(), 24);
+}
+
+/// An argument that is not honoured does not exist.
+#[test]
+fn every_argument_of_the_arithmetic_reaches_it() {
+    let base = whole(args(tempfile::tempdir().unwrap().path()), false).0;
+    type Change = (&'static str, fn(&mut TrainingArguments));
+    let changes: [Change; 13] = [
+        ("per_device_train_batch_size", |a| a.per_device_train_batch_size = 2),
+        ("gradient_accumulation_steps", |a| a.gradient_accumulation_steps = 3),
+        ("num_train_epochs", |a| a.num_train_epochs = 3),
+        ("max_steps", |a| a.max_steps = 5),
+        ("learning_rate", |a| a.learning_rate = 0.06),
+        ("lr_scheduler_type", |a| a.lr_scheduler_type = SchedulerType::Cosine),
+        ("warmup_steps", |a| a.warmup_steps = 2),
+        ("warmup_ratio", |a| a.warmup_ratio = 0.5),
+        ("weight_decay", |a| a.weight_decay = 0.1),
+        ("adam_beta1", |a| a.adam_beta1 = 0.8),
+        ("adam_beta2", |a| a.adam_beta2 = 0.9),
+        ("adam_epsilon", |a| a.adam_epsilon = 1e-3),
+        ("seed", |a| a.seed = 1),
+    ];
+    for (name, change) in changes {
+        let dir = tempfile::tempdir().unwrap();
+        let mut changed = args(dir.path());
+        change(&mut changed);
+        assert_ne!(whole(changed, false).0, base, "{name}");
+    }
+    for gradient_checkpointing in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = Double::new();
+        trainer(&model, TrainingArguments { gradient_checkpointing, ..args(dir.path()) }).train_steps(1).unwrap();
+        assert!(model.options().iter().all(|options| options.gradient_checkpointing == gradient_checkpointing));
+    }
+}
+
+#[test]
+fn sigint_stops_training_and_not_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Double::new();
+    model.before_pass(|n| {
+        if n == 5 {
+            // SAFETY: raise has no preconditions; the trainer's guard has installed its handler.
+            unsafe { libc::raise(libc::SIGINT) };
+        }
+        0.0
+    });
+    let output = trainer(&model, args(dir.path())).train().unwrap();
+    assert!(output.interrupted && output.global_step == 3);
+    assert!(output.to_string().contains("trainer.train() goes on from here"), "{output}");
 }
 
 #[test]
