@@ -1,0 +1,113 @@
+//! Tokens/s of a QLoRA training step and of generation on the bundled model: the same prompts,
+//! batches and settings as `scripts/bench_torch.py`, in the same form (one JSON line a
+//! measurement), so that `scripts/bench` can put the two beside each other.
+//!
+//! cargo bench -p qlora-nb --bench step [-- --repeats 7]
+
+use std::{path::PathBuf, time::Instant};
+
+use qlora_nb::{
+    batch::Batch,
+    collator::DataCollatorForSeq2Seq,
+    dataset::{Dataset, Example},
+    error::Result,
+    features::Features,
+    model::{AutoModelForCausalLM, BitsAndBytesConfig, ModelOptions},
+    models::causal_lm::{CausalLM, PassOptions, Trainable},
+    optim::{AdamW, Optim, clip_grad_norm},
+    peft::{LoraConfig, PeftModel, get_peft_model},
+    tokenizer::{AutoTokenizer, Tokenizer},
+};
+
+const NEW_TOKENS: usize = 120;
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().collect();
+    let repeats = args.iter().position(|a| a == "--repeats").and_then(|i| args.get(i + 1)?.parse().ok()).unwrap_or(7);
+    let notebooks = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../notebooks");
+    let folder = notebooks.join("models/poet-bloom-zh");
+    let tokenizer = AutoTokenizer::from_pretrained(folder.to_string_lossy())?;
+    let dataset = Dataset::load_from_disk(notebooks.join("data/poems_zh"))?;
+    let batches = batches(&tokenizer, &dataset)?;
+    for (name, nf4, checkpointing) in
+        [("train_nf4_f32", true, false), ("train_nf4_f32_checkpointing", true, true), ("train_f32", false, false)]
+    {
+        train(name, &load(&folder, nf4)?, &batches, checkpointing, repeats)?;
+    }
+    let prompt = tokenizer.encode("Human: 写一首七言律诗。\n题目：江上对月\n\nAssistant: ")?.input_ids;
+    for (name, nf4) in [("generate_f32_lora", false), ("generate_nf4_lora", true)] {
+        let model = load(&folder, nf4)?;
+        measure(name, repeats, || generate(&model, &prompt))?;
+    }
+    Ok(())
+}
+
+fn load(folder: &PathBuf, nf4: bool) -> Result<PeftModel> {
+    let config = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
+    let options = ModelOptions { quantization_config: nf4.then_some(config), ..Default::default() };
+    let base = AutoModelForCausalLM::from_pretrained(folder, options)?;
+    get_peft_model(&base, &LoraConfig { r: 8, target_modules: ["query_key_value"].into(), ..Default::default() })
+}
+
+fn prompt(row: &Example) -> Result<String> {
+    let question = format!("Human: {}\n{}", row.text("instruction")?, row.text("input")?);
+    Ok(format!("{}\n\nAssistant: ", question.trim()))
+}
+
+/// The first 32 rows in batches of 4, padded to the longest.
+fn batches(tokenizer: &Tokenizer, dataset: &Dataset) -> Result<Vec<Batch>> {
+    let mut rows = Vec::new();
+    for row in dataset.head(32).iter() {
+        let answer = tokenizer.encode(&format!("{}{}", row.text("output")?, tokenizer.eos_token()))?;
+        rows.push(Features::supervised(&tokenizer.encode(&prompt(&row)?)?, &answer, 256));
+    }
+    let collator = DataCollatorForSeq2Seq::new(tokenizer);
+    rows.chunks(4).map(|rows| collator.collate(&rows.iter().collect::<Vec<_>>())).collect()
+}
+
+fn train(name: &str, model: &PeftModel, batches: &[Batch], gradient_checkpointing: bool, repeats: usize) -> Result<()> {
+    let params = model.trainable_parameters();
+    let mut optimizer = AdamW::new(Optim::AdamWTorch, &params, (0.9, 0.999), 1e-8, 0.0)?;
+    let mut tokens = 0f64;
+    for batch in batches {
+        tokens += f64::from(batch.attention_mask.sum_all()?.to_scalar::<u32>()?);
+    }
+    measure(name, repeats, || {
+        for batch in batches {
+            params.iter().try_for_each(|p| p.zero_grad())?;
+            let num_items = batch.num_label_tokens() as f64;
+            model.forward_backward(batch, &PassOptions { num_items, gradient_checkpointing, dropout_key: 0 })?;
+            let norm = clip_grad_norm(&params, 1.0)?;
+            optimizer.step(1e-4, norm.scale)?;
+        }
+        Ok(tokens)
+    })
+}
+
+/// Greedy, with the cache; the end token does not stop it.
+fn generate(model: &PeftModel, prompt: &[u32]) -> Result<f64> {
+    let mut cache = model.new_cache(1)?;
+    let mut next = prompt.to_vec();
+    for _ in 0..NEW_TOKENS {
+        let logits = model.next_token_logits(&[&next], &mut cache)?.flatten_all()?.to_vec1::<f32>()?;
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
+        next = vec![best as u32];
+    }
+    Ok(NEW_TOKENS as f64)
+}
+
+/// Prints the median tokens/s of `repeats` calls, after one that warms up.
+fn measure(name: &str, repeats: usize, mut call: impl FnMut() -> Result<f64>) -> Result<()> {
+    call()?;
+    let mut rates = Vec::new();
+    for _ in 0..repeats {
+        let start = Instant::now();
+        let tokens = call()?;
+        rates.push(tokens / start.elapsed().as_secs_f64());
+    }
+    rates.sort_by(f64::total_cmp);
+    let middle = rates[rates.len() / 2];
+    let spread = (rates[rates.len() - 1] - rates[0]) / middle;
+    println!("{{\"name\": \"{name}\", \"tokens_per_s\": {middle:.1}, \"spread\": {spread:.3}}}");
+    Ok(())
+}
