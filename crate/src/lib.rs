@@ -1,9 +1,25 @@
 //! QLoRA fine-tuning in Rust, cell by cell in Jupyter.
+//!
+//! A base model in 4-bit NF4 stays frozen; small LoRA adapters on its linear layers learn
+//! (QLoRA, arXiv:2305.14314). The library offers the eight steps of the well-known Hugging Face
+//! walkthrough under Hugging Face's names, with the reference programs' numbers and no Python:
+//!
+//! 1. `use qlora_nb::prelude::*;`
+//! 2. [`dataset`]: load the data
+//! 3. [`tokenizer`], [`features`]: turn text into ids and labels
+//! 4. [`model`], [`peft`]: load the model in 4 bits, put adapters on it
+//! 5. [`training_args`]: choose the training's arguments
+//! 6. [`collator`], [`trainer`]: make the trainer
+//! 7. [`Trainer::train`](trainer::Trainer::train): train
+//! 8. [`pipeline`](mod@pipeline): generate text
+//!
+//! Beneath them: [`quant`] (NF4 and its relatives), [`models`] (one file an architecture),
+//! [`layers`] (each with a forward and a backward), [`optim`], [`generation`] and, at the bottom,
+//! [`error`]. What lies beneath never imports what lies above.
 
 // 2
 pub mod dataset;
 // 3
-pub mod collator;
 pub mod features;
 pub mod tokenizer;
 // 4
@@ -12,6 +28,7 @@ pub mod peft;
 // 5
 pub mod training_args;
 // 6 and 7
+pub mod collator;
 pub mod trainer;
 // 8
 pub mod pipeline;
@@ -31,3 +48,6 @@ pub mod prelude;
 pub mod py_repr;
 pub mod quant;
 pub mod safe_file;
+
+// Users must never depend on candle beside us: two copies of it would count tensor ids apart.
+pub use candle_core;

@@ -10,6 +10,7 @@ mod checkpoint;
 #[cfg(test)]
 mod double;
 mod evaluate;
+mod memory;
 mod rows;
 mod run;
 mod sampler;

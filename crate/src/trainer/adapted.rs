@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::{error::Result, models::causal_lm::Trainable, peft::PeftModel};
+use crate::{error::Result, models::{causal_lm::Trainable, memory::{MemoryReport, StepShape}}, peft::PeftModel};
 
 pub(super) trait Adapted: Trainable {
     /// Writes the adapter's files into `folder`.
@@ -15,6 +15,12 @@ pub(super) trait Adapted: Trainable {
 
     /// What a checkpoint of another run may differ in, by name.
     fn identity(&self) -> Vec<(String, Value)>;
+
+    /// Where the memory of the weights goes.
+    fn memory_of_weights(&self) -> MemoryReport;
+
+    /// What a micro-batch of this shape needs besides.
+    fn memory_of_step(&self, shape: StepShape) -> MemoryReport;
 }
 
 /// The fields of the adapter's configuration that change what is computed.
@@ -45,5 +51,13 @@ impl Adapted for PeftModel {
             LORA_FIELDS.iter().map(|field| (format!("LoraConfig.{field}"), config[*field].clone())).collect();
         identity.push(("model".into(), self.fingerprint().into()));
         identity
+    }
+
+    fn memory_of_weights(&self) -> MemoryReport {
+        self.memory_report()
+    }
+
+    fn memory_of_step(&self, shape: StepShape) -> MemoryReport {
+        MemoryReport::of_step(self.decoder(), shape)
     }
 }

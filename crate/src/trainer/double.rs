@@ -24,7 +24,10 @@ use crate::{
         kv_cache::KvCache,
         param::{Param, modify_f32, read_f32},
     },
-    models::causal_lm::{CausalLM, Pass, PassOptions, Trainable},
+    models::{
+        causal_lm::{CausalLM, Pass, PassOptions, Trainable},
+        memory::{MemoryReport, StepShape},
+    },
     tokenizer::PaddingSide,
 };
 
@@ -187,6 +190,14 @@ impl Adapted for Double {
 
     fn identity(&self) -> Vec<(String, Value)> {
         vec![("LoraConfig.r".into(), json!(self.lora_r)), ("model".into(), json!("double"))]
+    }
+
+    fn memory_of_weights(&self) -> MemoryReport {
+        MemoryReport::default()
+    }
+
+    fn memory_of_step(&self, _: StepShape) -> MemoryReport {
+        MemoryReport::default()
     }
 }
 

@@ -17,6 +17,8 @@ pub(super) struct Rows {
     collator: DataCollatorForSeq2Seq,
     /// Names the content: equal for equal rows in the same order.
     pub fingerprint: String,
+    /// Tokens and labels of each row.
+    sizes: Vec<(usize, usize)>,
 }
 
 impl Rows {
@@ -36,6 +38,7 @@ impl Rows {
         }
         let (mut hash, mut without_labels) = (0, Vec::new());
         let mut longest = 0..0;
+        let mut sizes = Vec::with_capacity(dataset.len());
         for row in 0..dataset.len() {
             let features = dataset.get(row)?.features()?;
             features.check(row)?;
@@ -47,6 +50,7 @@ impl Rows {
                 0 => features.len()..features.len(),
                 _ => longest.start.min(features.len())..longest.end.max(features.len()),
             };
+            sizes.push((features.len(), features.labels.iter().filter(|&&l| l != IGNORE_INDEX).count()));
             hash = fold(hash, &features);
         }
         let (rows, total) = (without_labels.len(), dataset.len());
@@ -68,11 +72,16 @@ impl Rows {
             collator.collate(&[&a, &b])?;
         }
         let fingerprint = format!("{total} rows, content {hash:016x}");
-        Ok(Self { dataset: dataset.clone(), collator: collator.clone(), fingerprint })
+        Ok(Self { dataset: dataset.clone(), collator: collator.clone(), fingerprint, sizes })
     }
 
     pub fn len(&self) -> usize {
         self.dataset.len()
+    }
+
+    /// Tokens and labels of a row.
+    pub fn size(&self, row: usize) -> (usize, usize) {
+        self.sizes[row]
     }
 
     /// The given rows as one batch.

@@ -1,0 +1,127 @@
+//! The memory that was announced and the memory that was used. Each test needs its own process
+//! (nextest gives it one): a peak is the process's.
+
+use std::{fs::File, io::Write, path::Path};
+
+use qlora_nb::{
+    models::memory::{peak_resident_bytes, reset_peak, resident_bytes},
+    prelude::*,
+};
+use qlora_nb_tests::*;
+
+use crate::poet;
+
+const MIB: f64 = (1 << 20) as f64;
+
+fn plan_holds(trainer: &mut Trainer, what: &str) -> Result<()> {
+    let plan = trainer.memory_plan()?;
+    reset_peak();
+    trainer.train()?;
+    let (planned, peak) = (plan.total() as f64, peak_resident_bytes() as f64);
+    println!("{what}\n{plan}\nmeasured peak {:.2} MiB, planned / measured {:.3}", peak / MIB, planned / peak);
+    assert!((planned / peak - 1.0).abs() < 0.1, "{what}: planned {planned}, measured {peak}");
+    Ok(())
+}
+
+#[test]
+fn the_bundled_model_takes_what_the_plan_says() -> Result<()> {
+    let (tokenizer, tokenized, model) = poet::load()?;
+    let folder = tempfile::tempdir().unwrap();
+    for gradient_checkpointing in [true, false] {
+        let args = TrainingArguments { gradient_checkpointing, ..poet::arguments(folder.path(), 40) };
+        let mut trainer = Trainer::new(&model, args, &tokenized, DataCollatorForSeq2Seq::new(&tokenizer))?;
+        plan_holds(&mut trainer, &format!("poet-bloom-zh, gradient checkpointing {gradient_checkpointing}"))?;
+    }
+    Ok(())
+}
+
+/// Hidden 1024, 24 layers, 16 heads, vocabulary 46145, random weights: 349 million parameters
+/// of which 302 million become 4-bit.
+#[test]
+fn a_bloom_560m_takes_what_the_plan_says() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    write_random_bloom(folder.path(), 1024, 24, 16, 46145);
+    let quantization =
+        BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
+    let options =
+        ModelOptions { torch_dtype: DType::F16, quantization_config: Some(quantization), ..Default::default() };
+    let before = resident_bytes();
+    reset_peak();
+    let base = AutoModelForCausalLM::from_pretrained(folder.path(), options)?;
+    let (loading, loaded) = (peak_resident_bytes() - before, base.memory_report());
+    println!("loading peak {:.2} MiB; the model:\n{loaded}", loading as f64 / MIB);
+    // A layer in f16: 12 C^2 weights.
+    let layer = 12 * 1024 * 1024 * 2;
+    assert!(loading < loaded.total() + layer, "loading took {loading} bytes");
+
+    let config = LoraConfig { target_modules: ["query_key_value"].into(), ..Default::default() };
+    let model = get_peft_model(&base, &config)?;
+    let tokenizer = AutoTokenizer::from_pretrained(poet::model_folder())?;
+    let rows = (0..2).map(|r| {
+        let ids: Vec<u32> = (0..192).map(|i| (r * 7919 + i * 104_729) % 46145).collect();
+        Features { attention_mask: vec![1; ids.len()], labels: ids.iter().map(|&i| i64::from(i)).collect(), input_ids: ids }
+    });
+    let rows: Vec<Features> = rows.collect();
+    let source = Dataset::from_columns([("row", vec![0i64, 1])])?;
+    let tokenized = source.map(|ex| Ok(rows[ex.int("row")? as usize].clone()))?;
+    let args = TrainingArguments {
+        output_dir: folder.path().join("out"),
+        per_device_train_batch_size: 2,
+        max_steps: 1,
+        gradient_checkpointing: true,
+        optim: Optim::PagedAdamW32bit,
+        save_strategy: SaveStrategy::No,
+        disable_tqdm: true,
+        ..Default::default()
+    };
+    let mut trainer = Trainer::new(&model, args, &tokenized, DataCollatorForSeq2Seq::new(&tokenizer))?;
+    plan_holds(&mut trainer, "BLOOM of 560M shape, gradient checkpointing")
+}
+
+/// A checkpoint in f16, written as a stream: it never sits in this process's memory.
+fn write_random_bloom(folder: &Path, c: usize, layers: usize, heads: usize, vocab: usize) {
+    let config = serde_json::json!({
+        "model_type": "bloom", "vocab_size": vocab, "hidden_size": c, "n_layer": layers, "n_head": heads,
+        "layer_norm_epsilon": 1e-5, "eos_token_id": 2, "pad_token_id": 3,
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let norm = |p: &str| vec![(format!("{p}.weight"), vec![c]), (format!("{p}.bias"), vec![c])];
+    let linear = |p: String, out: usize, input: usize| {
+        vec![(format!("{p}.weight"), vec![out, input]), (format!("{p}.bias"), vec![out])]
+    };
+    let mut tensors = vec![("word_embeddings.weight".to_string(), vec![vocab, c])];
+    tensors.extend(norm("word_embeddings_layernorm"));
+    for i in 0..layers {
+        tensors.extend(norm(&format!("h.{i}.input_layernorm")));
+        tensors.extend(linear(format!("h.{i}.self_attention.query_key_value"), 3 * c, c));
+        tensors.extend(linear(format!("h.{i}.self_attention.dense"), c, c));
+        tensors.extend(norm(&format!("h.{i}.post_attention_layernorm")));
+        tensors.extend(linear(format!("h.{i}.mlp.dense_h_to_4h"), 4 * c, c));
+        tensors.extend(linear(format!("h.{i}.mlp.dense_4h_to_h"), c, 4 * c));
+    }
+    tensors.extend(norm("ln_f"));
+    let mut header = serde_json::Map::new();
+    let mut offset = 0usize;
+    for (name, shape) in &tensors {
+        let bytes = 2 * shape.iter().product::<usize>();
+        header.insert(name.clone(), serde_json::json!({
+            "dtype": "F16", "shape": shape, "data_offsets": [offset, offset + bytes],
+        }));
+        offset += bytes;
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let mut file = std::io::BufWriter::new(File::create(folder.join("model.safetensors")).unwrap());
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    // Small numbers of both signs: f16 with the exponent of 2^-6, mantissa and sign from a counter.
+    let mut state = 1u32;
+    for (name, shape) in &tensors {
+        let norm_weight = name.contains("layernorm.weight") || name.ends_with("ln_f.weight");
+        for _ in 0..shape.iter().product::<usize>() {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let bits = if norm_weight { 0x3c00 } else { (state >> 16) as u16 & 0x83ff | 9 << 10 };
+            file.write_all(&bits.to_le_bytes()).unwrap();
+        }
+    }
+    file.flush().unwrap();
+}
