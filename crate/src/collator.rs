@@ -96,7 +96,12 @@ mod tests {
     use super::*;
 
     fn collator(padding_side: PaddingSide) -> DataCollatorForSeq2Seq {
-        DataCollatorForSeq2Seq { padding_side, pad_token_id: Some(3), pad_to_multiple_of: None, label_pad_token_id: -100 }
+        DataCollatorForSeq2Seq {
+            padding_side,
+            pad_token_id: Some(3),
+            pad_to_multiple_of: None,
+            label_pad_token_id: -100,
+        }
     }
 
     fn row(ids: &[u32]) -> Features {

@@ -90,7 +90,12 @@ impl Dataset {
         let (names, columns): (Vec<String>, Vec<Vec<Value>>) =
             columns.into_iter().map(|(n, c)| (n.into(), c.into_iter().map(Into::into).collect())).unzip();
         if let Some((i, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
-            return Err(Error::argument(&format!("column {i}"), name, "a name of its own", "rename one of the columns"));
+            return Err(Error::argument(
+                &format!("column {i}"),
+                name,
+                "a name of its own",
+                "rename one of the columns",
+            ));
         }
         let rows = columns.first().map_or(0, Vec::len);
         if let Some((name, column)) = names.iter().zip(&columns).find(|(_, column)| column.len() != rows) {

@@ -111,7 +111,8 @@ fn is_hub_id(name: &str) -> bool {
 }
 
 fn is_offline() -> bool {
-    let set = |name| env::var(name).is_ok_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"));
+    let set =
+        |name| env::var(name).is_ok_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"));
     set("HF_HUB_OFFLINE") || set("TRANSFORMERS_OFFLINE")
 }
 
@@ -125,10 +126,9 @@ fn failure(id: &str, file: &str, e: &HFError) -> Error {
             "there is no such repository, or it is private".into(),
             "check the name; for a folder give an existing path; for a private model set HF_TOKEN",
         ),
-        HFError::AuthRequired { .. } | HFError::Forbidden { .. } => (
-            e.to_string(),
-            "set HF_TOKEN to a token that may read this model, after accepting its terms on its page",
-        ),
+        HFError::AuthRequired { .. } | HFError::Forbidden { .. } => {
+            (e.to_string(), "set HF_TOKEN to a token that may read this model, after accepting its terms on its page")
+        }
         HFError::Request { .. } => (
             e.to_string(),
             "check the connection; set HF_ENDPOINT to a mirror or HTTPS_PROXY to a proxy, or give a \

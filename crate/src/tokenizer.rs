@@ -12,8 +12,8 @@ use std::{
 
 use tokenizers::{AddedToken, ModelWrapper};
 
-pub use self::{show::LabelledTokens, stream::DecodeStream};
 use self::config::Config;
+pub use self::{show::LabelledTokens, stream::DecodeStream};
 pub use crate::features::Encoding;
 use crate::{
     error::{Error, Result},
@@ -99,10 +99,7 @@ impl Tokenizer {
     /// tokenizer's own post-processor adds.
     pub fn encode(&self, text: &str) -> Result<Encoding> {
         let encoding = self.core.encode_fast(text, true).map_err(failed)?;
-        Ok(Encoding {
-            input_ids: encoding.get_ids().to_vec(),
-            attention_mask: encoding.get_attention_mask().to_vec(),
-        })
+        Ok(Encoding { input_ids: encoding.get_ids().to_vec(), attention_mask: encoding.get_attention_mask().to_vec() })
     }
 
     /// Several texts, padded to the longest on this tokenizer's side; padding has mask 0.

@@ -161,7 +161,8 @@ fn a_quantized_model_computes_with_the_dequantized_weights() {
         Ok(qlora_nb::layers::linear::Linear { weight: Weight::Dense(l.weight.dequantize()?), ..l.clone() })
     });
     let ids = Tensor::new(&[[5u32, 9, 17, 3, 88]], &candle_core::Device::Cpu).unwrap();
-    let difference = max_difference(&quantized.logits(&ids, None).unwrap(), &dense.unwrap().logits(&ids, None).unwrap());
+    let difference =
+        max_difference(&quantized.logits(&ids, None).unwrap(), &dense.unwrap().logits(&ids, None).unwrap());
     assert!(difference < 1e-5, "{difference}");
     let names: Vec<String> =
         quantized.named_parameters().iter().map(|(n, p)| format!("{n} {}", p.dtype())).take(7).collect();

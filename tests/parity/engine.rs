@@ -15,8 +15,7 @@ fn model(dropout: f64, quantized: bool) -> PeftModel {
     let quantization = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
     let options = ModelOptions { quantization_config: quantized.then_some(quantization), ..Default::default() };
     let base = AutoModelForCausalLM::from_pretrained(fixture("bloom_tiny"), options).unwrap();
-    let config =
-        LoraConfig { r: 4, target_modules: "all-linear".into(), lora_dropout: dropout, ..Default::default() };
+    let config = LoraConfig { r: 4, target_modules: "all-linear".into(), lora_dropout: dropout, ..Default::default() };
     let model = get_peft_model(&base, &config).unwrap();
     for (i, p) in model.trainable_parameters().iter().enumerate() {
         let n = p.value().elem_count();

@@ -43,9 +43,8 @@ fn golden_run(splits: usize, gradient_checkpointing: bool) -> Option<PeftModel> 
     let (model, file) = (shared("golden/bloom_tiny")?, shared("golden/lora_same.safetensors")?);
     let t = tensors(file);
     let config = LoraConfig { r: 8, lora_alpha: 8, target_modules: ["query_key_value"].into(), ..Default::default() };
-    let model = adapted(&model, &config, |name| {
-        t[&format!("init.{}", name.replace(".weight", ".default.weight"))].clone()
-    });
+    let model =
+        adapted(&model, &config, |name| t[&format!("init.{}", name.replace(".weight", ".default.weight"))].clone());
     let params = model.trainable_parameters();
     let mut optimizer = PlainAdamW::new(&params, 0.0);
     let (losses, norms) = (values(&t["losses"]), values(&t["grad_norms"]));
@@ -57,7 +56,8 @@ fn golden_run(splits: usize, gradient_checkpointing: bool) -> Option<PeftModel> 
         params.iter().for_each(|p| p.zero_grad().unwrap());
         for i in 0..splits {
             let batch = batch_of(&ids.narrow(0, i * rows, rows).unwrap());
-            let options = PassOptions { num_items: whole.num_label_tokens() as f64, gradient_checkpointing, dropout_key: 0 };
+            let options =
+                PassOptions { num_items: whole.num_label_tokens() as f64, gradient_checkpointing, dropout_key: 0 };
             loss += model.forward_backward(&batch, &options).unwrap().loss_sum / options.num_items;
         }
         assert!((loss - losses[step]).abs() < 1e-5, "step {step}: loss {loss}, expected {}", losses[step]);
@@ -79,10 +79,12 @@ fn twenty_steps_equal_peft() {
     let t = tensors(shared("golden/lora_same.safetensors").unwrap());
     let f = tensors(shared("golden/bloom_forward.safetensors").unwrap());
     let (ids, mask) = (&f["input_ids"], &f["attention_mask"]);
-    let difference = max_difference_where(&model.logits(ids, Some(mask)).unwrap(), &t["final_logits_on_forward_ids"], mask);
+    let difference =
+        max_difference_where(&model.logits(ids, Some(mask)).unwrap(), &t["final_logits_on_forward_ids"], mask);
     assert!(difference < 1e-4, "final logits differ by {difference}");
     let merged = model.merge_and_unload().unwrap();
-    let difference = max_difference_where(&merged.logits(ids, Some(mask)).unwrap(), &t["merged_logits_on_forward_ids"], mask);
+    let difference =
+        max_difference_where(&merged.logits(ids, Some(mask)).unwrap(), &t["merged_logits_on_forward_ids"], mask);
     assert!(difference < 1e-4, "merged logits differ by {difference}");
     let weight = merged.decoder().linears()[0].weight.dequantize().unwrap();
     let difference = max_difference(&weight, &t["merged_h0_qkv_weight"]);
@@ -108,7 +110,8 @@ fn an_adapter_that_peft_saved_loads() {
     let t = tensors(shared("golden/lora_same.safetensors").unwrap());
     let f = tensors(shared("golden/bloom_forward.safetensors").unwrap());
     let (ids, mask) = (&f["input_ids"], &f["attention_mask"]);
-    let difference = max_difference_where(&model.logits(ids, Some(mask)).unwrap(), &t["final_logits_on_forward_ids"], mask);
+    let difference =
+        max_difference_where(&model.logits(ids, Some(mask)).unwrap(), &t["final_logits_on_forward_ids"], mask);
     assert!(difference < 1e-4, "logits differ by {difference}");
 }
 
@@ -116,8 +119,7 @@ fn an_adapter_that_peft_saved_loads() {
 /// and clipping.
 #[test]
 fn ten_steps_on_all_linears_equal_peft() {
-    let meta: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(fixture("lora_curve.json")).unwrap()).unwrap();
+    let meta: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture("lora_curve.json")).unwrap()).unwrap();
     let t = tensors(fixture("lora_curve.safetensors"));
     let config = LoraConfig { r: 4, lora_alpha: 8, target_modules: "all-linear".into(), ..Default::default() };
     for gradient_checkpointing in [false, true] {

@@ -13,9 +13,8 @@ fn form(name: &str) -> (usize, usize) {
 fn follows(text: &str, (width, lines): (usize, usize)) -> bool {
     let han = |c: char| ('\u{3400}'..='\u{9fff}').contains(&c);
     let found: Vec<Vec<char>> = text.trim().split('\n').map(|l| l.chars().collect()).collect();
-    let good = |l: &Vec<char>| {
-        l.len() == width + 1 && l[..width].iter().all(|c| han(*c)) && "，。？！；".contains(l[width])
-    };
+    let good =
+        |l: &Vec<char>| l.len() == width + 1 && l[..width].iter().all(|c| han(*c)) && "，。？！；".contains(l[width]);
     found.len() == lines && found.iter().all(good)
 }
 
@@ -37,8 +36,7 @@ pub fn load() -> Result<(Tokenizer, Dataset, PeftModel)> {
     let tokenizer = AutoTokenizer::from_pretrained(model_folder())?;
     let tokenized =
         Dataset::load_from_disk(root().join("notebooks/data/poems_zh"))?.map(|row| process(&tokenizer, row))?;
-    let quantization =
-        BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
+    let quantization = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
     let options =
         ModelOptions { torch_dtype: DType::F16, quantization_config: Some(quantization), ..Default::default() };
     let base = AutoModelForCausalLM::from_pretrained(model_folder(), options)?;

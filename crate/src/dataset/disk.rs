@@ -82,7 +82,11 @@ impl Dataset {
                 return Err(Error::Malformed {
                     path,
                     format: "shard of this dataset",
-                    detail: format!("its columns are {}, those of the first {}", describe(&shard_schema), describe(first)),
+                    detail: format!(
+                        "its columns are {}, those of the first {}",
+                        describe(&shard_schema),
+                        describe(first)
+                    ),
                     remedy: "save the dataset again: the shards come from different datasets".into(),
                 });
             }
@@ -209,9 +213,9 @@ fn check_folder(folder: &Path) -> Result<()> {
 
 fn split_names(folder: &Path) -> Result<Vec<String>> {
     let path = folder.join("dataset_dict.json");
-    let names = read_json(&path)?["splits"].as_array().map(|splits| {
-        splits.iter().filter_map(|s| s.as_str().map(String::from)).collect::<Vec<_>>()
-    });
+    let names = read_json(&path)?["splits"]
+        .as_array()
+        .map(|splits| splits.iter().filter_map(|s| s.as_str().map(String::from)).collect::<Vec<_>>());
     names.ok_or_else(|| Error::Malformed {
         path,
         format: "list of splits",
@@ -288,9 +292,11 @@ fn feature_json(field: &arrow::datatypes::Field) -> serde_json::Value {
 /// (version 4 added "List", and still reads the older "Sequence").
 fn feature_of(dtype: &DataType) -> serde_json::Value {
     match dtype {
-        DataType::Struct(fields) => {
-            fields.iter().map(|f| (f.name().clone(), feature_of(f.data_type()))).collect::<serde_json::Map<_, _>>().into()
-        }
+        DataType::Struct(fields) => fields
+            .iter()
+            .map(|f| (f.name().clone(), feature_of(f.data_type())))
+            .collect::<serde_json::Map<_, _>>()
+            .into(),
         DataType::List(f) => match f.data_type() {
             DataType::Struct(_) => json!([feature_of(f.data_type())]),
             item => json!({ "feature": feature_of(item), "_type": "Sequence" }),

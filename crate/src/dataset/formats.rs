@@ -37,7 +37,8 @@ impl Dataset {
         } else {
             let mut rows: Vec<JsonRow> = Vec::new();
             for row in serde_json::Deserializer::from_slice(text).into_iter() {
-                let at_row = |e| malformed(path, "JSONL file", format!("row {}: {}", rows.len(), json_detail(&e, text)));
+                let at_row =
+                    |e| malformed(path, "JSONL file", format!("row {}: {}", rows.len(), json_detail(&e, text)));
                 let row = row.map_err(at_row)?;
                 rows.push(row);
             }

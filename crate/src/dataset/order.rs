@@ -51,30 +51,17 @@ impl Pcg64 {
         draw as u32
     }
 
-    /// A uniform integer in `0..=max` by Lemire's multiplication with rejection (2019); draws of
-    /// 32 bits where they suffice, as numpy does.
+    /// A uniform integer in `0..=max`: draws of just enough bits until one is not beyond `max`, of
+    /// 32 bits where they suffice, as numpy's `shuffle` does.
     fn at_most(&mut self, max: u64) -> u64 {
         if max == 0 {
             return 0;
         }
-        if let Ok(max) = u32::try_from(max)
-            && max < u32::MAX
-        {
-            let range = max + 1;
-            let threshold = range.wrapping_neg() % range;
-            loop {
-                let product = u64::from(self.next_u32()) * u64::from(range);
-                if product as u32 >= threshold {
-                    return product >> 32;
-                }
-            }
-        }
-        let range = max.saturating_add(1);
-        let threshold = range.wrapping_neg() % range;
+        let mask = u64::MAX >> max.leading_zeros();
         loop {
-            let product = u128::from(self.next_u64()) * u128::from(range);
-            if product as u64 >= threshold {
-                return (product >> 64) as u64;
+            let draw = if max <= u64::from(u32::MAX) { u64::from(self.next_u32()) } else { self.next_u64() };
+            if draw & mask <= max {
+                return draw & mask;
             }
         }
     }

@@ -216,7 +216,10 @@ fn type_of(value: &Value) -> Result<DataType, String> {
         Value::Text(_) => DataType::Utf8,
         Value::List(items) => list_of(items.iter().try_fold(DataType::Null, unify_ref)?),
         Value::Struct(fields) => DataType::Struct(
-            fields.iter().map(|(name, v)| Ok(Field::new(name, type_of(v)?, true))).collect::<Result<Fields, String>>()?,
+            fields
+                .iter()
+                .map(|(name, v)| Ok(Field::new(name, type_of(v)?, true)))
+                .collect::<Result<Fields, String>>()?,
         ),
     })
 }
@@ -336,10 +339,7 @@ mod tests {
             ("c".into(), vec![1i64, 2].into()),
             ("d".into(), Value::from(vec![Value::Null, Value::Bool(true), Value::Float(1.0)])),
         ]);
-        assert_eq!(
-            value.to_string(),
-            r#"{'a': 'it\'s\n"x"', 'b': "it's", 'c': [1, 2], 'd': [None, True, 1.0]}"#
-        );
+        assert_eq!(value.to_string(), r#"{'a': 'it\'s\n"x"', 'b': "it's", 'c': [1, 2], 'd': [None, True, 1.0]}"#);
     }
 
     #[test]
@@ -359,9 +359,6 @@ mod tests {
 
     #[test]
     fn types_that_do_not_go_together_are_named() {
-        assert_eq!(
-            unify(&DataType::Int64, &"x".into()).unwrap_err(),
-            "string where the rows above have int64"
-        );
+        assert_eq!(unify(&DataType::Int64, &"x".into()).unwrap_err(), "string where the rows above have int64");
     }
 }

@@ -65,7 +65,12 @@ pub struct Packed {
 impl Packed {
     /// Packs `input_ids` (`[B, T]`, any integer dtype). `attention_mask` (1: a real token)
     /// and `labels` (-100: ignored) have the same shape; without a mask every token is real.
-    pub fn new(input_ids: &Tensor, attention_mask: Option<&Tensor>, labels: Option<&Tensor>, vocab_size: usize) -> Result<Self> {
+    pub fn new(
+        input_ids: &Tensor,
+        attention_mask: Option<&Tensor>,
+        labels: Option<&Tensor>,
+        vocab_size: usize,
+    ) -> Result<Self> {
         let (b, t) = match input_ids.dims() {
             &[b, t] => (b, t),
             other => return Err(wrong_shape("input_ids", vec![1, other.iter().product()], other)),

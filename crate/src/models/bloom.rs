@@ -119,17 +119,21 @@ impl Block for BloomBlock {
     }
 
     fn with_linears(&self, linears: Vec<Linear>) -> Result<Arc<dyn Block>> {
-        let linears: [Linear; 4] = linears
-            .try_into()
-            .map_err(|l: Vec<Linear>| candle_core::Error::Msg(format!("a BLOOM block has 4 linears, not {}", l.len())))?;
+        let linears: [Linear; 4] = linears.try_into().map_err(|l: Vec<Linear>| {
+            candle_core::Error::Msg(format!("a BLOOM block has 4 linears, not {}", l.len()))
+        })?;
         let [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] = linears;
         Ok(Arc::new(Self { query_key_value, dense, dense_h_to_4h, dense_4h_to_h, ..self.clone() }))
     }
 
     fn other_parameters(&self) -> Vec<(usize, String, Tensor)> {
-        let norms = [(0, "input_layernorm", &self.input_layernorm), (2, "post_attention_layernorm", &self.post_attention_layernorm)];
+        let norms = [
+            (0, "input_layernorm", &self.input_layernorm),
+            (2, "post_attention_layernorm", &self.post_attention_layernorm),
+        ];
         let both = norms.into_iter().flat_map(|(before, name, norm)| {
-            [("weight", &norm.weight), ("bias", &norm.bias)].map(|(part, t)| (before, format!("{name}.{part}"), t.clone()))
+            [("weight", &norm.weight), ("bias", &norm.bias)]
+                .map(|(part, t)| (before, format!("{name}.{part}"), t.clone()))
         });
         both.collect()
     }
@@ -167,7 +171,8 @@ impl Block for BloomBlock {
 
     fn saved_floats_per_token(&self) -> usize {
         let c = self.input_layernorm.weight.elem_count();
-        let inputs = [(&self.query_key_value, c), (&self.dense, c), (&self.dense_h_to_4h, c), (&self.dense_4h_to_h, 4 * c)];
+        let inputs =
+            [(&self.query_key_value, c), (&self.dense, c), (&self.dense_h_to_4h, c), (&self.dense_4h_to_h, 4 * c)];
         let adapted: usize = inputs.iter().filter(|(l, _)| l.lora.is_some()).map(|(_, width)| width).sum();
         // Both norms' inputs and statistics, the projection, the input of gelu.
         2 * (c + 2) + 3 * c + 4 * c + adapted
@@ -183,11 +188,7 @@ impl BloomBlock {
     /// Through a norm whose input also goes round it as the residual. `d` is the gradient of
     /// the norm's output by the branch, `dy` the gradient of the residual.
     fn norm_backward(&self, norm: &LayerNorm, d: Tensor, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
-        if self.residual_after_norm {
-            norm.backward(&(d + dy)?, None, run)
-        } else {
-            norm.backward(&d, Some(dy), run)
-        }
+        if self.residual_after_norm { norm.backward(&(d + dy)?, None, run) } else { norm.backward(&d, Some(dy), run) }
     }
 }
 
@@ -212,7 +213,8 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
         let bias = weights.tensor(&format!("{name}.bias"), &[out], dtype)?;
         Ok::<_, Error>(Linear::new(name, weight, Some(bias)))
     };
-    let embedding = Embedding { weight: weights.tensor("transformer.word_embeddings.weight", &[config.vocab_size, c], dtype)? };
+    let embedding =
+        Embedding { weight: weights.tensor("transformer.word_embeddings.weight", &[config.vocab_size, c], dtype)? };
     let embedding_norm = norm(weights, "transformer.word_embeddings_layernorm")?;
     let attention = Attention {
         layout: HeadLayout::interleaved(config.n_head, c / config.n_head),

@@ -258,8 +258,7 @@ impl Decoder {
         }
         x = self.final_norm.forward(&x, &mut run)?;
         let scale = 1.0 / options.num_items;
-        let (loss_sum, num_label_tokens, dx) =
-            head_and_loss(&x, &self.head, &packed.targets, Some(scale), key)?;
+        let (loss_sum, num_label_tokens, dx) = head_and_loss(&x, &self.head, &packed.targets, Some(scale), key)?;
         let pass = Pass { loss_sum, num_label_tokens };
         let Some(dx) = dx.filter(|_| num_label_tokens > 0 && lowest < self.blocks.len()) else { return Ok(pass) };
         drop(x);

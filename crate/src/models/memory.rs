@@ -132,6 +132,15 @@ pub fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
+/// Gives memory that was freed back to the system, so that [`resident_bytes`] counts what is in use.
+pub fn release_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: malloc_trim touches free memory only.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 fn status_field(name: &str) -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_default();

@@ -22,8 +22,8 @@ use crate::{
     quant::QuantizedTensor,
 };
 
-/// Elements converted at a time.
-const CHUNK: usize = 1 << 20;
+/// Elements converted at a time: a buffer that does not count beside a tensor.
+const CHUNK: usize = 1 << 16;
 
 /// Where a tensor lies.
 #[derive(Clone, Debug)]

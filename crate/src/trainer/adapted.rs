@@ -4,7 +4,14 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::{error::Result, models::{causal_lm::Trainable, memory::{MemoryReport, StepShape}}, peft::PeftModel};
+use crate::{
+    error::Result,
+    models::{
+        causal_lm::Trainable,
+        memory::{MemoryReport, StepShape},
+    },
+    peft::PeftModel,
+};
 
 pub(super) trait Adapted: Trainable {
     /// Writes the adapter's files into `folder`.

@@ -100,8 +100,7 @@ pub unsafe fn gemm_into(
         return;
     }
     assert!(a.reaches(m, k) <= a.data.len() && b.reaches(k, n) <= b.data.len(), "gemm: an operand is too small");
-    let parallelism =
-        if threads && m * n * k >= WORTH_A_THREAD { Parallelism::Rayon(0) } else { Parallelism::None };
+    let parallelism = if threads && m * n * k >= WORTH_A_THREAD { Parallelism::Rayon(0) } else { Parallelism::None };
     // SAFETY: the operands' extents are checked above, the output's by the caller.
     unsafe {
         gemm(
@@ -226,7 +225,11 @@ mod tests {
     }
 
     /// Three loops: the oracle.
-    fn naive((m, n, k): (usize, usize, usize), a: impl Fn(usize, usize) -> f32, b: impl Fn(usize, usize) -> f32) -> Vec<f32> {
+    fn naive(
+        (m, n, k): (usize, usize, usize),
+        a: impl Fn(usize, usize) -> f32,
+        b: impl Fn(usize, usize) -> f32,
+    ) -> Vec<f32> {
         let mut out = vec![0.0; m * n];
         for i in 0..m {
             for j in 0..n {
