@@ -185,7 +185,7 @@ simd! {
 }
 
 /// sqrt(2 / pi), as BLOOM's own gelu has it.
-const GELU_A: f32 = 0.797_884_56;
+const GELU_A: f32 = 0.797_884_6;
 const GELU_B: f32 = 0.044_715;
 
 simd! {
