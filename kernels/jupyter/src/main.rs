@@ -3,7 +3,7 @@
 //! The same binary plays four parts, and reads top to bottom in this order:
 //!
 //! 1. [`install`] links the library as one dylib and writes where cells find it;
-//! 2. [`runner`] takes a [`notebook`] cell by cell through a [`session`];
+//! 2. [`runner`] takes a [`notebook`] cell by cell through a [`session`], which loses no variable ([`keep`]);
 //! 3. [`supervisor`] is the process that evcxr believes to run the cells. It starts the one that does, and
 //!    reports what evcxr hides: panics, `Err` through `?`, a death;
 //! 4. [`types`] stands before rustc and asks it for the types of a cell's variables.
@@ -11,6 +11,7 @@
 mod diagnostics;
 mod doctor;
 mod install;
+mod keep;
 mod notebook;
 mod runner;
 mod session;

@@ -12,9 +12,10 @@ use evcxr::CommandContext;
 
 use crate::diagnostics;
 use crate::install::{self, Layout};
+use crate::keep::{self, Replaced};
 use crate::notebook::Output;
 use crate::supervisor::{self, Event};
-use crate::types::{self, Question};
+use crate::types::{self, Binding, Question};
 
 /// How long evcxr may take to compile its first line.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
@@ -22,12 +23,18 @@ const START_TIMEOUT: Duration = Duration::from_secs(300);
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub struct Session {
-    requests: Sender<String>,
+    requests: Sender<Request>,
     replies: Receiver<Reply>,
     events: Receiver<String>,
     process: Arc<Mutex<Child>>,
     /// evcxr's crate and build folder; ours, so that it can be asked where evcxr cannot.
     folder: tempfile::TempDir,
+}
+
+enum Request {
+    Execute(String),
+    /// Give the variables back that the last cell, which failed, was about to replace.
+    Restore,
 }
 
 /// What evcxr said of a cell.
@@ -82,7 +89,7 @@ impl Session {
         prepare_environment(layout, folder.path())?;
         std::env::set_current_dir(working_dir)
             .with_context(|| format!("cannot work in the notebook's folder {}", working_dir.display()))?;
-        let (requests, requested) = bounded::<String>(0);
+        let (requests, requested) = bounded::<Request>(0);
         let (reply, replies) = bounded(1);
         let (started, start) = bounded(1);
         let path = folder.path().to_owned();
@@ -96,17 +103,22 @@ impl Session {
 
     pub fn execute(&self, code: &str, timeout: Duration) -> CellResult {
         let mut events = Vec::new();
-        let reply = self.wait_for(code, timeout, &mut events);
-        CellOutputs { is_result: types::ends_in_expression(code), ..Default::default() }.finish(code, &events, reply)
+        let reply = self.wait_for(Request::Execute(code.to_owned()), timeout, &mut events);
+        let is_result = types::ends_in_expression(code);
+        let result = CellOutputs { is_result, ..Default::default() }.finish(code, &events, reply);
+        if let Some(Failure { kind: FailureKind::Panic | FailureKind::Error, .. }) = result.failure {
+            self.wait_for(Request::Restore, timeout, &mut Vec::new());
+        }
+        result
     }
 
-    /// Hands a cell to evcxr and collects what the cell does meanwhile.
-    fn wait_for(&self, code: &str, timeout: Duration, events: &mut Vec<Event>) -> Reply {
+    /// Has evcxr do something and collects what cells do meanwhile.
+    fn wait_for(&self, request: Request, timeout: Duration, events: &mut Vec<Event>) -> Reply {
         let gone = || Reply {
             result: Err(Failure::new(FailureKind::Died, "evcxr itself stopped", "evcxr itself stopped")),
             compiled: String::new(),
         };
-        if self.requests.send(code.to_owned()).is_err() {
+        if self.requests.send(request).is_err() {
             return gone();
         }
         let mut deadline = Instant::now() + timeout;
@@ -181,7 +193,7 @@ fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
 type Started = Result<(Arc<Mutex<Child>>, Receiver<String>)>;
 
 /// The thread in which evcxr lives.
-fn serve(folder: &Path, started: &Sender<Started>, requests: &Receiver<String>, replies: &Sender<Reply>) {
+fn serve(folder: &Path, started: &Sender<Started>, requests: &Receiver<Request>, replies: &Sender<Reply>) {
     let (mut context, outputs) = match start_evcxr(folder) {
         Ok(evcxr) => evcxr,
         Err(error) => {
@@ -192,8 +204,16 @@ fn serve(folder: &Path, started: &Sender<Started>, requests: &Receiver<String>, 
     // Nothing writes to evcxr's own stderr channel, for the supervisor sends all as events.
     let _ = started.send(Ok((context.process_handle(), outputs.stdout)));
     let question = Question::new(folder);
-    for code in requests {
-        let result = execute(&mut context, &question, &code);
+    let mut replaced = Vec::new();
+    for request in requests {
+        let result = match request {
+            Request::Execute(code) => execute(&mut context, &question, &code, &mut replaced),
+            Request::Restore => {
+                // One that could not be cloned is not there to be restored.
+                replaced.drain(..).for_each(|variable: Replaced| drop(context.execute(&variable.restore())));
+                Ok(HashMap::new())
+            }
+        };
         let reply = Reply { result, compiled: context.last_source().unwrap_or_default() };
         if replies.send(reply).is_err() {
             return;
@@ -211,6 +231,7 @@ fn start_evcxr(folder: &Path) -> Result<(CommandContext, evcxr::EvalContextOutpu
         format!(":build_env {}={}", types::ASK_IN, folder.display()),
         // evcxr learns from a failed compile that a cell may use `?`: let it learn that once, and here.
         "Ok::<(), String>(())?;".to_owned(),
+        keep::PRELUDE.to_owned(),
     ];
     for command in setup {
         context.execute(&command).map_err(|e| anyhow::anyhow!("evcxr refuses {command:?}: {e}"))?;
@@ -219,38 +240,64 @@ fn start_evcxr(folder: &Path) -> Result<(CommandContext, evcxr::EvalContextOutpu
 }
 
 /// Compiles and runs one cell. What it shows comes as events; returned are outputs of evcxr's own commands.
-fn execute(context: &mut CommandContext, question: &Question, code: &str) -> Result<HashMap<String, String>, Failure> {
-    let variables = types::untyped(code);
-    let mut annotated = None;
-    if !variables.is_empty() {
+fn execute(
+    context: &mut CommandContext,
+    question: &Question,
+    code: &str,
+    replaced: &mut Vec<Replaced>,
+) -> Result<HashMap<String, String>, Failure> {
+    let bindings = types::bindings(code);
+    *replaced = replaced_by(&bindings, context);
+    let prepared = prepare(context, question, code, &bindings, replaced)?;
+    let result = match context.execute(&prepared) {
+        // The cell as it was written makes for better messages. That it could compile after all is no harm.
+        Err(evcxr::Error::CompilationErrors(_)) => context.execute(code),
+        result => result,
+    };
+    result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
+}
+
+/// The cell with what it needs to be honest: types, old values kept, and a flush.
+fn prepare(
+    context: &mut CommandContext,
+    question: &Question,
+    code: &str,
+    bindings: &[Binding],
+    replaced: &[Replaced],
+) -> Result<String, Failure> {
+    let mut prepared = code.to_owned();
+    if bindings.iter().any(|variable| !variable.is_typed) {
         let answer = question.ask(|| drop(context.check(code)));
         let answer =
             answer.map_err(|e| Failure::new(FailureKind::Compile, "cannot ask rustc for types", &e.to_string()))?;
-        // A cell with errors goes to evcxr as it is, which reports them better.
-        if let Some(answer) = answer.filter(|answer| !answer.has_errors) {
-            for variable in &variables {
-                let ty = answer.types.get(&variable.name).map_or("", String::as_str);
-                if let Some(reason) = types::unnameable(ty) {
-                    let (name, ty) = (&variable.name, types::for_people(ty));
-                    let message = format!("the variable `{name}` cannot be kept for later cells: its type is `{ty}`");
-                    let details = format!(
-                        "{message}\n{reason}\nor wrap the lines that need `{name}` in {{ }}, so that it ends with them"
-                    );
-                    return Err(Failure::new(FailureKind::Compile, &message, &details));
-                }
-            }
-            annotated = Some(types::annotate(code, &variables, &answer.types));
+        // A cell with errors goes to evcxr as it is, which reports them.
+        let Some(answer) = answer.filter(|answer| !answer.has_errors) else { return Ok(prepared) };
+        let unnamed = bindings.iter().find_map(|variable| {
+            let ty = answer.types.get(&variable.name)?;
+            Some((&variable.name, types::for_people(ty), types::unnameable(ty)?))
+        });
+        if let Some((name, ty, reason)) = unnamed {
+            let message = format!("the variable `{name}` cannot be kept for later cells: its type is `{ty}`");
+            let details = format!(
+                "{message}\n{reason}\nor wrap the lines that need `{name}` in {{ }}, so that it ends with them"
+            );
+            return Err(Failure::new(FailureKind::Compile, &message, &details));
         }
+        prepared = types::annotate(code, bindings, &answer.types);
     }
-    let mut source = annotated.unwrap_or_else(|| code.to_owned());
+    let keep: String = replaced.iter().map(Replaced::keep).collect();
+    prepared.insert_str(types::rust_begins(code), &keep);
     if !types::ends_in_expression(code) {
         // Text without a newline would otherwise stay in the cell's buffer until a later cell prints one.
-        source.push_str("\nlet _ = ::std::io::Write::flush(&mut ::std::io::stdout());");
+        prepared.push_str("\nlet _ = ::std::io::Write::flush(&mut ::std::io::stdout());");
     }
-    match context.execute(&source) {
-        Ok(outputs) => Ok(outputs.content_by_mime_type),
-        Err(error) => Err(diagnostics::failure(&error, code)),
-    }
+    Ok(prepared)
+}
+
+fn replaced_by(bindings: &[Binding], context: &CommandContext) -> Vec<Replaced> {
+    let known = context.variables_and_types();
+    let replaced = known.filter(|(name, _)| bindings.iter().any(|variable| variable.name == *name));
+    replaced.map(|(name, ty)| Replaced { name: name.to_owned(), ty: ty.to_owned() }).collect()
 }
 
 /// Turns events into a cell's outputs.

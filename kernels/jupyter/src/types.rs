@@ -58,10 +58,12 @@ impl Question {
     }
 }
 
-/// A variable that a cell binds at its top level without writing the type.
+/// A variable that a cell binds at its top level.
 #[derive(Debug, PartialEq)]
-pub struct Untyped {
+pub struct Binding {
     pub name: String,
+    /// Whether the type is written there.
+    pub is_typed: bool,
     is_mut: bool,
     /// Byte offset in the cell, behind the `let` statement that binds it last.
     end: usize,
@@ -69,10 +71,10 @@ pub struct Untyped {
 
 /// Adds to a cell the types of its variables. The additions stand behind the statements, on the same line, so
 /// that the compiler's messages keep their lines and columns.
-pub fn annotate(code: &str, variables: &[Untyped], types: &HashMap<String, String>) -> String {
+pub fn annotate(code: &str, variables: &[Binding], types: &HashMap<String, String>) -> String {
     let mut code = code.to_owned();
-    for Untyped { name, is_mut, end } in variables.iter().rev() {
-        if let Some(ty) = types.get(name) {
+    for Binding { name, is_typed, is_mut, end } in variables.iter().rev() {
+        if let Some(ty) = types.get(name).filter(|_| !is_typed) {
             let is_mut = if *is_mut { "mut " } else { "" };
             code.insert_str(*end, &format!(" let {is_mut}{name}: {ty} = {name};"));
         }
@@ -81,7 +83,7 @@ pub fn annotate(code: &str, variables: &[Untyped], types: &HashMap<String, Strin
 }
 
 /// Where the Rust code of a cell begins: behind evcxr's own lines (`:dep`, `!ls`) and leading comments.
-fn rust_begins(code: &str) -> usize {
+pub fn rust_begins(code: &str) -> usize {
     let is_rust = |line: &&str| {
         let start = line.trim_start();
         !(start.is_empty() || start.starts_with(':') || line.starts_with('!') || line.starts_with("//"))
@@ -104,10 +106,10 @@ pub fn ends_in_expression(code: &str) -> bool {
     last.is_some_and(|node| ast::Expr::can_cast(node.kind()))
 }
 
-/// The variables of a cell that need a type, in the order of the statements that bind them last.
-pub fn untyped(code: &str) -> Vec<Untyped> {
+/// The variables of a cell, in the order of the statements that bind them last.
+pub fn bindings(code: &str) -> Vec<Binding> {
     let Some((list, shift)) = statements(code) else { return Vec::new() };
-    let mut found: Vec<Untyped> = Vec::new();
+    let mut found: Vec<Binding> = Vec::new();
     for statement in list.statements() {
         let ast::Stmt::LetStmt(statement) = statement else { continue };
         let Some(pattern) = statement.pat() else { continue };
@@ -122,9 +124,9 @@ pub fn untyped(code: &str) -> Vec<Untyped> {
             }
             found.retain(|earlier| earlier.name != name);
             let is_plain = matches!(&pattern, ast::Pat::IdentPat(_));
-            if statement.initializer().is_some() && !(typed && is_plain) {
-                found.push(Untyped { name, is_mut: binding.mut_token().is_some(), end });
-            }
+            // What is declared only, evcxr infers; the types of a pattern's parts are written nowhere.
+            let is_typed = statement.initializer().is_none() || (typed && is_plain);
+            found.push(Binding { name, is_typed, is_mut: binding.mut_token().is_some(), end });
         }
     }
     found
@@ -247,7 +249,7 @@ mod tests {
     use super::*;
 
     fn names(code: &str) -> Vec<String> {
-        untyped(code).into_iter().map(|variable| variable.name).collect()
+        bindings(code).into_iter().filter(|variable| !variable.is_typed).map(|variable| variable.name).collect()
     }
 
     #[test]
@@ -268,7 +270,7 @@ mod tests {
         let types = types.map(|(name, ty)| (name.to_owned(), ty.to_owned())).into();
         let expected = "// two\nlet a = 1; let a = \"x\"; let a: &str = a; // shadows\n\
                         let (b, mut c) = f()?; let b: u8 = b; let mut c: u16 = c;\nb";
-        assert_eq!(annotate(code, &untyped(code), &types), expected);
+        assert_eq!(annotate(code, &bindings(code), &types), expected);
     }
 
     #[test]
