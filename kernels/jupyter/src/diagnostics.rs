@@ -45,7 +45,13 @@ fn render(error: &CompilationError, code: &str) -> String {
     let mut out = headline(error);
     let mut shown_line = 0;
     for spanned in error.spanned_messages() {
-        let Some(span) = &spanned.span else { continue };
+        // Imports have no place in the cell: evcxr takes them apart.
+        let Some(span) = &spanned.span else {
+            if !spanned.label.is_empty() {
+                out.push_str(&format!("\n     = {}", spanned.label));
+            }
+            continue;
+        };
         let Some(line) = span.start_line.checked_sub(1).and_then(|i| code.lines().nth(i)) else { continue };
         if span.start_line != shown_line {
             out.push_str(&format!("\n{:>4} | {line}", span.start_line));

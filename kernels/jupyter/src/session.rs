@@ -17,6 +17,7 @@ use crate::notebook::Output;
 use crate::supervisor::{self, Event};
 use crate::types::{self, Binding, Question};
 
+const PLAIN: &str = "text/plain";
 /// How long evcxr may take to compile its first line.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long evcxr may take to notice that its process was killed; it may be waiting for a compiler.
@@ -305,8 +306,9 @@ fn replaced_by(bindings: &[Binding], context: &CommandContext) -> Vec<Replaced> 
 struct CellOutputs {
     is_result: bool,
     outputs: Vec<Output>,
-    /// What the cell wrote to stderr since it last wrote to stdout: where a failure's message is.
+    /// What the cell last wrote to stderr, without anything on stdout in between: where a failure's message is.
     last_stderr: String,
+    stdout_since: bool,
     death: Option<String>,
     failed: Option<FailureKind>,
 }
@@ -349,10 +351,13 @@ impl CellOutputs {
     fn event(&mut self, event: &Event) {
         match event {
             Event::Stdout(text) => {
-                self.last_stderr.clear();
+                self.stdout_since = true;
                 self.stream("stdout", text);
             }
             Event::Stderr(text) => {
+                if std::mem::take(&mut self.stdout_since) {
+                    self.last_stderr.clear();
+                }
                 self.last_stderr.push_str(text);
                 self.stream("stderr", text);
             }
@@ -370,15 +375,18 @@ impl CellOutputs {
         }
     }
 
-    /// Representations that follow each other are of one thing, up to the plain text, which the library puts last,
-    /// or until a MIME type comes again.
+    /// Representations that follow each other are of one thing, until a MIME type comes again, or up to the plain text
+    /// if that stands last. (evcxr's protocol does not say where a thing ends.)
     fn content(&mut self, mime: &str, data: &str) {
         // The value of a statement without a semicolon, such as a loop.
-        if mime == "text/plain" && data == "()" {
+        if mime == PLAIN && data == "()" {
             return;
         }
         let representation = (mime.to_owned(), data.to_owned());
-        let goes_with = |data: &[(String, String)]| data.iter().all(|(m, _)| m != mime && m != "text/plain");
+        let goes_with = |data: &[(String, String)]| {
+            let closed = data.len() > 1 && data.last().is_some_and(|(last, _)| last == PLAIN);
+            !closed && data.iter().all(|(earlier, _)| earlier != mime)
+        };
         match self.outputs.last_mut() {
             Some(Output::Display { data, .. }) if goes_with(data) => data.push(representation),
             _ => self.outputs.push(Output::Display { data: vec![representation], is_result: false }),
@@ -398,10 +406,13 @@ impl CellOutputs {
             _ => 0,
         };
         let said = self.last_stderr.split_off(at);
-        if let Some(Output::Stream { name: "stderr", text }) = self.outputs.last_mut() {
+        let is_stderr = |output: &Output| matches!(output, Output::Stream { name: "stderr", .. });
+        if let Some(i) = self.outputs.iter().rposition(is_stderr)
+            && let Output::Stream { text, .. } = &mut self.outputs[i]
+        {
             text.truncate(text.len().saturating_sub(said.len()));
             if text.is_empty() {
-                self.outputs.pop();
+                self.outputs.remove(i);
             }
         }
         match kind {
@@ -458,19 +469,22 @@ mod tests {
             content("text/html", "1"),
             content("text/plain", "1"),
             content("image/svg+xml", "2"),
-            content("text/html", "2"),
-            content("text/html", "2"),
+            content("text/plain", "2"),
+            content("text/plain", "3"),
+            content("text/html", "3"),
+            content("text/html", "4"),
             Event::Stderr("warned\n".into()),
             content("text/plain", "()"),
-            content("text/plain", "3"),
+            content("text/plain", "5"),
         ];
         let expected = [
             Output::Stream { name: "stdout", text: "ab\n".into() },
             display(&[("text/html", "1"), ("text/plain", "1")], false),
-            display(&[("image/svg+xml", "2"), ("text/html", "2")], false),
-            display(&[("text/html", "2")], false),
+            display(&[("image/svg+xml", "2"), ("text/plain", "2")], false),
+            display(&[("text/plain", "3"), ("text/html", "3")], false),
+            display(&[("text/html", "4")], false),
             Output::Stream { name: "stderr", text: "warned\n".into() },
-            display(&[("text/plain", "3")], true),
+            display(&[("text/plain", "5")], true),
         ];
         let result = outputs(&events, Ok(HashMap::new()));
         assert_eq!(result.outputs, expected);

@@ -126,24 +126,20 @@ fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
     while out_open || err_open {
         let fds = [if out_open { out_fd } else { -1 }, if err_open { err_fd } else { -1 }];
         let ready = readable(fds, -1)?;
-        if ready[1] {
+        let mut text = None;
+        if ready[0] {
+            let n = out.read(&mut buffer)?;
+            out_open = n > 0;
+            text = Some(buffer[..n].to_vec());
+        }
+        // Whatever a cell wrote to stderr before a marker on stdout is in the pipe by now; it must precede the marker,
+        // for a panic's message is there.
+        while err_open && readable([-1, err_fd], 0)?[1] {
             let n = err.read(&mut buffer)?;
             err_open = n > 0;
             relay.stderr(&buffer[..n]);
         }
-        if ready[0] {
-            let n = out.read(&mut buffer)?;
-            out_open = n > 0;
-            // What a cell wrote to stderr before a marker on stdout is in the pipe by now: take it first, so
-            // that a panic's message precedes the panic.
-            let text = buffer[..n].to_vec();
-            while err_open && readable([-1, err_fd], 0)?[1] {
-                let n = err.read(&mut buffer)?;
-                err_open = n > 0;
-                relay.stderr(&buffer[..n]);
-            }
-            relay.stdout(&text);
-        }
+        relay.stdout(&text.unwrap_or_default());
         relay.send()?;
     }
     let status = worker.wait()?;
@@ -189,6 +185,8 @@ struct Relay {
     text: String,
     /// Bytes of an unfinished character at the end of stderr.
     stderr_rest: Vec<u8>,
+    /// Text of stderr, to be sent before the next thing on stdout that is not text.
+    errors: String,
     /// Whether events are dropped, up to the end of evcxr's first cell.
     mute: bool,
     lines: String,
@@ -237,6 +235,7 @@ impl Relay {
             self.marker(Some(Event::UserError), USER_ERROR);
         } else if let Some((before, mime)) = line.split_once(BEGIN_CONTENT) {
             self.text.push_str(before);
+            self.flush_text();
             self.content = Some((mime.trim().to_owned(), String::new()));
         } else if let Some(at) = line.find(VARIABLE_CHANGED_TYPE).or_else(|| line.find(INPUT_REQUEST)) {
             self.text.push_str(&line[..at]);
@@ -248,12 +247,9 @@ impl Relay {
     }
 
     fn stderr(&mut self, bytes: &[u8]) {
-        let mut all = std::mem::take(&mut self.stderr_rest);
-        all.extend_from_slice(bytes);
-        let text = decode(all, &mut self.stderr_rest);
-        if !text.is_empty() {
-            self.event(Event::Stderr(text));
-        }
+        self.stderr_rest.extend_from_slice(bytes);
+        let all = std::mem::take(&mut self.stderr_rest);
+        self.errors.push_str(&decode(all, &mut self.stderr_rest));
     }
 
     fn finish(&mut self, death: &str) {
@@ -284,6 +280,10 @@ impl Relay {
         if !self.text.is_empty() {
             let text = std::mem::take(&mut self.text);
             self.push(Event::Stdout(text));
+        }
+        if !self.errors.is_empty() {
+            let text = std::mem::take(&mut self.errors);
+            self.push(Event::Stderr(text));
         }
     }
 
@@ -362,6 +362,7 @@ mod tests {
         relay.stdout(&bytes[1..]);
         relay.stderr(&bytes[..2]);
         relay.stderr(&bytes[2..]);
+        relay.stdout(b"");
         let events: Vec<_> = relay.lines.lines().filter_map(Event::from_line).collect();
         assert_eq!(events, [Event::Stdout("诗\n".into()), Event::Stderr("诗\n".into())]);
     }
@@ -373,6 +374,15 @@ mod tests {
         let again = ["EVCXR_BEGIN_CONTENT text/html\n2\nEVCXR_END_CONTENT\n"];
         let chunks = [chunks.as_slice(), again.as_slice()].concat();
         assert_eq!(relayed(&chunks), [text("x"), html("<b>\n1</b>"), text("y\n"), html("2")]);
+    }
+
+    #[test]
+    fn a_message_stands_between_text_and_marker() {
+        let mut relay = Relay::default();
+        relay.stderr(b"panicked");
+        relay.stdout(b"shown\nEVCXR_PANIC_NOTIFICATION\n");
+        let events: Vec<_> = relay.lines.lines().filter_map(Event::from_line).collect();
+        assert_eq!(events, [Event::Stdout("shown\n".into()), Event::Stderr("panicked".into()), Event::Panic]);
     }
 
     #[test]

@@ -216,7 +216,8 @@ fn question(source: &str) -> (String, Vec<String>) {
             }
             // Inner attributes must come first in a file: they are not needed to learn types, but features are.
             None if line.trim_start().starts_with("#![") => out.insert_str(0, &format!("{}\n", line.trim())),
-            None => out.push_str(line),
+            // A cell may have imported a Result of one parameter.
+            None => out.push_str(&line.replace("-> Result<(), EvcxrUser", "-> ::std::result::Result<(), EvcxrUser")),
         }
         out.push('\n');
     }
