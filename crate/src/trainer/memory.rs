@@ -20,7 +20,7 @@ impl Trainer {
     ///
     /// The shortest row goes through the model once, forward and back, so that the program's code,
     /// the threads' stacks and the matrix product's own buffers are in RAM and counted; its
-    /// gradients are forgotten. Exact to about 10%: the allocator keeps some freed memory, and a
+    /// gradients are forgotten. Exact to about 10% (20% for a model of a few megabytes): the allocator keeps some freed memory, and a
     /// step's small buffers are not listed.
     ///
     /// ```no_run
