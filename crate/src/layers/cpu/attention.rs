@@ -1,6 +1,6 @@
 //! Causal attention on the CPU, a block of queries at a time.
 //!
-//! The scores of [`QUERY_BLOCK`] queries against the keys that they may see are the only
+//! The scores of `QUERY_BLOCK` queries against the keys that they may see are the only
 //! part of the T x T matrix that ever exists; the backward computes them again. Queries,
 //! keys and values are read where the fused projection left them, through strides, and
 //! their gradients are written to the same places.

@@ -115,7 +115,7 @@ fn tanh(x: f32) -> f32 {
 }
 
 simd! {
-    /// sum of a[i] * b[i].
+    /// sum of `a[i] * b[i]`.
     pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         let n = a.len().min(b.len());
         let (a, b) = (&a[..n], &b[..n]);
@@ -176,7 +176,7 @@ simd! {
 }
 
 simd! {
-    /// x[j] = scale * x[j] + slope * j: attention scores with ALiBi.
+    /// `x[j] = scale * x[j] + slope * j`: attention scores with ALiBi.
     pub fn scale_alibi(x: &mut [f32], scale: f32, slope: f32) {
         for (j, v) in x.iter_mut().enumerate() {
             *v = *v * scale + slope * (j as i32 as f32);

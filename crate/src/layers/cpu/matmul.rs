@@ -1,6 +1,6 @@
 //! Matrix products with a weight that may be stored in fewer bits than it is computed in.
 //!
-//! A tile of the weight (at most [`TILE`] elements, half of a core's L2 cache) is widened
+//! A tile of the weight (at most `TILE` elements, half of a core's L2 cache) is widened
 //! to f32 and multiplied at once, so a quantized weight never exists whole in f32 and the
 //! widening costs no trip to memory. The tiles depend on the shapes alone, never on the
 //! number of threads: the same product gives the same bits on any machine.
