@@ -10,11 +10,12 @@ use arrow::{
 
 use super::{
     table::{BATCH_ROWS, Table},
-    value::{quoted, type_name},
+    value::type_name,
 };
 use crate::{
     error::{Error, Result},
     features::Features,
+    py_repr::py_str,
 };
 
 /// The names and types of a dataset's columns; prints as `ds.features` does in Python.
@@ -38,7 +39,7 @@ impl FeatureTypes {
 
 impl fmt::Display for FeatureTypes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let columns: Vec<String> = self.0.iter().map(|(name, t)| format!("{}: {}", quoted(name), repr(t))).collect();
+        let columns: Vec<String> = self.0.iter().map(|(name, t)| format!("{}: {}", py_str(name), repr(t))).collect();
         write!(f, "{{{}}}", columns.join(", "))
     }
 }
@@ -51,10 +52,10 @@ fn repr(dtype: &DataType) -> String {
         DataType::FixedSizeList(f, n) => format!("List({}, length={n})", repr(f.data_type())),
         DataType::Struct(fields) => {
             let fields: Vec<String> =
-                fields.iter().map(|f| format!("{}: {}", quoted(f.name()), repr(f.data_type()))).collect();
+                fields.iter().map(|f| format!("{}: {}", py_str(f.name()), repr(f.data_type()))).collect();
             format!("{{{}}}", fields.join(", "))
         }
-        other => format!("Value({})", quoted(&type_name(other))),
+        other => format!("Value({})", py_str(&type_name(other))),
     }
 }
 

@@ -2,10 +2,8 @@
 
 use std::fmt;
 
-use super::{
-    Dataset, DatasetDict,
-    value::{Value, quoted},
-};
+use super::{Dataset, DatasetDict, Value};
+use crate::py_repr::py_str;
 
 /// A table shows so many rows, and so many characters of a cell.
 const MAX_ROWS: usize = 10;
@@ -19,7 +17,7 @@ impl fmt::Display for Dataset {
         }
         f.write_str("{")?;
         for (i, name) in self.column_names().iter().enumerate() {
-            write!(f, "{}{}: [", if i == 0 { "" } else { ", " }, quoted(name))?;
+            write!(f, "{}{}: [", if i == 0 { "" } else { ", " }, py_str(name))?;
             for (row, example) in self.iter().enumerate() {
                 let value = example.value(name).unwrap_or_default();
                 write!(f, "{}{value}", if row == 0 { "" } else { ", " })?;
@@ -92,7 +90,7 @@ pub(super) fn dict_html(dict: &DatasetDict) -> String {
 }
 
 pub(super) fn summary(dataset: &Dataset) -> String {
-    let names: Vec<String> = dataset.column_names().iter().map(|n| quoted(n)).collect();
+    let names: Vec<String> = dataset.column_names().iter().map(|n| py_str(n)).collect();
     format!("Dataset({{\n    features: [{}],\n    num_rows: {}\n}})", names.join(", "), dataset.len())
 }
 

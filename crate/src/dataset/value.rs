@@ -13,6 +13,8 @@ use arrow::{
     util::display::array_value_to_string,
 };
 
+use crate::py_repr::{py_bool, py_float, py_str};
+
 /// The value of one column in one row.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Value {
@@ -46,12 +48,10 @@ impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Value::Null => f.write_str("None"),
-            Value::Bool(true) => f.write_str("True"),
-            Value::Bool(false) => f.write_str("False"),
+            Value::Bool(b) => f.write_str(py_bool(*b)),
             Value::Int(i) => write!(f, "{i}"),
-            Value::Float(x) if x.is_nan() => f.write_str("nan"),
-            Value::Float(x) => write!(f, "{x:?}"),
-            Value::Text(s) => f.write_str(&quoted(s)),
+            Value::Float(x) => f.write_str(&py_float(*x)),
+            Value::Text(s) => f.write_str(&py_str(s)),
             Value::List(items) => {
                 f.write_str("[")?;
                 for (i, item) in items.iter().enumerate() {
@@ -71,37 +71,9 @@ pub(super) fn write_dict<'a>(
 ) -> fmt::Result {
     f.write_str("{")?;
     for (i, (name, value)) in fields.enumerate() {
-        write!(f, "{}{}: {value}", if i == 0 { "" } else { ", " }, quoted(name))?;
+        write!(f, "{}{}: {value}", if i == 0 { "" } else { ", " }, py_str(name))?;
     }
     f.write_str("}")
-}
-
-/// A string as Python's `repr` prints it: single quotes unless only those occur inside.
-pub(super) fn quoted(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
-    let mut out = String::from(quote);
-    for c in text.chars() {
-        match c {
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\\' => out.push_str("\\\\"),
-            c if c == quote => out.extend(['\\', c]),
-            c if c.is_control() || matches!(c, '\u{a0}' | '\u{ad}') => out.push_str(&format!("\\x{:02x}", c as u32)),
-            '\u{2000}'..='\u{200f}' | '\u{2028}'..='\u{202f}' | '\u{205f}'..='\u{206f}' | '\u{3000}' | '\u{feff}' => {
-                out.push_str(&format!("\\u{:04x}", c as u32))
-            }
-            c => out.push(c),
-        }
-    }
-    out.push(quote);
-    out
-}
-
-impl<'de> serde::Deserialize<'de> for Value {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(serde_json::Value::deserialize(deserializer)?.into())
-    }
 }
 
 impl From<serde_json::Value> for Value {
@@ -320,7 +292,7 @@ pub(super) fn type_name(dtype: &DataType) -> String {
         DataType::FixedSizeList(f, n) => format!("List({}, length={n})", type_name(f.data_type())),
         DataType::Struct(fields) => {
             let fields: Vec<String> =
-                fields.iter().map(|f| format!("{}: {}", quoted(f.name()), type_name(f.data_type()))).collect();
+                fields.iter().map(|f| format!("{}: {}", py_str(f.name()), type_name(f.data_type()))).collect();
             format!("{{{}}}", fields.join(", "))
         }
         other => other.to_string().to_lowercase(),

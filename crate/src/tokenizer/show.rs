@@ -3,7 +3,10 @@
 use std::fmt;
 
 use super::Tokenizer;
-use crate::features::{Features, IGNORE_INDEX};
+use crate::{
+    features::{Features, IGNORE_INDEX},
+    py_repr::{py_bool, py_str},
+};
 
 /// As `repr(tokenizer)` prints it in Python.
 impl fmt::Display for Tokenizer {
@@ -14,17 +17,17 @@ impl fmt::Display for Tokenizer {
             None => "1000000000000000019884624838656".into(),
         };
         let special: Vec<String> =
-            self.config.special.iter().map(|(name, token)| format!("'{name}': '{token}'")).collect();
+            self.config.special.iter().map(|(name, token)| format!("'{name}': {}", py_str(token))).collect();
         write!(
             f,
-            "{}(name_or_path='{}', vocab_size={}, model_max_length={max_length}, is_fast=True, padding_side='{}', \
+            "{}(name_or_path={}, vocab_size={}, model_max_length={max_length}, is_fast=True, padding_side='{}', \
              truncation_side='right', special_tokens={{{}}}, clean_up_tokenization_spaces={})",
             self.config.class,
-            self.name_or_path(),
+            py_str(self.name_or_path()),
             self.vocab_size(),
             self.padding_side(),
             special.join(", "),
-            if self.clean_up_tokenization_spaces() { "True" } else { "False" },
+            py_bool(self.clean_up_tokenization_spaces()),
         )
     }
 }
