@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     let repeats = args.iter().position(|a| a == "--repeats").and_then(|i| args.get(i + 1)?.parse().ok()).unwrap_or(7);
     let notebooks = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../notebooks");
     let folder = notebooks.join("models/poet-bloom-zh");
-    let tokenizer = AutoTokenizer::from_pretrained(folder.to_string_lossy())?;
+    let tokenizer = AutoTokenizer::from_pretrained(&folder)?;
     let dataset = Dataset::load_from_disk(notebooks.join("data/poems_zh"))?;
     let batches = batches(&tokenizer, &dataset)?;
     for (name, nf4, checkpointing) in

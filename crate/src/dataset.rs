@@ -9,6 +9,7 @@ mod disk;
 mod example;
 mod features;
 mod formats;
+mod ipc;
 mod order;
 mod show;
 mod table;
@@ -23,8 +24,10 @@ use std::{
 pub use self::{dict::DatasetDict, example::Example, features::FeatureTypes, value::Value};
 use self::{features::TokenColumns, table::Table};
 use crate::{
+    display::{Progress, notice},
     error::{Error, Result, near_names},
     features::{Features, take_cut_note},
+    interrupt,
 };
 
 /// Rows with named columns.
@@ -261,11 +264,12 @@ impl Dataset {
     /// [`Error::Row`] with the first row on which `keep` failed.
     pub fn filter(&self, mut keep: impl FnMut(&Example) -> Result<bool>) -> Result<Self> {
         let mut kept = Vec::new();
-        for (i, example) in self.iter().enumerate() {
-            if keep(&example).map_err(|e| e.at_row(i))? {
+        self.each_row("Filter", |i, example| {
+            if keep(example).map_err(|e| e.at_row(i))? {
                 kept.push(i);
             }
-        }
+            Ok(())
+        })?;
         Ok(self.pick(kept.into_iter()))
     }
 
@@ -280,22 +284,22 @@ impl Dataset {
         let mut columns = TokenColumns::default();
         let mut cut = HashSet::new();
         let mut answers_lost = 0;
-        for (i, example) in self.iter().enumerate() {
+        self.each_row("Map", |i, example| {
             take_cut_note();
-            let features = f(&example).map_err(|e| e.at_row(i))?;
+            let features = f(example).map_err(|e| e.at_row(i))?;
             features.check(i)?;
             if take_cut_note() {
                 cut.insert(i);
                 answers_lost += usize::from(!features.has_labels());
             }
-            columns.push(&features, i)?;
-        }
+            columns.push(&features, i)
+        })?;
         if !cut.is_empty() {
             let lost = match answers_lost {
                 0 => String::new(),
                 n => format!("; {n} of them have no token of their answer left"),
             };
-            eprintln!("map: {} of {} rows were longer than max_length and were cut{lost}", cut.len(), self.len());
+            notice(&format!("{} of {} rows were longer than max_length and were cut{lost}", cut.len(), self.len()));
         }
         Ok(Self::of(columns.finish(cut)?))
     }
@@ -305,8 +309,27 @@ impl Dataset {
     /// # Errors
     /// [`Error::Row`] with the first row on which `f` failed.
     pub fn map_examples(&self, mut f: impl FnMut(&Example) -> Result<Example>) -> Result<Self> {
-        let rows = self.iter().enumerate().map(|(i, ex)| f(&ex).map_err(|e| e.at_row(i)));
-        Self::from_rows(rows.collect::<Result<Vec<_>>>()?)
+        let mut rows = Vec::with_capacity(self.len());
+        self.each_row("Map", |i, example| {
+            rows.push(f(example).map_err(|e| e.at_row(i))?);
+            Ok(())
+        })?;
+        Self::from_rows(rows)
+    }
+
+    /// Runs `f` on the rows in order, with progress; an interrupt stops it between two rows.
+    fn each_row(&self, what: &str, mut f: impl FnMut(usize, &Example) -> Result<()>) -> Result<()> {
+        let _guard = interrupt::Guard::new()?;
+        let progress = Progress::new(what, self.len(), "rows");
+        for (i, example) in self.iter().enumerate() {
+            if interrupt::requested() {
+                return Err(Error::Interrupted { what: what.into() });
+            }
+            f(i, &example)?;
+            progress.inc(1);
+        }
+        progress.finish();
+        Ok(())
     }
 
     /// How many rows lost tokens to `max_length` when [`map`](Self::map) made them.

@@ -4,16 +4,22 @@
 //! `HF_HUB_CACHE`, `HF_TOKEN`, the proxy variables and `HF_HUB_OFFLINE` mean what they mean to
 //! Python's `huggingface_hub`, and the cache folder is shared with it.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-};
+mod repository;
 
-use hf_hub::{HFClientSync, HFError, HFRepositorySync, repository::RepoTypeModel, split_id};
+use std::path::{Path, PathBuf};
 
+use self::repository::Repository;
 use crate::error::{Error, Result};
 
 /// A folder or a hub repository that files are taken from by name.
+///
+/// ```no_run
+/// use qlora_nb::hub::Snapshot;
+/// let files = Snapshot::open("Langboat/bloom-1b4-zh")?;
+/// let config = files.file("config.json")?; // a path, after a download if need be
+/// let generation_config = files.optional_file("generation_config.json")?; // None if there is none
+/// # Ok::<(), qlora_nb::error::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Snapshot {
     name_or_path: String,
@@ -23,22 +29,26 @@ pub struct Snapshot {
 #[derive(Clone)]
 enum Place {
     Folder(PathBuf),
-    Hub(HFRepositorySync<RepoTypeModel>),
+    Hub(Repository),
 }
 
 impl Snapshot {
-    /// A folder if there is one of that name, else a hub id such as `Langboat/bloom-1b4-zh`.
-    /// No request is made yet.
+    /// A folder if there is one of that name, else a hub id such as `Langboat/bloom-1b4-zh`. All
+    /// files come from the commit that the repository's main branch is at now; without a
+    /// connection, from the one that the cache holds.
     ///
     /// # Errors
-    /// [`Error::NotFound`] for what is no folder and cannot be a hub id.
+    /// [`Error::NotFound`] for what is no folder and cannot be a hub id; [`Error::Hub`], with the
+    /// remedy, for what the hub does not have or does not give.
     pub fn open(name_or_path: &str) -> Result<Self> {
         let path = Path::new(name_or_path);
-        let name_or_path = name_or_path.to_string();
-        if path.is_dir() {
-            return Ok(Self { name_or_path, place: Place::Folder(path.into()) });
-        }
-        if !is_hub_id(&name_or_path) {
+        // In `models/mine`, where there is a folder `models`, a path was meant.
+        let owner_is_here = path.parent().is_some_and(|owner| owner != Path::new("") && owner.is_dir());
+        let place = if path.is_dir() {
+            Place::Folder(path.into())
+        } else if is_hub_id(name_or_path) && !path.exists() && !owner_is_here {
+            Place::Hub(Repository::open(name_or_path)?)
+        } else {
             let remedy = if path.exists() {
                 "this is a file: give the folder that holds it"
             } else {
@@ -46,11 +56,8 @@ impl Snapshot {
                  \"Langboat/bloom-1b4-zh\""
             };
             return Err(Error::NotFound { what: "model folder".into(), path: path.into(), remedy: remedy.into() });
-        }
-        let failed = |e: HFError| failure(&name_or_path, "", &e);
-        let client = HFClientSync::new().map_err(failed)?;
-        let (owner, name) = split_id(&name_or_path);
-        Ok(Self { place: Place::Hub(client.model(owner, name)), name_or_path })
+        };
+        Ok(Self { name_or_path: name_or_path.into(), place })
     }
 
     /// What [`open`](Self::open) was given.
@@ -66,19 +73,14 @@ impl Snapshot {
         if let Some(path) = self.optional_file(name)? {
             return Ok(path);
         }
-        match &self.place {
-            Place::Folder(folder) => Err(Error::NotFound {
+        Err(match &self.place {
+            Place::Folder(folder) => Error::NotFound {
                 what: format!("{name} of the model"),
                 path: folder.join(name),
                 remedy: "give a folder in Hugging Face layout; copy or download the missing file into it".into(),
-            }),
-            Place::Hub(_) => Err(Error::Hub {
-                what: format!("{name} of {}", self.name_or_path),
-                detail: "the repository has no such file".into(),
-                remedy: "choose a repository in the transformers layout (config.json, tokenizer.json, *.safetensors)"
-                    .into(),
-            }),
-        }
+            },
+            Place::Hub(repository) => repository.lacks(name),
+        })
     }
 
     /// The path of a file that may be missing.
@@ -88,15 +90,7 @@ impl Snapshot {
                 let path = folder.join(name);
                 Ok(path.is_file().then_some(path))
             }
-            Place::Hub(repository) => {
-                let sent = repository.download_file().filename(name).local_files_only(is_offline()).send();
-                match sent {
-                    Ok(path) => Ok(Some(path)),
-                    Err(HFError::EntryNotFound { .. }) => Ok(None),
-                    // Offline, a file that was never there looks like one that was never fetched.
-                    Err(e) => Err(failure(&self.name_or_path, name, &e)),
-                }
-            }
+            Place::Hub(repository) => repository.fetch(name),
         }
     }
 }
@@ -108,39 +102,6 @@ fn is_hub_id(name: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let part_ok = |part: &&str| !part.is_empty() && part.chars().all(allowed) && !part.starts_with(['.', '-']);
     parts.len() <= 2 && parts.iter().all(part_ok)
-}
-
-fn is_offline() -> bool {
-    let set =
-        |name| env::var(name).is_ok_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"));
-    set("HF_HUB_OFFLINE") || set("TRANSFORMERS_OFFLINE")
-}
-
-fn failure(id: &str, file: &str, e: &HFError) -> Error {
-    let offline = "it is not in the local cache, and HF_HUB_OFFLINE is set".to_string();
-    let (detail, remedy) = match e {
-        HFError::LocalEntryNotFound { .. } => {
-            (offline, "unset HF_HUB_OFFLINE to download it once, or copy the cache folder from another machine")
-        }
-        HFError::RepoNotFound { .. } => (
-            "there is no such repository, or it is private".into(),
-            "check the name; for a folder give an existing path; for a private model set HF_TOKEN",
-        ),
-        HFError::AuthRequired { .. } | HFError::Forbidden { .. } => {
-            (e.to_string(), "set HF_TOKEN to a token that may read this model, after accepting its terms on its page")
-        }
-        HFError::Request { .. } => (
-            e.to_string(),
-            "check the connection; set HF_ENDPOINT to a mirror or HTTPS_PROXY to a proxy, or give a \
-             folder that holds the model's files",
-        ),
-        HFError::Io(_) | HFError::CacheLockTimeout { .. } => {
-            (e.to_string(), "check space and permissions of the cache folder, or set HF_HOME to another one")
-        }
-        _ => (e.to_string(), "try again later, or set HF_ENDPOINT to a mirror"),
-    };
-    let what = if file.is_empty() { id.to_string() } else { format!("{file} of {id}") };
-    Error::Hub { what, detail, remedy: remedy.into() }
 }
 
 #[cfg(test)]

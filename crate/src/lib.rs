@@ -40,6 +40,7 @@ pub mod error;
 pub mod generation;
 pub mod hub;
 pub mod interrupt;
+pub mod json_file;
 pub mod layers;
 pub mod models;
 pub mod module_tree;

@@ -7,6 +7,7 @@ mod stream;
 use std::{
     collections::HashSet,
     fmt,
+    path::Path,
     sync::{Arc, Mutex},
 };
 
@@ -16,6 +17,7 @@ use self::config::Config;
 pub use self::{show::LabelledTokens, stream::DecodeStream};
 pub use crate::features::Encoding;
 use crate::{
+    display,
     error::{Error, Result},
     hub::Snapshot,
 };
@@ -50,8 +52,8 @@ impl AutoTokenizer {
     /// # Errors
     /// [`Error::NotFound`] for a folder or file that is not there, [`Error::Hub`] for what the hub
     /// refused, [`Error::Malformed`], naming the file, for what cannot be read.
-    pub fn from_pretrained(name_or_path: impl AsRef<str>) -> Result<Tokenizer> {
-        let snapshot = Snapshot::open(name_or_path.as_ref())?;
+    pub fn from_pretrained(name_or_path: impl AsRef<Path>) -> Result<Tokenizer> {
+        let snapshot = Snapshot::open(&name_or_path.as_ref().to_string_lossy())?;
         let path = snapshot.file("tokenizer.json")?;
         let malformed = |detail: String| Error::Malformed {
             path: path.clone(),
@@ -255,24 +257,28 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Once for each tokenizer and cause, so that a cell run again does not repeat it.
     fn warn_about_end(&self) {
-        static TOLD: Mutex<Option<HashSet<String>>> = Mutex::new(None);
-        let name = self.name_or_path();
-        let warning = match (self.eos_token(), self.pad_token()) {
-            ("", _) => format!("{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"),
-            (eos, pad) if eos == pad => format!(
-                "{name}: pad_token and eos_token are both {eos:?}; a collator or loss that leaves out padding \
-                 also leaves out the end, and the model never learns to stop. Give it another padding token: \
-                 tokenizer.with_pad_token({:?})?",
-                if self.unk_token().is_empty() { "<a rare token>" } else { self.unk_token() }
-            ),
-            _ => return,
-        };
-        let mut told = TOLD.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if told.get_or_insert_default().insert(warning.clone()) {
-            eprintln!("warning: {warning}");
+        let (name, eos) = (self.name_or_path(), self.eos_token());
+        if eos.is_empty() {
+            warning_once(&format!("{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"));
+        } else if eos == self.pad_token() {
+            let other = if self.unk_token().is_empty() { "a rare token" } else { self.unk_token() };
+            warning_once(&format!(
+                "{name}: pad_token and eos_token are both {eos:?}; what leaves out padding also leaves out the end, \
+                 and the model never learns to stop. Give it another padding token: \
+                 tokenizer.with_pad_token({other:?})?"
+            ));
         }
+    }
+}
+
+/// A cell that is run again does not repeat its warnings.
+fn warning_once(text: &str) {
+    static SHOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut shown = SHOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if !shown.iter().any(|s| s == text) {
+        shown.push(text.into());
+        display::warning(text);
     }
 }
 

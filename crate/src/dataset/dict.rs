@@ -3,7 +3,10 @@
 use std::fmt;
 
 use super::{Dataset, did_you_mean, show};
-use crate::error::{Error, Result};
+use crate::{
+    display::emit,
+    error::{Error, Result},
+};
 
 /// Named splits, in order.
 ///
@@ -53,7 +56,7 @@ impl DatasetDict {
 
     /// Shows the splits in a notebook.
     pub fn evcxr_display(&self) {
-        show::notebook(&show::dict_html(self), &self.to_string());
+        emit(&[("text/html", &show::dict_html(self)), ("text/plain", &self.to_string())]);
     }
 }
 

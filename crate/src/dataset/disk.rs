@@ -3,27 +3,29 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs,
     hash::Hasher,
-    io::{self, BufWriter, Write},
     path::{Path, PathBuf},
 };
 
 use arrow::{
     array::RecordBatch,
-    buffer::Buffer,
     datatypes::{DataType, Schema, SchemaRef},
     error::ArrowError,
-    ipc::{reader::StreamDecoder, writer::StreamWriter},
 };
 use serde_json::json;
 
 use super::{
     Dataset, DatasetDict, Rows,
+    ipc::{read_shard, write_stream},
     table::{BATCH_ROWS, Table},
     value::type_name,
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    json_file::read_json,
+    safe_file::temporary_sibling,
+};
 
 /// What `datasets` uses: a shard holds about this many bytes of columns.
 const SHARD_BYTES: usize = 500_000_000;
@@ -119,13 +121,8 @@ impl Dataset {
         let mut files = Vec::new();
         for shard in 0..shards {
             let name = format!("data-{shard:05}-of-{shards:05}.arrow");
-            let path = folder.join(&name);
-            let file = File::create(&path).map_err(Error::io("write", &path))?;
-            let mut out = Hashed { inner: BufWriter::new(file), hasher: &mut hasher };
             let rows = self.slice(shard * rows_a_shard..(shard + 1) * rows_a_shard);
-            rows.write_stream(&schema, &mut out).map_err(write_failed(&path))?;
-            let file = out.inner.into_inner().map_err(|e| e.into_error()).map_err(Error::io("write", &path))?;
-            file.sync_all().map_err(Error::io("write", &path))?;
+            write_stream(&folder.join(&name), &schema, rows.batches(), &mut hasher)?;
             files.push(json!({ "filename": name }));
         }
         let features: serde_json::Map<String, serde_json::Value> =
@@ -142,14 +139,6 @@ impl Dataset {
         });
         write_json(&folder.join("dataset_info.json"), &info)?;
         write_json(&folder.join("state.json"), &state)
-    }
-
-    fn write_stream(&self, schema: &SchemaRef, out: &mut impl Write) -> Result<(), ArrowError> {
-        let mut writer = StreamWriter::try_new(out, schema)?;
-        for batch in self.batches() {
-            writer.write(&batch?.with_schema(schema.clone())?)?;
-        }
-        writer.finish()
     }
 
     /// This dataset's rows in order, as batches.
@@ -229,42 +218,6 @@ fn shard_names(state: &serde_json::Value) -> Option<Vec<String>> {
     state["_data_files"].as_array()?.iter().map(name).collect()
 }
 
-/// One Arrow IPC stream, to its end mark: a stream that stops earlier has lost rows.
-fn read_shard(path: &Path) -> Result<(SchemaRef, Vec<RecordBatch>)> {
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    let malformed = |detail: String| Error::Malformed {
-        path: path.into(),
-        format: "Arrow IPC stream",
-        detail,
-        remedy: "copy or download this file again".into(),
-    };
-    if bytes.is_empty() {
-        return Err(malformed("the file is empty".into()));
-    }
-    if bytes.starts_with(b"ARROW1") {
-        return Err(malformed("it is in the Arrow file format; save_to_disk writes the stream format".into()));
-    }
-    let len = bytes.len();
-    let mut rest = Buffer::from_vec(bytes);
-    let decoded = super::formats::catch(|| {
-        let mut decoder = StreamDecoder::new();
-        let mut batches = Vec::new();
-        while !rest.is_empty() {
-            let before = rest.len();
-            match decoder.decode(&mut rest) {
-                Ok(batch) => batches.extend(batch),
-                // The last four bytes of the end mark leave the decoder finished; more is an error.
-                Err(e) => return Err(format!("{e} (at byte {} of {len})", len - before)),
-            }
-        }
-        let schema = decoder.schema().ok_or("the file ends before its schema")?;
-        decoder.finish().map_err(|_| format!("the file is cut off after {} whole batches", batches.len()))?;
-        Ok((schema, batches))
-    });
-    let (schema, batches) = decoded.map_err(malformed)?;
-    Ok((schema, batches))
-}
-
 fn describe(schema: &Schema) -> String {
     let columns: Vec<String> =
         schema.fields().iter().map(|f| format!("{}: {}", f.name(), type_name(f.data_type()))).collect();
@@ -320,10 +273,10 @@ fn replace_folder(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resu
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
-    let Some(name) = target.file_name().map(|n| n.to_string_lossy().into_owned()) else {
+    if target.file_name().is_none() {
         let got = target.display();
         return Err(Error::argument("path", got, "a folder with a name", "use e.g. \"data/tokenized\""));
-    };
+    }
     let is_dataset = target.join("state.json").exists() || target.join("dataset_dict.json").exists();
     let is_empty = fs::read_dir(target).map(|mut entries| entries.next().is_none()).unwrap_or(false);
     if target.exists() && !is_dataset && !is_empty {
@@ -331,8 +284,8 @@ fn replace_folder(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resu
         return Err(Error::argument("path", target.display(), expected, "choose another folder"));
     }
     fs::create_dir_all(parent).map_err(Error::io("write", parent))?;
-    let temporary = Temporary(parent.join(format!(".{name}.{}.tmp", std::process::id())));
-    let retired = Temporary(parent.join(format!(".{name}.{}.old", std::process::id())));
+    let temporary = Temporary(temporary_sibling(target));
+    let retired = Temporary(temporary.0.with_extension("old"));
     fs::create_dir(&temporary.0).map_err(Error::io("write", target))?;
     fill(&temporary.0)?;
     if target.exists() {
@@ -354,23 +307,6 @@ impl Drop for Temporary {
     }
 }
 
-struct Hashed<'a, W> {
-    inner: W,
-    hasher: &'a mut std::hash::DefaultHasher,
-}
-
-impl<W: Write> Write for Hashed<'_, W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(bytes)?;
-        self.hasher.write(&bytes[..n]);
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
-}
-
 fn few_names(folder: &Path) -> Vec<String> {
     let names = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
@@ -379,30 +315,8 @@ fn few_names(folder: &Path) -> Vec<String> {
     names
 }
 
-fn read_json(path: &Path) -> Result<serde_json::Value> {
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
-        path: path.into(),
-        format: "JSON file",
-        detail: if bytes.is_empty() { "the file is empty".into() } else { e.to_string() },
-        remedy: "copy or download this file again".into(),
-    })
-}
-
 fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
     fs::write(path, format!("{json:#}")).map_err(Error::io("write", path))
-}
-
-fn write_failed(path: &Path) -> impl Fn(ArrowError) -> Error {
-    move |e| match e {
-        ArrowError::IoError(_, source) => Error::io("write", path)(source),
-        other => Error::Malformed {
-            path: path.into(),
-            format: "Arrow IPC stream",
-            detail: other.to_string(),
-            remedy: "report this as a bug of qlora-nb: these columns cannot be written".into(),
-        },
-    }
 }
 
 fn damaged(path: &Path) -> impl Fn(ArrowError) -> Error {

@@ -2,7 +2,6 @@
 
 use std::{
     fs::{self, File},
-    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::Arc,
 };
@@ -15,6 +14,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use super::{
     Dataset, Value,
+    ipc::catch,
     table::{BATCH_ROWS, Table},
 };
 use crate::error::{Error, Result};
@@ -31,22 +31,21 @@ impl Dataset {
         let path = path.as_ref();
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+        if text.iter().all(u8::is_ascii_whitespace) {
+            return Err(malformed(path, "JSON file", "the file is empty".into()));
+        }
         let is_array = text.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
         let rows = if is_array {
-            serde_json::from_slice(text).map_err(|e| malformed(path, "JSON array of rows", json_detail(&e, text)))?
+            serde_json::from_slice(text).map_err(|e| malformed(path, "JSON array of rows", e.to_string()))?
         } else {
             let mut rows: Vec<JsonRow> = Vec::new();
             for row in serde_json::Deserializer::from_slice(text).into_iter() {
-                let at_row =
-                    |e| malformed(path, "JSONL file", format!("row {}: {}", rows.len(), json_detail(&e, text)));
+                let at_row = |e| malformed(path, "JSONL file", format!("row {}: {e}", rows.len()));
                 let row = row.map_err(at_row)?;
                 rows.push(row);
             }
             rows
         };
-        if rows.is_empty() && !is_array {
-            return Err(malformed(path, "JSON file", "it holds no rows".into()));
-        }
         from_json_rows(rows).map_err(|detail| malformed(path, "JSON table", detail))
     }
 
@@ -112,10 +111,6 @@ fn from_json_rows(rows: Vec<JsonRow>) -> Result<Dataset, String> {
     Ok(Dataset::of(Table::from_values(&names, &columns).map_err(wrong)?))
 }
 
-fn json_detail(error: &serde_json::Error, text: &[u8]) -> String {
-    if text.iter().all(u8::is_ascii_whitespace) { "the file is empty".into() } else { error.to_string() }
-}
-
 fn malformed(path: &Path, format: &'static str, detail: String) -> Error {
     let remedy = match format {
         "JSON table" => "give every row the same keys and types, with null where a value is missing",
@@ -123,10 +118,4 @@ fn malformed(path: &Path, format: &'static str, detail: String) -> Error {
         _ => "check the file at that place, or download it again",
     };
     Error::Malformed { path: path.into(), format, detail, remedy: remedy.into() }
-}
-
-/// Runs a decoder. The arrow and parquet readers check what they read, but promise no freedom
-/// from panics on damaged files; a damaged file must not end a notebook.
-pub(super) fn catch<T>(decode: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| Err("its contents contradict each other".into()))
 }

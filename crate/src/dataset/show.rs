@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Dataset, DatasetDict, Value};
-use crate::py_repr::py_str;
+use crate::{display::emit, py_repr::py_str};
 
 /// A table shows so many rows, and so many characters of a cell.
 const MAX_ROWS: usize = 10;
@@ -32,7 +32,7 @@ impl Dataset {
     /// Shows the first rows as a table in a notebook.
     pub fn evcxr_display(&self) {
         let text = if self.len() > MAX_ROWS { summary(self) } else { self.to_string() };
-        notebook(&self.to_html(), &text);
+        emit(&[("text/html", &self.to_html()), ("text/plain", &text)]);
     }
 
     /// The first rows as an HTML table, readable on a light and on a dark page.
@@ -96,10 +96,4 @@ pub(super) fn summary(dataset: &Dataset) -> String {
 
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
-/// Both forms of a value, in the lines by which evcxr knows rich output.
-pub(super) fn notebook(html: &str, text: &str) {
-    println!("EVCXR_BEGIN_CONTENT text/html\n{html}\nEVCXR_END_CONTENT");
-    println!("EVCXR_BEGIN_CONTENT text/plain\n{text}\nEVCXR_END_CONTENT");
 }

@@ -1,13 +1,12 @@
 //! What the files beside tokenizer.json say: special tokens, padding, limits.
 
-use std::path::Path;
-
 use serde_json::Value;
 
 use super::PaddingSide;
 use crate::{
     error::{Error, Result},
     hub::Snapshot,
+    json_file::read_json,
 };
 
 /// The special tokens that have a name of their own, in the order in which they are printed.
@@ -97,14 +96,4 @@ fn default_padding_side(class: &str) -> PaddingSide {
     const LEFT: [&str; 6] = ["Bloom", "Llama", "CodeLlama", "Gemma", "Cohere", "XLNet"];
     let family = class.trim_end_matches("Fast").trim_end_matches("Tokenizer");
     if LEFT.contains(&family) { PaddingSide::Left } else { PaddingSide::Right }
-}
-
-pub(super) fn read_json(path: &Path) -> Result<Value> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::Malformed {
-        path: path.into(),
-        format: "JSON file",
-        detail: if bytes.is_empty() { "the file is empty".into() } else { e.to_string() },
-        remedy: "copy or download this file again".into(),
-    })
 }

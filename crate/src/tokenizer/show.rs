@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::Tokenizer;
 use crate::{
+    display::emit,
     features::{Features, IGNORE_INDEX},
     py_repr::{py_bool, py_str},
 };
@@ -41,7 +42,7 @@ impl fmt::Debug for Tokenizer {
 impl Tokenizer {
     /// Shows the tokenizer in a notebook.
     pub fn evcxr_display(&self) {
-        println!("EVCXR_BEGIN_CONTENT text/plain\n{self}\nEVCXR_END_CONTENT");
+        emit(&[("text/plain", &self.to_string())]);
     }
 }
 
@@ -104,8 +105,7 @@ impl LabelledTokens {
 
     /// Shows the coloured tokens in a notebook.
     pub fn evcxr_display(&self) {
-        println!("EVCXR_BEGIN_CONTENT text/html\n{}\nEVCXR_END_CONTENT", self.to_html());
-        println!("EVCXR_BEGIN_CONTENT text/plain\n{self}\nEVCXR_END_CONTENT");
+        emit(&[("text/html", &self.to_html()), ("text/plain", &self.to_string())]);
     }
 
     /// The tokens as coloured HTML, readable on a light and on a dark page; ids in the tooltips.

@@ -1,0 +1,9 @@
+//! Steps 2 and 3, and the collator: the same rows, tokens and batches as in Python.
+
+mod damaged;
+mod formats;
+mod hub;
+mod load;
+mod map;
+mod round_trip;
+mod tokenizer;
