@@ -184,10 +184,21 @@ fn build(source: &Path) -> Result<Built> {
         }
         let strings = |key: &str| message[key].as_array().into_iter().flatten().filter_map(Value::as_str);
         built.native.extend(strings("linked_paths").map(str::to_owned));
+        let is_proc_macro =
+            message["target"]["kind"].as_array().is_some_and(|kinds| kinds.iter().any(|k| k == "proc-macro"));
+        // A crate that is built as a C library too has no rmeta of its own: its rlib holds the metadata. (Its .so
+        // has none, and would be taken for a damaged crate.)
+        let has_rmeta = strings("filenames").any(|name| name.ends_with(".rmeta"));
         for file in strings("filenames").map(PathBuf::from) {
             let extension = file.extension().and_then(|e| e.to_str()).unwrap_or_default();
             if message["target"]["name"] != "qlora_nb" {
-                built.metadata.extend(matches!(extension, "rmeta" | "so").then_some(file));
+                let needed = match extension {
+                    "rmeta" => true,
+                    "rlib" => !has_rmeta,
+                    "so" => is_proc_macro,
+                    _ => false,
+                };
+                built.metadata.extend(needed.then_some(file));
             } else if extension == "rlib" {
                 built.rlib = file;
             }
@@ -200,7 +211,9 @@ fn build(source: &Path) -> Result<Built> {
 }
 
 fn cargo(source: &Path, args: &[&str]) -> Result<Vec<u8>> {
-    let output = Command::new("cargo").args(args).current_dir(source).stderr(Stdio::inherit()).output();
+    // CI: evcxr's rust-analyzer looks at it while it is compiled, and is compiled anew when it changes.
+    let output =
+        Command::new("cargo").args(args).current_dir(source).env_remove("CI").stderr(Stdio::inherit()).output();
     let output = output.context("cannot run cargo; remedy: install Rust with rustup, have ~/.cargo/bin on PATH")?;
     if !output.status.success() {
         bail!("`cargo {}` failed: see its messages above", args.join(" "));
