@@ -71,6 +71,21 @@ fn damaged_json() {
     }
 }
 
+#[test]
+fn a_shard_cut_off_anywhere_is_refused() {
+    let folder = copy(&fixture("alpaca_tiny/train"));
+    let path = folder.path().join(SHARD);
+    let whole = fs::read(&path).unwrap();
+    for len in (0..whole.len()).filter(|len| len % 3 == 0 || whole.len() - len < 20) {
+        fs::write(&path, &whole[..len]).unwrap();
+        refused(folder.path(), SHARD);
+    }
+    fs::write(&path, [&whole[..], b"more"].concat()).unwrap();
+    refused(folder.path(), SHARD);
+    fs::write(&path, [b"ARROW1\0\0", &whole[..]].concat()).unwrap();
+    assert!(refused(folder.path(), SHARD).contains("stream format"));
+}
+
 /// A flipped bit is refused or changes a value; it never ends the process.
 #[test]
 fn flipped_bits_never_end_the_process() {

@@ -3,11 +3,24 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use qlora_nb::prelude::*;
+use qlora_nb_tests::*;
 
 fn file(folder: &tempfile::TempDir, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = folder.path().join(name);
     fs::write(&path, content).unwrap();
     path
+}
+
+#[test]
+fn alpaca_loads_from_json() {
+    let Some(path) = shared("data/alpaca_zh_demo.json") else { return };
+    let ds = Dataset::from_json(path).unwrap();
+    assert_eq!(ds.num_rows(), 1000);
+    assert_eq!(ds.column_names(), ["instruction", "input", "output"]);
+    let with_input = ds.filter(|ex| Ok(!ex.text("input")?.is_empty())).unwrap();
+    assert_eq!(with_input.num_rows(), 139);
+    let longest = ds.iter().map(|ex| ex.text("output").unwrap().chars().count()).max();
+    assert_eq!(longest, Some(1200));
 }
 
 #[test]
@@ -34,6 +47,51 @@ fn json_arrays_lines_and_nested_values() {
     assert!(lines.get(0).unwrap().bool("ok").unwrap());
     assert!(lines.get(0).unwrap().is_null("none").unwrap());
     assert!(Dataset::from_json(file(&folder, "empty.json", "[]")).unwrap().is_empty());
+}
+
+#[test]
+fn bad_json_is_named_with_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let load = |content: &str| {
+        let error = Dataset::from_json(file(&folder, "rows.json", content)).unwrap_err();
+        assert!(matches!(&error, Error::Malformed { path, .. } if path.ends_with("rows.json")), "{error}");
+        error.to_string()
+    };
+    for (content, expected) in [
+        ("", "the file is empty"),
+        (" \n ", "the file is empty"),
+        ("[{\"a\": 1}, {\"b\": 1}]", "row 1 has no key \"a\""),
+        ("{\"a\": 1}\n{\"a\": 1, \"b\": 1}", "row 1 has a key \"b\""),
+        ("[{\"a\": 1}, {\"a\": \"x\"}]", "row 1, key \"a\": string where the rows above have int64"),
+        ("{\"a\": [1]}\n{\"a\": [true]}", "row 1, key \"a\": bool where the rows above have int64"),
+        ("[{\"a\": 1}, {\"a\": 1]", "line 1 column 19"),
+        ("{\"a\": 1}\n{\"a\": ", "row 1: EOF"),
+        ("[1, 2]", "expected a map"),
+        ("{\"a\": 1}\n7", "row 1: "),
+        ("nonsense", "row 0: "),
+    ] {
+        let error = load(content);
+        assert!(error.contains(expected), "{content:?}: {error}");
+    }
+    let error = Dataset::from_json(folder.path().join("none.json")).unwrap_err();
+    assert!(matches!(error, Error::NotFound { .. }), "{error}");
+}
+
+#[test]
+fn csv_with_quotes_numbers_and_gaps() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "instruction,n,x,ok,when\n\"a, \"\"b\"\"\n二\",1,1.5,true,2024-01-02\nc,2,,false,\n";
+    let ds = Dataset::from_csv(file(&folder, "rows.csv", text)).unwrap();
+    assert_eq!(
+        ds.slice(..).to_string(),
+        "{'instruction': ['a, \"b\"\\n二', 'c'], 'n': [1, 2], 'x': [1.5, None], 'ok': [True, False], \
+         'when': ['2024-01-02', None]}"
+    );
+    for (content, expected) in [("", "no header"), ("a,b\n1,2\n1\n", "line 3")] {
+        let error = Dataset::from_csv(file(&folder, "bad.csv", content)).unwrap_err();
+        assert!(matches!(error, Error::Malformed { .. }) && error.to_string().contains(expected), "{error}");
+    }
+    assert!(Dataset::from_csv(file(&folder, "header.csv", "a,b\n")).unwrap().is_empty());
 }
 
 /// A Parquet file with the columns `text` and `n`, made by the parquet crate.

@@ -19,6 +19,29 @@ fn poet() -> Tokenizer {
 }
 
 #[test]
+fn the_walkthroughs_data_is_tokenized_and_collated_as_in_python() {
+    let prints: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture("hf_prints.json")).unwrap()).unwrap();
+    let print = |name: &str| prints[name].as_str().unwrap();
+    let (ds, tokenizer) = (poems(), poet());
+    assert_eq!(ds.to_string(), print("dataset"));
+    assert_eq!(ds.slice(0..1).to_string(), print("dataset_slice"));
+    let tokenized = ds.map(|ex| process(&tokenizer, ex, 256)).unwrap();
+    assert_eq!(tokenized.to_string(), print("tokenized_dataset"));
+    let theirs: Vec<Value> = prints["tokenized_rows"].as_array().unwrap().iter().cloned().map(Value::from).collect();
+    let rows = tokenized.head(theirs.len());
+    assert_eq!(rows.iter().map(|ex| Value::Struct(ex.fields())).collect::<Vec<_>>(), theirs);
+
+    let features: Vec<Features> = rows.iter().map(|ex| ex.features().unwrap()).collect();
+    let batch = DataCollatorForSeq2Seq::new(&tokenizer).collate(&features.iter().collect::<Vec<_>>()).unwrap();
+    for (name, tensor) in
+        [("input_ids", &batch.input_ids), ("attention_mask", &batch.attention_mask), ("labels", &batch.labels)]
+    {
+        let theirs: Vec<Vec<i64>> = serde_json::from_value(prints["collated"][name].clone()).unwrap();
+        assert_eq!(tensor.to_dtype(DType::I64).unwrap().to_vec2::<i64>().unwrap(), theirs, "{name}");
+    }
+}
+
+#[test]
 fn cut_rows_are_counted_wherever_they_go() {
     let (ds, tokenizer) = (poems().head(20), poet());
     let whole = ds.map(|ex| process(&tokenizer, ex, 1024)).unwrap();
@@ -85,6 +108,23 @@ fn an_interrupt_stops_between_two_rows() {
     assert!(matches!(error.unwrap_err(), Error::Interrupted { .. }));
     assert_eq!(seen, 10);
     assert_eq!(ds.filter(|_| Ok(true)).unwrap().len(), 1000, "the next call is not stopped");
+}
+
+#[test]
+fn text_is_made_from_text() {
+    let ds = poems().head(3);
+    let joined = ds
+        .map_examples(|ex| {
+            let text = format!("{}\n{}", ex.text("instruction")?, ex.text("output")?);
+            Ok(ex.with("text", text).without("input").with("length", ex.text("output")?.chars().count()))
+        })
+        .unwrap();
+    assert_eq!(joined.column_names(), ["instruction", "output", "text", "length"]);
+    assert!(joined.get(0).unwrap().text("text").unwrap().starts_with(ds.get(0).unwrap().text("instruction").unwrap()));
+    assert!(joined.get(2).unwrap().int("length").unwrap() > 10);
+    let uneven = ds.map_examples(|ex| Ok(if ex.row() == Some(1) { ex.without("input") } else { ex.clone() }));
+    let error = uneven.unwrap_err();
+    assert!(matches!(error, Error::Row { row: 1, .. }) && error.to_string().contains("\"input\""), "{error}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What is saved is what is loaded, here and in Python.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use proptest::prelude::*;
 use qlora_nb::prelude::*;
@@ -69,6 +69,22 @@ fn a_large_selection_is_written_in_batches() {
 }
 
 #[test]
+fn what_python_said_of_a_column_survives() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("labelled");
+    Dataset::from_columns([("label", vec![0i64, 1])]).unwrap().save_to_disk(&path).unwrap();
+    let info = path.join("dataset_info.json");
+    let class_label = serde_json::json!({ "names": ["bad", "good"], "_type": "ClassLabel" });
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&info).unwrap()).unwrap();
+    json["features"]["label"] = class_label.clone();
+    fs::write(&info, json.to_string()).unwrap();
+    let renamed = Dataset::load_from_disk(&path).unwrap().rename_column("label", "y").unwrap();
+    renamed.save_to_disk(&path).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&fs::read(&info).unwrap()).unwrap();
+    assert_eq!(json["features"], serde_json::json!({ "y": class_label }));
+}
+
+#[test]
 fn saving_replaces_datasets_only() {
     let folder = tempfile::tempdir().unwrap();
     let ds = Dataset::from_columns([("n", 0i64..3)]).unwrap();
@@ -103,5 +119,61 @@ fn a_dict_comes_back() {
     assert_eq!(loaded.to_string(), dict.to_string());
     for (name, split) in dict.iter() {
         assert_eq!(rows(&loaded.get(name).unwrap()), rows(split));
+    }
+}
+
+/// Python's `datasets` reads what we write; needs a Python that has it (`QLORA_PYTHON`).
+#[test]
+fn python_reads_what_we_save() {
+    let python = std::env::var("QLORA_PYTHON").unwrap_or_else(|_| "python3".into());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("saved");
+    let chat = Value::Struct(vec![("role".into(), "user".into()), ("n".into(), 1i64.into())]);
+    let ds = Dataset::from_rows([
+        Example::new()
+            .with("text", "春眠")
+            .with("n", 1i64)
+            .with("x", 0.5)
+            .with("ok", true)
+            .with("none", Value::Null)
+            .with("ids", vec![1i64, 2])
+            .with("chat", vec![chat.clone()])
+            .with("nested", vec![vec![1i64], vec![]]),
+        Example::new()
+            .with("text", Value::Null)
+            .with("n", -1i64)
+            .with("x", -1.0)
+            .with("ok", false)
+            .with("none", Value::Null)
+            .with("ids", Vec::<i64>::new())
+            .with("chat", Vec::<i64>::new())
+            .with("nested", Value::Null),
+    ])
+    .unwrap();
+    let tokens = Features { input_ids: vec![5, 6], attention_mask: vec![1, 1], labels: vec![-100, 6] };
+    let dict = DatasetDict::new([
+        ("made", ds.clone()),
+        ("loaded", Dataset::load_from_disk(fixture("alpaca_tiny/train")).unwrap().shuffle(1)),
+        ("tokenized", ds.map(|_| Ok(tokens.clone())).unwrap()),
+    ]);
+    dict.save_to_disk(&path).unwrap();
+    let script = root().join("tests/interchange/datasets_reads_ours.py");
+    let ran = match Command::new(python).arg(script).arg(&path).env("HF_HOME", folder.path()).output() {
+        Ok(ran) if ran.status.code() != Some(77) => ran,
+        _ => {
+            eprintln!("skipped: no Python with datasets (set QLORA_PYTHON)");
+            return;
+        }
+    };
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    let read: serde_json::Value = serde_json::from_slice(&ran.stdout).unwrap();
+    for (name, split) in dict.iter() {
+        let theirs: Vec<Value> = read[name]["rows"].as_array().unwrap().iter().cloned().map(Value::from).collect();
+        assert_eq!(theirs, rows(split), "{name}");
+    }
+    // Versions of `datasets` print a list's type in different words.
+    for (column, dtype) in [("input_ids", "'int32'"), ("attention_mask", "'int8'"), ("labels", "'int64'")] {
+        let feature = read["tokenized"]["features"][column].as_str().unwrap();
+        assert!(feature.contains(dtype), "{column}: {feature}");
     }
 }

@@ -11,15 +11,15 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def main():
     try:
-        from datasets import DatasetDict, disable_progress_bars, load_from_disk
+        from datasets import DatasetDict, load_from_disk
     except ImportError as missing:
         print(f"skipped: {missing}", file=sys.stderr)
         sys.exit(77)
-    disable_progress_bars()
 
     def of(ds):
         assert len(ds.map(lambda row: {"one_more": 1})) == len(ds)

@@ -236,9 +236,23 @@ fn without_features(schema: &Schema) -> Schema {
     with_features(schema, &json!(null))
 }
 
+/// What a loaded folder said of a column is kept only where our own words would lose something:
+/// "List", which older versions of `datasets` do not know, is then written as they know it.
 fn feature_json(field: &arrow::datatypes::Field) -> serde_json::Value {
     let loaded = field.metadata().get(FEATURE_KEY).and_then(|text| serde_json::from_str(text).ok());
-    loaded.unwrap_or_else(|| feature_of(field.data_type()))
+    loaded.filter(|feature| !is_plain(feature)).unwrap_or_else(|| feature_of(field.data_type()))
+}
+
+/// Whether a description says no more than the Arrow type does.
+fn is_plain(feature: &serde_json::Value) -> bool {
+    match feature {
+        serde_json::Value::Object(fields) => {
+            let known = |kind: &str| matches!(kind, "Value" | "List" | "LargeList" | "Sequence");
+            fields.get("_type").and_then(|kind| kind.as_str()).is_none_or(known) && fields.values().all(is_plain)
+        }
+        serde_json::Value::Array(items) => items.iter().all(is_plain),
+        _ => true,
+    }
 }
 
 /// A type as dataset_info.json describes it, in the words that all versions of `datasets` read
