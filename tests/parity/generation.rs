@@ -7,6 +7,8 @@ use qlora_nb::{
     error::Error,
     generation::{FinishReason, GenerationConfig, generate},
     model::{AutoModelForCausalLM, Model, ModelOptions},
+    models::causal_lm::Trainable,
+    peft::{LoraConfig, get_peft_model},
     pipeline::{TextGenerationPipeline, pipeline},
     tokenizer::AutoTokenizer,
 };
@@ -78,6 +80,23 @@ fn a_batch_of_prompts_keeps_its_order_and_its_texts() {
         assert!(generations.iter().all(|g| g.prompt() == *prompt));
         assert_ne!(generations[0], generations[1]);
     }
+}
+
+#[test]
+fn an_adapted_model_writes_too() {
+    let (model, pipe) = poet();
+    let config = LoraConfig { target_modules: ["query_key_value"].into(), ..Default::default() };
+    let adapted = get_peft_model(&model, &config).unwrap();
+    let adapted_pipe = pipeline("text-generation", &adapted, pipe.tokenizer()).unwrap();
+    let greedy = GenerationConfig { max_new_tokens: Some(16), ..Default::default() };
+    let before = pipe.generate("床前明月光", &greedy).unwrap();
+    assert_eq!(adapted_pipe.generate("床前明月光", &greedy).unwrap(), before, "a new adapter changes nothing");
+
+    // The adapter is the model's own, not a copy: what training writes, the pipeline sees.
+    for parameter in adapted.trainable_parameters().iter().filter(|p| p.name().contains("lora_B")) {
+        parameter.set(&parameter.value().ones_like().unwrap().affine(0.3, 0.0).unwrap()).unwrap();
+    }
+    assert_ne!(adapted_pipe.generate("床前明月光", &greedy).unwrap(), before);
 }
 
 #[test]
