@@ -132,6 +132,8 @@ fn limits_count_as_in_transformers() {
     model.defaults["max_new_tokens"] = 6.into();
     assert_eq!(lengths(&model, default()).unwrap(), [6; 5], "the checkpoint's limit");
     assert_eq!(lengths(&model, total).unwrap(), [5, 7, 3, 7, 6], "the caller's max_length overrules it");
+    model.defaults = json!({"max_position_embeddings": 1000});
+    assert_eq!(lengths(&model, default()).unwrap(), [20; 5], "many positions change nothing");
     model.defaults = json!({"max_position_embeddings": 12});
     assert_eq!(lengths(&model, default()).unwrap(), [9, 11, 7, 11, 10], "the default stays within the positions");
 
@@ -146,14 +148,22 @@ fn limits_count_as_in_transformers() {
 fn min_new_tokens_holds_the_end_back() {
     let model = Table::new();
     let config = GenerationConfig { max_new_tokens: Some(60), ..Default::default() };
-    let first = run(&model, &prompts(), &config).unwrap();
-    let shortest = first.iter().map(|g| g.ids.len()).min().unwrap();
-    assert!(shortest < 30, "the test needs an early end");
-    let config = GenerationConfig { min_new_tokens: Some(30), ..config };
-    for generated in run(&model, &prompts(), &config).unwrap() {
-        assert!(generated.ids.len() >= 30);
-        assert!(!generated.ids[..29].contains(&EOS));
+    let free = run(&model, &prompts(), &config).unwrap();
+    let mut ended = 0;
+    for (prompt, free) in prompts().into_iter().zip(free).filter(|(_, g)| g.finish_reason == FinishReason::Eos) {
+        // An end that comes as token n is held back by a minimum of n, and by no smaller one.
+        let n = free.ids.len();
+        let with_minimum = |minimum| {
+            let config = GenerationConfig { min_new_tokens: Some(minimum), ..config.clone() };
+            run(&model, std::slice::from_ref(&prompt), &config).unwrap().remove(0)
+        };
+        assert_eq!(with_minimum(n - 1), free);
+        let held = with_minimum(n);
+        assert_eq!(held.ids[..n - 1], free.ids[..n - 1]);
+        assert!(held.ids.len() > n && held.ids[n - 1] != EOS, "{held:?}");
+        ended += 1;
     }
+    assert!(ended > 0, "the test needs an end that comes by itself");
 }
 
 #[test]
