@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::{
     error::{Error, Result},
-    features::IGNORE_INDEX,
+    layers::sequences::IGNORE_INDEX,
 };
 
 /// Rows padded to one length. All tensors are `[B, T]` and on one device.

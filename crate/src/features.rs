@@ -4,8 +4,7 @@ use std::cell::Cell;
 
 use crate::error::{Error, Result};
 
-/// The label that the loss leaves out.
-pub const IGNORE_INDEX: i64 = -100;
+pub use crate::layers::sequences::IGNORE_INDEX;
 
 /// What a tokenizer makes of one text: `input_ids` and `attention_mask`, one entry a token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,11 +1,6 @@
 //! Step 4: the model.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::HashMap, fmt, path::Path, sync::Arc};
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
@@ -14,6 +9,7 @@ use crate::{
     batch::Batch,
     error::{Error, Result},
     hub::Snapshot,
+    json_file::read_json,
     layers::{
         kv_cache::KvCache,
         linear::{Linear, Weight},
@@ -62,10 +58,10 @@ impl AutoModelForCausalLM {
         options.validate()?;
         let name_or_path = name_or_path.as_ref();
         let files = Snapshot::open(&name_or_path.to_string_lossy())?;
-        let config = read_json(&files.file("config.json")?)?;
+        let config = read_config(&files.file("config.json")?)?;
         models::check_supported(&config)?;
         let generation_config = match files.optional_file("generation_config.json")? {
-            Some(path) => read_json(&path)?,
+            Some(path) => read_config(&path)?,
             None => Value::Null,
         };
         let mut defaults = config.clone();
@@ -95,22 +91,18 @@ impl AutoModelForCausalLM {
     }
 }
 
-fn read_json(path: &Path) -> Result<Value> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let value: Value = serde_json::from_slice(&bytes).map_err(|e| malformed(path, e.to_string()))?;
-    if !value.is_object() {
-        return Err(malformed(path, "the file holds no JSON object".into()));
+/// A configuration: a JSON file that holds an object.
+fn read_config(path: &Path) -> Result<Value> {
+    let value = read_json(path)?;
+    if value.is_object() {
+        return Ok(value);
     }
-    Ok(value)
-}
-
-fn malformed(path: &Path, detail: String) -> Error {
-    Error::Malformed {
-        path: PathBuf::from(path),
+    Err(Error::Malformed {
+        path: path.into(),
         format: "JSON configuration",
-        detail,
+        detail: "the file holds no JSON object".into(),
         remedy: "the file is damaged or half downloaded: get it again".into(),
-    }
+    })
 }
 
 /// A causal language model. Cloning is cheap and shares the weights, which never change.
@@ -142,7 +134,7 @@ impl Model {
     /// Every parameter with its name, in the reference's order; prints as PyTorch's:
     /// `for (name, p) in model.named_parameters() { println!("{name} {}", p.dtype()) }`.
     pub fn named_parameters(&self) -> Vec<(String, Parameter)> {
-        self.0.decoder.named_parameters().unwrap_or_default()
+        self.0.decoder.named_parameters()
     }
 
     /// The dtype of the weights that are not quantized: `torch.float16`.
@@ -208,7 +200,7 @@ impl Model {
             })
             .collect();
         let mut tensors = Vec::new();
-        for (name, parameter) in self.0.decoder.named_parameters()? {
+        for (name, parameter) in self.0.decoder.named_parameters() {
             match quantized.get(&name) {
                 Some(q) => tensors.extend(q.to_tensors(&name)?),
                 None => tensors.push((name, parameter.tensor().clone())),

@@ -5,12 +5,7 @@ pub mod config_file;
 mod init;
 pub mod targets;
 
-use std::{
-    collections::HashMap,
-    fmt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::HashMap, fmt, path::Path, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
@@ -67,10 +62,7 @@ pub fn get_peft_model(model: &Model, config: &LoraConfig) -> Result<PeftModel> {
 
 /// [`get_peft_model`] with another seed for A.
 pub fn get_peft_model_seeded(model: &Model, config: &LoraConfig, seed: u64) -> Result<PeftModel> {
-    let mut config = LoraConfig { base_model_name_or_path: Some(model.name_or_path().into()), ..config.clone() };
-    if config.base_model_name_or_path.as_deref() == Some("") {
-        config.base_model_name_or_path = None;
-    }
+    let config = LoraConfig { base_model_name_or_path: Some(model.name_or_path().into()), ..config.clone() };
     PeftModel::build(model, &config, seed)
 }
 
@@ -239,7 +231,7 @@ impl PeftModel {
 
     /// Every parameter with its name, in PEFT's order and names.
     pub fn named_parameters(&self) -> Vec<(String, Parameter)> {
-        self.0.decoder.named_parameters().unwrap_or_default()
+        self.0.decoder.named_parameters()
     }
 
     /// (numbers that learn, numbers in all); a quantized weight counts its elements.
@@ -258,11 +250,6 @@ impl PeftModel {
     /// Where the memory of the model and its adapters goes, term by term.
     pub fn memory_report(&self) -> MemoryReport {
         MemoryReport::of(&self.0.decoder)
-    }
-
-    /// Where the adapted model would be found again: the base's folder or hub id.
-    pub fn base_model_path(&self) -> PathBuf {
-        self.0.base.name_or_path().into()
     }
 
     /// Names the model and the form of its adapters: equal for two models whose checkpoints

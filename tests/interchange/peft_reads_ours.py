@@ -62,7 +62,7 @@ def main():
         "attention_mask": mask.tolist(),
         "logits": logits.tolist(),
         "modules": len(live) // 2,
-        "config": {key: config[key] for key in ("r", "lora_alpha", "use_rslora", "base_model_name_or_path")},
+        "config": {key: config[key] for key in ("r", "lora_alpha", "use_rslora")},
     }
     text = json.dumps(result)
     if args.out:

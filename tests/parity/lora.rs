@@ -159,3 +159,80 @@ fn ten_steps_on_all_linears_equal_peft() {
         }
     }
 }
+
+/// A's first values are those that `get_peft_model` gives after `torch.manual_seed(42)`.
+#[test]
+fn adapters_start_with_pefts_numbers() {
+    let want: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture("kaiming.json")).unwrap()).unwrap();
+    let base = AutoModelForCausalLM::from_pretrained(fixture("bloom_tiny"), ModelOptions::default()).unwrap();
+    let config = LoraConfig { r: 4, target_modules: ["query_key_value"].into(), ..Default::default() };
+    let model = get_peft_model(&base, &config).unwrap();
+    let modules = want["modules"].as_object().unwrap();
+    let params = model.trainable_parameters();
+    assert_eq!(params.len(), 2 * modules.len());
+    for param in params {
+        let got = values(param.value());
+        let Some(module) = modules.get(param.name()) else {
+            assert!(param.name().contains("lora_B") && got.iter().all(|v| *v == 0.0), "{}", param.name());
+            continue;
+        };
+        let first = numbers(&module["first"]);
+        assert_eq!(got[..first.len()], first, "{}", param.name());
+        let sum: f64 = got.iter().sum();
+        assert!((sum - module["sum"].as_f64().unwrap()).abs() < 1e-6, "{}: sum {sum}", param.name());
+    }
+}
+
+/// An adapter on every linear layer with values that need no random numbers.
+fn adapter_to_exchange() -> PeftModel {
+    let base = AutoModelForCausalLM::from_pretrained(fixture("bloom_tiny"), ModelOptions::default()).unwrap();
+    let config = LoraConfig { r: 4, lora_alpha: 8, target_modules: "all-linear".into(), ..Default::default() };
+    let model = get_peft_model(&base, &config).unwrap();
+    for (i, p) in model.trainable_parameters().iter().enumerate() {
+        let value = |j: usize| ((i * 31 + j * 17) % 23) as f32 / 100.0 - 0.11;
+        let data: Vec<f32> = (0..p.value().elem_count()).map(value).collect();
+        p.set(&Tensor::from_vec(data, p.value().dims(), &candle_core::Device::Cpu).unwrap()).unwrap();
+    }
+    model
+}
+
+/// The logits in a file that `tests/interchange/peft_reads_ours.py` wrote are ours.
+fn logits_equal_python(model: &PeftModel, path: &Path) {
+    let result: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let ids: Vec<u32> = numbers(&result["input_ids"][0]).into_iter().map(|v| v as u32).collect();
+    let ids = Tensor::new(ids, &candle_core::Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let ours = values(&model.logits(&ids, None).unwrap());
+    let theirs: Vec<f64> = result["logits"][0].as_array().unwrap().iter().flat_map(numbers).collect();
+    assert_eq!(ours.len(), theirs.len());
+    let difference = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(difference < 1e-4, "logits differ by {difference}");
+}
+
+/// What PEFT made of this adapter, kept: `UPDATE_FIXTURES=1` with `QLORA_PYTHON` writes it anew.
+#[test]
+fn an_adapter_that_we_saved_gives_pefts_logits() {
+    logits_equal_python(&adapter_to_exchange(), &fixture("peft_reads_ours.json"));
+}
+
+/// The same through Python itself, where `QLORA_PYTHON` (or python3) has torch and PEFT.
+#[test]
+fn python_peft_reads_an_adapter_that_we_saved() {
+    let (model, folder) = (adapter_to_exchange(), tempfile::tempdir().unwrap());
+    model.save_pretrained(folder.path()).unwrap();
+    let update = std::env::var_os("UPDATE_FIXTURES").is_some();
+    let out = if update { fixture("peft_reads_ours.json") } else { folder.path().join("logits.json") };
+    let python = std::env::var("QLORA_PYTHON").unwrap_or_else(|_| "python3".into());
+    let script = root().join("tests/interchange/peft_reads_ours.py");
+    let mut command = std::process::Command::new(python);
+    command.arg(script).arg(fixture("bloom_tiny")).arg(folder.path()).args(["--ids", "[[5, 17, 93, 40, 8, 131]]"]);
+    let result = match command.arg("--out").arg(&out).output() {
+        Ok(result) => result,
+        Err(e) => return eprintln!("skipped: {e}"),
+    };
+    let said = String::from_utf8_lossy(&result.stderr);
+    match result.status.code() {
+        Some(0) => logits_equal_python(&model, &out),
+        Some(77) => eprintln!("{}", said.trim()),
+        other => panic!("exit {other:?}: {said}"),
+    }
+}

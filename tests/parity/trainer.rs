@@ -287,3 +287,16 @@ fn a_checkpoint_of_another_adapter_or_base_is_refused() {
     let quantized = BitsAndBytesConfig { load_in_4bit: true, ..Default::default() };
     assert_eq!(field(&model(&lora(), Some(quantized))), "model");
 }
+
+/// The random stream under the data order, for seeds and lengths of the reference's.
+#[test]
+fn permutations_equal_torch() {
+    let want = json("sampler.json");
+    let permutations = want["randperm"].as_object().unwrap();
+    assert!(permutations.len() > 3);
+    for (name, order) in permutations {
+        let (seed, n) = name.strip_prefix("seed ").and_then(|s| s.split_once(", n ")).unwrap();
+        let order: Vec<usize> = order.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as usize).collect();
+        assert_eq!(qlora_nb::trainer::randperm(n.parse().unwrap(), seed.parse().unwrap()), order, "{name}");
+    }
+}

@@ -3,7 +3,10 @@
 use std::fmt;
 
 use super::{Dataset, DatasetDict, Value};
-use crate::{display::emit, py_repr::py_str};
+use crate::{
+    display::{emit, format::escape_html},
+    py_repr::py_str,
+};
 
 /// A table shows so many rows, and so many characters of a cell.
 const MAX_ROWS: usize = 10;
@@ -44,8 +47,8 @@ impl Dataset {
             let dtype = self.features().get(name).unwrap_or_default();
             html += &format!(
                 "<th style=\"{CELL}\">{}<br><small style=\"opacity:.6\">{}</small></th>",
-                escape(name),
-                escape(&dtype)
+                escape_html(name),
+                escape_html(&dtype)
             );
         }
         html += "</tr>";
@@ -82,18 +85,14 @@ fn cell(value: &Value) -> String {
         0 => String::new(),
         n => format!("<span style=\"opacity:.6\"> … +{n} characters</span>"),
     };
-    format!("<td style=\"{CELL}{faint}\">{}{more}</td>", escape(&start))
+    format!("<td style=\"{CELL}{faint}\">{}{more}</td>", escape_html(&start))
 }
 
 pub(super) fn dict_html(dict: &DatasetDict) -> String {
-    dict.iter().map(|(name, dataset)| format!("<p><b>{}</b></p>{}", escape(name), dataset.to_html())).collect()
+    dict.iter().map(|(name, dataset)| format!("<p><b>{}</b></p>{}", escape_html(name), dataset.to_html())).collect()
 }
 
 pub(super) fn summary(dataset: &Dataset) -> String {
     let names: Vec<String> = dataset.column_names().iter().map(|n| py_str(n)).collect();
     format!("Dataset({{\n    features: [{}],\n    num_rows: {}\n}})", names.join(", "), dataset.len())
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

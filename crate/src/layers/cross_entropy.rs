@@ -13,7 +13,7 @@ use super::{
     linear::Linear,
     param::modify_f32,
     run::Run,
-    sequences::{IGNORE, Sequences},
+    sequences::{IGNORE_INDEX, Sequences},
 };
 use crate::error::Result;
 
@@ -37,7 +37,7 @@ pub fn head_and_loss(
 ) -> Result<(f64, usize, Option<Tensor>)> {
     let (m, c) = hidden.dims2()?;
     let (vocab, _) = head.weight.dims2()?;
-    let labelled: Vec<usize> = (0..m).filter(|&i| targets[i] != IGNORE).collect();
+    let labelled: Vec<usize> = (0..m).filter(|&i| targets[i] != IGNORE_INDEX).collect();
     let mut grad = grad_scale.map(|_| vec![0f32; m * c]);
     let mut sum = 0f64;
     let view = F32View::new(hidden)?;

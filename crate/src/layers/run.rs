@@ -49,15 +49,3 @@ impl<'a> Run<'a> {
 pub struct Saved {
     stack: Vec<Tensor>,
 }
-
-impl Saved {
-    /// True when every backward has taken what its forward left.
-    pub fn is_empty(&self) -> bool {
-        self.stack.is_empty()
-    }
-
-    /// Bytes held, a tensor that was pushed twice counted twice.
-    pub fn num_bytes(&self) -> usize {
-        self.stack.iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
-    }
-}

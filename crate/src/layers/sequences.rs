@@ -8,7 +8,7 @@ use super::cpu::F32View;
 use crate::error::{Error, Result};
 
 /// The label that the loss ignores.
-pub const IGNORE: i64 = -100;
+pub const IGNORE_INDEX: i64 = -100;
 
 /// Where each sequence begins and ends in the packed rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,8 +98,8 @@ impl Packed {
                     return Err(Error::TokenId { row, position, id, vocab_size });
                 }
                 let next = if position + 1 < t { labels.as_ref().map(|l| l[at + 1]) } else { None };
-                let target = next.unwrap_or(IGNORE);
-                if target != IGNORE && (target < 0 || target as usize >= vocab_size) {
+                let target = next.unwrap_or(IGNORE_INDEX);
+                if target != IGNORE_INDEX && (target < 0 || target as usize >= vocab_size) {
                     return Err(Error::TokenId { row, position: position + 1, id: target, vocab_size });
                 }
                 packed.ids.push(id as u32);

@@ -90,14 +90,14 @@ impl Parameter {
         Self { tensor: tensor.clone(), elements: tensor.elem_count(), requires_grad: false }
     }
 
-    fn of_weight(weight: &Weight) -> Result<Self> {
-        Ok(match weight {
+    fn of_weight(weight: &Weight) -> Self {
+        match weight {
             Weight::Dense(t) => Self::new(t),
             Weight::Quantized(q) => {
-                let (out, input) = weight.dims2()?;
-                Self { tensor: q.packed().clone(), elements: out * input, requires_grad: false }
+                let elements = q.shape().iter().product();
+                Self { tensor: q.packed().clone(), elements, requires_grad: false }
             }
-        })
+        }
     }
 
     /// Prints as PyTorch does: `torch.float16`, `torch.uint8` for a quantized weight.
@@ -347,7 +347,7 @@ impl Decoder {
 
     /// Every parameter with its name, in the reference's order. The tied head is not listed
     /// twice. Adapters are listed under PEFT's names.
-    pub fn named_parameters(&self) -> Result<Vec<(String, Parameter)>> {
+    pub fn named_parameters(&self) -> Vec<(String, Parameter)> {
         let peft = self.linears().iter().any(|l| l.lora.is_some());
         let prefix = if peft { "base_model.model." } else { "" };
         let model = self.names.model;
@@ -367,7 +367,7 @@ impl Decoder {
                     all.push((name, Parameter::new(&tensor)));
                 }
                 if let Some(linear) = linears.get(before) {
-                    linear_parameters(prefix, linear, &mut all)?;
+                    linear_parameters(prefix, linear, &mut all);
                 }
             }
         }
@@ -376,15 +376,15 @@ impl Decoder {
             all.push((format!("{prefix}{model}.{final_norm}.{part}"), Parameter::new(tensor)));
         }
         if !self.tied || self.head.lora.is_some() {
-            linear_parameters(prefix, &self.head, &mut all)?;
+            linear_parameters(prefix, &self.head, &mut all);
         }
-        Ok(all)
+        all
     }
 }
 
-fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Parameter)>) -> Result<()> {
+fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Parameter)>) {
     let base = if linear.lora.is_some() { ".base_layer" } else { "" };
-    all.push((format!("{prefix}{}{base}.weight", linear.name), Parameter::of_weight(&linear.weight)?));
+    all.push((format!("{prefix}{}{base}.weight", linear.name), Parameter::of_weight(&linear.weight)));
     if let Some(bias) = &linear.bias {
         all.push((format!("{prefix}{}{base}.bias", linear.name), Parameter::new(bias)));
     }
@@ -394,5 +394,4 @@ fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Param
             all.push((format!("{prefix}{}.{part}.default.weight", linear.name), parameter));
         }
     }
-    Ok(())
 }

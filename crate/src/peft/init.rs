@@ -1,4 +1,5 @@
-//! First values of an adapter: the numbers that PEFT gives after `torch.manual_seed(seed)`.
+//! First values of an adapter: the numbers that PEFT gives after `torch.manual_seed(seed)`. (The
+//! gaussian start has PEFT's distribution, not its numbers.)
 //!
 //! PEFT makes each adapter from two `nn.Linear`s, which fill themselves with random numbers,
 //! and then fills A again; the draws that are thrown away are made here too, so that every
@@ -47,7 +48,8 @@ impl LoraInit {
         let gain = (2.0 / (1.0 + 5f64.sqrt().powi(2))).sqrt();
         let bound = 3f64.sqrt() * (gain / (fan_in as f64).sqrt());
         let (from, to) = (-bound as f32, bound as f32);
-        (0..count).map(|_| self.uniform() * (to - from) + from).collect()
+        // Rounded once: PyTorch's build fuses the two.
+        (0..count).map(|_| self.uniform().mul_add(to - from, from)).collect()
     }
 
     /// Normal numbers by Box and Muller, cosines and sines in turn.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::Tokenizer;
 use crate::{
-    display::emit,
+    display::{emit, format::escape_html},
     features::{Features, IGNORE_INDEX},
     py_repr::{py_bool, py_str},
 };
@@ -117,7 +117,7 @@ impl LabelledTokens {
                 Kind::Learned => "background:rgba(46,160,67,.35)",
                 Kind::Padding => "opacity:.4",
             };
-            let text = escape(&piece.text.replace('\n', "⏎\n"));
+            let text = escape_html(&piece.text.replace('\n', "⏎\n"));
             html += &format!("<span title=\"{:?}\" style=\"{style};{TOKEN}\">{text}</span>", piece.ids);
         }
         html + &format!(
@@ -142,8 +142,4 @@ impl fmt::Display for LabelledTokens {
         }
         write!(f, "\n{} tokens, {} of them learned [in brackets]", self.tokens, self.learned())
     }
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

@@ -133,22 +133,6 @@ simd! {
 }
 
 simd! {
-    /// y = a + b.
-    pub fn add(a: &[f32], b: &[f32], y: &mut [f32]) {
-        for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-            *y = a + b;
-        }
-    }
-}
-
-simd! {
-    /// Sum of squares, f32 partial sums of 4096 elements added in f64: for norms of large vectors.
-    pub fn sum_of_squares(x: &[f32]) -> f64 {
-        x.chunks(4096).map(|c| f64::from(reduce(c.len(), |i| c[i] * c[i]))).sum()
-    }
-}
-
-simd! {
     /// x -> softmax(x) in place; gives (max, sum of exp(x - max)), so that log-sum-exp = max + ln(sum).
     pub fn softmax(x: &mut [f32]) -> (f32, f32) {
         let max = max_of(x);
