@@ -8,14 +8,22 @@
 //!    reports what evcxr hides: panics, `Err` through `?`, a death;
 //! 4. [`types`] stands before rustc and asks it for the types of a cell's variables.
 
+mod assistance;
 mod diagnostics;
 mod doctor;
+mod highlight;
+mod history;
 mod install;
 mod keep;
+mod kernel;
 mod notebook;
+mod outputs;
+mod processes;
+mod repl;
 mod runner;
 mod session;
 mod supervisor;
+mod syntax;
 mod types;
 
 use std::path::PathBuf;
@@ -33,6 +41,10 @@ usage:
   qlora-nb run NOTEBOOK [-o OUT.ipynb] [--timeout SECONDS] [--prefix DIR]
       execute a notebook cell by cell and write the outputs into it (or into OUT.ipynb);
       the first failing cell ends the run with exit status 1
+  qlora-nb repl
+      the same in a terminal
+  qlora-nb kernel CONNECTION_FILE
+      serve a Jupyter client, which writes that file and starts this
   qlora-nb doctor [--prefix DIR]
       say what is missing or does not match, and the remedy
 
@@ -50,6 +62,7 @@ fn main() -> ExitCode {
     if types::is_asked_for() {
         return types::stand_before_rustc();
     }
+    supervisor::prepare_worker();
     evcxr::runtime_hook();
 
     match command_line(std::env::args().skip(1).collect()) {
@@ -100,6 +113,8 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
     match words.as_slice() {
         ["install"] => install::install(&prefix, source.as_deref()).map(|()| ExitCode::SUCCESS),
         ["run", notebook] => runner::run(notebook.as_ref(), output.as_deref(), timeout, &prefix),
+        ["kernel", connection_file] => kernel::run(connection_file.as_ref(), &prefix),
+        ["repl"] => repl::run(&prefix),
         ["doctor"] => doctor::doctor(&prefix),
         [] => bail!("no command\n\n{USAGE}"),
         other => bail!("cannot make sense of `{}`\n\n{USAGE}", other.join(" ")),

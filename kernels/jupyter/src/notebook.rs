@@ -9,30 +9,13 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::outputs::Output;
+
 /// A cell with this tag must fail; nbclient knows the same tag.
 const RAISES_EXCEPTION: &str = "raises-exception";
 
 pub struct Notebook {
     json: Value,
-}
-
-/// One entry of a code cell's `outputs`.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Output {
-    Stream {
-        name: &'static str,
-        text: String,
-    },
-    /// Representations of one thing, by MIME type; `is_result` if it is the value of the last expression.
-    Display {
-        data: Vec<(String, String)>,
-        is_result: bool,
-    },
-    Error {
-        name: String,
-        message: String,
-        traceback: Vec<String>,
-    },
 }
 
 impl Notebook {
@@ -131,17 +114,17 @@ impl Notebook {
 }
 
 impl Output {
-    fn to_json(&self, count: usize) -> Value {
+    /// The output as nbformat writes it.
+    pub fn to_json(&self, count: usize) -> Value {
         match self {
             Output::Stream { name, text } => json!({ "output_type": "stream", "name": name, "text": lines(text) }),
-            Output::Display { data, is_result } => {
-                let data: serde_json::Map<_, _> =
-                    data.iter().map(|(mime, data)| (mime.clone(), representation(mime, data))).collect();
+            Output::Display { data, is_result, metadata, .. } => {
+                let data = bundle(data);
                 match is_result {
                     true => {
-                        json!({ "output_type": "execute_result", "execution_count": count, "data": data, "metadata": {} })
+                        json!({ "output_type": "execute_result", "execution_count": count, "data": data, "metadata": metadata })
                     }
-                    false => json!({ "output_type": "display_data", "data": data, "metadata": {} }),
+                    false => json!({ "output_type": "display_data", "data": data, "metadata": metadata }),
                 }
             }
             Output::Error { name, message, traceback } => {
@@ -149,6 +132,11 @@ impl Output {
             }
         }
     }
+}
+
+/// Representations as a MIME bundle. In a file, text is a list of lines.
+fn bundle(data: &[(String, String)]) -> serde_json::Map<String, Value> {
+    data.iter().map(|(mime, data)| (mime.clone(), representation(mime, data))).collect()
 }
 
 /// JSON types hold JSON; images other than SVG hold base64 in one string; all else is text.
@@ -200,7 +188,8 @@ mod tests {
         let mut notebook = read(&format!(r#"{{"nbformat": 4, "nbformat_minor": 2, "cells": [{cell}]}}"#))?;
         assert_eq!(notebook.source(0), "let a = 1;\na");
         notebook.clear_outputs();
-        let result = Output::Display { data: vec![("text/plain".into(), "1\n2".into())], is_result: true };
+        let data = vec![("text/plain".into(), "1\n2".into())];
+        let result = Output::Display { data, is_result: true, id: None, metadata: json!({}) };
         let stream = Output::Stream { name: "stdout", text: "诗\n".into() };
         notebook.set_outputs(0, 7, &[stream, result]);
         let folder = tempfile::tempdir()?;

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::install::Layout;
-use crate::notebook::{Notebook, Output};
-use crate::session::{CellResult, Failure, FailureKind, Session};
+use crate::notebook::Notebook;
+use crate::outputs::{Client, Output, Recorder, Update, error};
+use crate::session::{Failure, FailureKind, Options, Session};
 
 pub fn run(path: &Path, output: Option<&Path>, timeout: Duration, prefix: &Path) -> Result<ExitCode> {
     let begin = Instant::now();
@@ -18,21 +19,28 @@ pub fn run(path: &Path, output: Option<&Path>, timeout: Duration, prefix: &Path)
     let output = output.map_or_else(|| Ok(path.clone()), std::path::absolute)?;
     let folder = path.parent().unwrap_or(Path::new("/"));
     let session = Session::start(&Layout::new(prefix), folder)?;
+    crate::repl::interrupt_on_ctrl_c(session.controls());
     println!("ready    {:>7.2} s", begin.elapsed().as_secs_f64());
 
     notebook.clear_outputs();
     let cells = notebook.code_cells();
     let mut failed = None;
+    let options = Options { timeout: Some(timeout), hold: None };
+    let mut shown = Displays::default();
     for (n, cell) in cells.iter().enumerate() {
         let source = notebook.source(*cell);
         let must_fail = notebook.must_fail(*cell);
         let step = Instant::now();
-        let result = judge(session.execute(&source, timeout), must_fail);
-        notebook.set_outputs(*cell, n + 1, &result.outputs);
-        let state = if result.failure.is_some() { "FAILED" } else { "ok" };
+        let mut recorder = Recorder::default();
+        let ending = session.execute(&source, &options, &mut recorder);
+        let failure = judge(ending.failure, must_fail, &mut recorder);
+        notebook.set_outputs(*cell, n + 1, &recorder.outputs);
+        shown.record(&mut notebook, *cell, n + 1, recorder);
+        let state = if failure.is_some() { "FAILED" } else { "ok" };
         let place = format!("{}/{}", n + 1, cells.len());
         println!("{place:>8} {:>7.2} s  {state:<6}  {}", step.elapsed().as_secs_f64(), first_line(&source));
-        if let Some(failure) = result.failure {
+        let interrupted = ending.interrupted.then(|| Failure::new(FailureKind::Interrupted, "interrupted", "interrupted"));
+        if let Some(failure) = failure.or(interrupted) {
             failed = Some((n + 1, source, failure));
             break;
         }
@@ -54,22 +62,38 @@ pub fn run(path: &Path, output: Option<&Path>, timeout: Duration, prefix: &Path)
     })
 }
 
+/// Displays of the cells so far that a later cell may update.
+#[derive(Default)]
+struct Displays(Vec<(usize, usize, Vec<Output>)>);
+
+impl Displays {
+    fn record(&mut self, notebook: &mut Notebook, cell: usize, count: usize, recorder: Recorder) {
+        for update in &recorder.of_earlier_cells {
+            for (cell, count, outputs) in &mut self.0 {
+                let mut earlier = Recorder { outputs: std::mem::take(outputs), ..Default::default() };
+                earlier.show(update.clone());
+                *outputs = earlier.outputs;
+                notebook.set_outputs(*cell, *count, outputs);
+            }
+        }
+        if recorder.outputs.iter().any(|output| matches!(output, Output::Display { id: Some(_), .. })) {
+            self.0.push((cell, count, recorder.outputs));
+        }
+    }
+}
+
 /// A cell that is tagged to fail has passed if it failed, unless it took the session with it.
-fn judge(mut result: CellResult, must_fail: bool) -> CellResult {
-    match &result.failure {
-        Some(failure) if must_fail && failure.kind != FailureKind::Timeout => result.failure = None,
+fn judge(failure: Option<Failure>, must_fail: bool, recorder: &mut Recorder) -> Option<Failure> {
+    match failure {
+        Some(failure) if must_fail && failure.kind != FailureKind::Timeout => None,
         None if must_fail => {
             let message = "the cell is tagged raises-exception, but did not fail";
-            result.failure = Some(Failure::new(FailureKind::Error, message, message));
-            result.outputs.push(Output::Error {
-                name: FailureKind::Error.name().to_owned(),
-                message: message.to_owned(),
-                traceback: vec![message.to_owned()],
-            });
+            let failure = Failure::new(FailureKind::Error, message, message);
+            recorder.show(Update::Add(error(&failure)));
+            Some(failure)
         }
-        _ => {}
+        failure => failure,
     }
-    result
 }
 
 /// The first line of a cell that is not a comment, cut to fit a terminal.

@@ -1,48 +1,92 @@
 //! One run of cells that share variables: evcxr, told the truth.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 use evcxr::CommandContext;
 
 use crate::diagnostics;
 use crate::install::{self, Layout};
 use crate::keep::{self, Replaced};
-use crate::notebook::Output;
+use crate::outputs::{self, Client, Forms, Outputs, Update};
+use crate::processes;
 use crate::supervisor::{self, Event};
 use crate::types::{self, Binding, Question};
 
-const PLAIN: &str = "text/plain";
 /// How long evcxr may take to compile its first line.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long evcxr may take to notice that its process was killed; it may be waiting for a compiler.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Interrupts that follow each other faster are one: a double click costs nobody the variables.
+const DOUBLE_CLICK: Duration = Duration::from_secs(1);
+/// When a cell that was asked to stop and goes on is mentioned.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often the compilers and the cell are told of an interrupt, until the cell ends.
+const REMIND: Duration = Duration::from_millis(30);
 
 pub struct Session {
     requests: Sender<Request>,
     replies: Receiver<Reply>,
     events: Receiver<String>,
+    questions: Receiver<(String, bool)>,
+    interrupts: Receiver<()>,
+    controls: Controls,
     process: Arc<Mutex<Child>>,
+    /// Raised while the running cell is being interrupted.
+    stopping: Arc<AtomicBool>,
+    names: Arc<Mutex<Names>>,
     /// evcxr's crate and build folder; ours, so that it can be asked where evcxr cannot.
     folder: tempfile::TempDir,
+}
+
+/// What may be done to a session while it runs a cell, from any thread.
+#[derive(Clone)]
+pub struct Controls {
+    interrupts: Sender<()>,
+    answers: Sender<String>,
+}
+
+impl Controls {
+    /// Asks the running cell to stop: a compiler is killed, a training or a generation returns what it has. A cell
+    /// that is asked again, a second later or more, loses its process and all variables.
+    pub fn interrupt(&self) {
+        let _ = self.interrupts.send(());
+    }
+
+    /// The line that a cell asked for.
+    pub fn answer(&self, line: String) {
+        let _ = self.answers.send(line);
+    }
+}
+
+/// What earlier cells defined.
+#[derive(Clone, Default)]
+pub struct Names {
+    /// Variables and their types.
+    pub variables: Vec<(String, String)>,
+    pub items: Vec<String>,
 }
 
 enum Request {
     Execute(String),
     /// Give the variables back that the last cell, which failed, was about to replace.
     Restore,
+    /// The type of an expression.
+    TypeOf(String, Sender<Option<String>>),
 }
 
 /// What evcxr said of a cell.
-struct Reply {
-    result: Result<HashMap<String, String>, Failure>,
+pub struct Reply {
+    pub result: Result<Forms, Failure>,
     /// The source that was compiled last, in which panics name their lines.
-    compiled: String,
+    pub compiled: String,
+    /// Variables that were there before the cell and are not any more.
+    pub lost: Vec<String>,
 }
 
 /// Why a cell failed.
@@ -60,6 +104,7 @@ pub enum FailureKind {
     Compile,
     Panic,
     Error,
+    Interrupted,
     Died,
     Timeout,
 }
@@ -70,16 +115,32 @@ impl FailureKind {
             FailureKind::Compile => "CompileError",
             FailureKind::Panic => "Panic",
             FailureKind::Error => "Error",
+            FailureKind::Interrupted => "Interrupted",
             FailureKind::Died => "ProcessDied",
             FailureKind::Timeout => "Timeout",
         }
     }
 }
 
-pub struct CellResult {
-    /// In order; a failure is the last of them.
-    pub outputs: Vec<Output>,
+impl Failure {
+    pub fn new(kind: FailureKind, message: &str, details: &str) -> Failure {
+        Failure { kind, message: message.to_owned(), details: details.to_owned() }
+    }
+}
+
+/// How a cell ended.
+pub struct Ending {
     pub failure: Option<Failure>,
+    /// Whether somebody asked it to stop; it may have ended well all the same, with what it had.
+    pub interrupted: bool,
+}
+
+/// How a cell is run.
+pub struct Options {
+    /// The cell's process is killed after so long.
+    pub timeout: Option<Duration>,
+    /// How long text on stderr and rich outputs wait for what may follow: see [`Outputs`].
+    pub hold: Option<Duration>,
 }
 
 impl Session {
@@ -93,73 +154,221 @@ impl Session {
         let (requests, requested) = bounded::<Request>(0);
         let (reply, replies) = bounded(1);
         let (started, start) = bounded(1);
-        let path = folder.path().to_owned();
-        std::thread::spawn(move || serve(&path, &started, &requested, &reply));
+        let (ask, questions) = unbounded();
+        let (answers, answered) = unbounded();
+        let (interrupt, interrupts) = unbounded();
+        let stopping = Arc::new(AtomicBool::new(false));
+        let names = Arc::new(Mutex::new(Names::default()));
+        let evcxr = Evcxr {
+            folder: folder.path().to_owned(),
+            question: Question::new(folder.path()),
+            replaced: Vec::new(),
+            must_set_up_process: true,
+            stopping: stopping.clone(),
+            names: names.clone(),
+            ask,
+            answered,
+        };
+        std::thread::spawn(move || evcxr.serve(&started, &requested, &reply));
         let (process, events) = match start.recv_timeout(START_TIMEOUT) {
             Ok(started) => started?,
             Err(_) => bail!("evcxr has not started after {} s", START_TIMEOUT.as_secs()),
         };
-        Ok(Session { requests, replies, events, process, folder })
+        let controls = Controls { interrupts: interrupt, answers };
+        Ok(Session { requests, replies, events, questions, interrupts, controls, process, stopping, names, folder })
     }
 
-    pub fn execute(&self, code: &str, timeout: Duration) -> CellResult {
-        let mut events = Vec::new();
-        let reply = self.wait_for(Request::Execute(code.to_owned()), timeout, &mut events);
-        let is_result = types::ends_in_expression(code);
-        let result = CellOutputs { is_result, ..Default::default() }.finish(code, &events, reply);
-        if let Some(Failure { kind: FailureKind::Panic | FailureKind::Error, .. }) = result.failure {
-            self.wait_for(Request::Restore, timeout, &mut Vec::new());
+    pub fn controls(&self) -> Controls {
+        self.controls.clone()
+    }
+
+    /// What the cells so far defined; can be asked while a cell runs.
+    pub fn names(&self) -> Arc<Mutex<Names>> {
+        self.names.clone()
+    }
+
+    /// Forgets interrupts that came while nothing ran.
+    pub fn forget_interrupts(&self) {
+        while self.interrupts.try_recv().is_ok() {}
+    }
+
+    /// Runs a cell and shows the client what it does, the failure included.
+    pub fn execute(&self, code: &str, options: &Options, client: &mut dyn Client) -> Ending {
+        let mut outputs = Outputs::new(client, types::ends_in_expression(code), options.hold);
+        let (reply, interrupted) = self.wait_for(Request::Execute(code.to_owned()), options.timeout, &mut outputs);
+        self.stopping.store(false, SeqCst);
+        let lost = reply.lost.clone();
+        let mut failure = outputs.finish(code, reply);
+        if let Some(failure) = &mut failure {
+            if interrupted && failure.kind == FailureKind::Error {
+                failure.kind = FailureKind::Interrupted;
+            }
+            if let FailureKind::Panic | FailureKind::Error | FailureKind::Interrupted = failure.kind {
+                self.wait_for(Request::Restore, None, &mut Outputs::new(&mut outputs::Recorder::default(), false, None));
+                let kept = self.names.lock().map(|names| names.variables.clone()).unwrap_or_default();
+                let lost: Vec<_> = lost.into_iter().filter(|name| !kept.iter().any(|(kept, _)| kept == name)).collect();
+                if !lost.is_empty() {
+                    failure.details += &format!("\nlost, because the cell had consumed it: {}", lost.join(", "));
+                }
+            }
+            client.show(Update::Add(outputs::error(failure)));
         }
-        result
+        Ending { failure, interrupted }
     }
 
-    /// Has evcxr do something and collects what cells do meanwhile.
-    fn wait_for(&self, request: Request, timeout: Duration, events: &mut Vec<Event>) -> Reply {
+    /// The type of an expression of the variables that there are; None if it has none, or if evcxr is busy.
+    pub fn type_of(&self, expression: &str) -> Option<String> {
+        let (answer, answered) = bounded(1);
+        self.requests.send_timeout(Request::TypeOf(expression.to_owned(), answer), Duration::ZERO).ok()?;
+        answered.recv().ok()?
+    }
+
+    /// Has evcxr do something and passes on what cells do meanwhile. Returns also whether it was interrupted.
+    fn wait_for(&self, request: Request, timeout: Option<Duration>, outputs: &mut Outputs) -> (Reply, bool) {
+        // Giving variables back is not to be interrupted.
+        let interrupts = if let Request::Execute(_) = request { &self.interrupts } else { &never() };
         let gone = || Reply {
             result: Err(Failure::new(FailureKind::Died, "evcxr itself stopped", "evcxr itself stopped")),
             compiled: String::new(),
+            lost: Vec::new(),
         };
         if self.requests.send(request).is_err() {
-            return gone();
+            return (gone(), false);
         }
-        let mut deadline = Instant::now() + timeout;
-        let mut out_of_time = false;
+        let begin = Instant::now();
+        let mut deadline = timeout.map(|timeout| begin + timeout);
+        let mut end = None;
+        let mut interrupt: Option<Interrupt> = None;
         let reply = loop {
+            let remind = interrupt.as_ref().map(|_| Instant::now() + REMIND);
+            let next = [deadline, outputs.deadline(), remind].into_iter().flatten().min();
+            let tick = next.map_or_else(never, crossbeam_channel::at);
             select! {
                 recv(self.events) -> line => match line {
-                    Ok(line) => events.extend(Event::from_line(&line)),
+                    Ok(line) => Event::from_line(&line).into_iter().for_each(|event| outputs.event(event)),
                     Err(_) => break gone(),
                 },
                 recv(self.replies) -> reply => break reply.unwrap_or_else(|_| gone()),
-                default(deadline.saturating_duration_since(Instant::now())) => {
-                    if out_of_time {
-                        break gone();
+                recv(self.questions) -> question => if let Ok((prompt, is_password)) = question {
+                    if interrupt.is_some() {
+                        self.controls.answer(String::new());
+                    } else if !outputs.ask(&prompt, is_password) {
+                        outputs.remark(&format!("nobody can answer {prompt:?} here: the cell gets an empty line\n"));
+                        self.controls.answer(String::new());
                     }
-                    out_of_time = true;
-                    deadline = Instant::now() + KILL_TIMEOUT;
-                    if let Ok(mut process) = self.process.lock() {
-                        let _ = process.kill();
+                },
+                recv(interrupts) -> _ => match &mut interrupt {
+                    Some(interrupt) => interrupt.again = true,
+                    None => {
+                        self.stopping.store(true, SeqCst);
+                        // A cell that waits for a line gets an empty one.
+                        self.controls.answer(String::new());
+                        interrupt = Some(Interrupt::new());
                     }
+                },
+                recv(tick) -> _ => {}
+            }
+            outputs.release_old();
+            if let Some(interrupt) = &mut interrupt
+                && end.is_none()
+                && interrupt.pursue(&self.process, outputs)
+            {
+                end = Some(End::Killed);
+                deadline = Some(Instant::now() + KILL_TIMEOUT);
+            }
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                if end.is_some() {
+                    break gone();
                 }
+                end = Some(End::OutOfTime);
+                deadline = Some(Instant::now() + KILL_TIMEOUT);
+                processes::kill_compilers(&[self.process_id()]);
+                self.kill();
             }
         };
         while let Ok(line) = self.events.try_recv() {
-            events.extend(Event::from_line(&line));
+            Event::from_line(&line).into_iter().for_each(|event| outputs.event(event));
         }
-        if out_of_time {
-            let message = format!("not finished after {} s, so its process was killed", timeout.as_secs_f64());
-            let details = format!("{message}; all variables are gone\nremedy: --timeout SECONDS");
-            return Reply { result: Err(Failure::new(FailureKind::Timeout, &message, &details)), ..reply };
+        // An answer to nobody's question would be the answer to the next.
+        while self.questions.try_recv().is_ok() {}
+        let failure = match (end, &reply.result) {
+            (Some(End::OutOfTime), _) => {
+                let seconds = timeout.unwrap_or_default().as_secs_f64();
+                let message = format!("not finished after {seconds} s, so its process was killed");
+                let details = format!("{message}; all variables are gone\nremedy: --timeout SECONDS");
+                Failure::new(FailureKind::Timeout, &message, &details)
+            }
+            (Some(End::Killed), Err(_)) => {
+                let message = "interrupted twice, so its process was killed";
+                Failure::new(FailureKind::Interrupted, message, &format!("{message}; all variables are gone"))
+            }
+            (None, Err(failure)) if interrupt.is_some() && failure.kind == FailureKind::Compile => {
+                let message = "interrupted while it was compiled";
+                Failure::new(FailureKind::Interrupted, message, &format!("{message}: nothing ran, nothing is lost"))
+            }
+            _ => return (reply, interrupt.is_some()),
+        };
+        (Reply { result: Err(failure), ..reply }, interrupt.is_some())
+    }
+
+    fn process_id(&self) -> i32 {
+        self.process.lock().map_or(0, |process| process.id() as i32)
+    }
+
+    fn kill(&self) {
+        if let Ok(mut process) = self.process.lock() {
+            let _ = process.kill();
         }
-        reply
     }
 
     /// Removes what the session left in /tmp. It does not wait for evcxr, which may wait for a compiler.
     pub fn close(self) {
-        if let Ok(mut process) = self.process.lock() {
-            let _ = process.kill();
-        }
+        processes::kill_compilers(&[self.process_id()]);
+        self.kill();
         let _ = self.folder.close();
+    }
+}
+
+enum End {
+    OutOfTime,
+    Killed,
+}
+
+/// An interrupt from the moment it comes to the cell's end. The cell may be before, in or behind the call that honours
+/// it, so it is repeated: a request that comes a moment too early must not be lost.
+struct Interrupt {
+    since: Instant,
+    again: bool,
+    remarked: bool,
+}
+
+impl Interrupt {
+    fn new() -> Interrupt {
+        Interrupt { since: Instant::now(), again: false, remarked: false }
+    }
+
+    /// Kills compilers and tells the cell; kills the cell's process, and returns true, if that was asked for.
+    fn pursue(&mut self, process: &Mutex<Child>, outputs: &mut Outputs) -> bool {
+        // Held by evcxr while it waits for a process that is dead already.
+        let Ok(mut process) = process.try_lock() else { return false };
+        let id = process.id() as i32;
+        if processes::kill_compilers(&[id]) {
+            return false;
+        }
+        if self.again && self.since.elapsed() >= DOUBLE_CLICK {
+            let _ = process.kill();
+            return true;
+        }
+        // SAFETY: a signal to our own child, which evcxr has not waited for while we hold the lock.
+        unsafe { libc::kill(id, libc::SIGINT) };
+        if !self.remarked && self.since.elapsed() >= PATIENCE {
+            self.remarked = true;
+            outputs.remark(
+                "the cell was asked to stop and has not stopped yet; \
+                 interrupt again to kill its process, which loses all variables\n",
+            );
+        }
+        false
     }
 }
 
@@ -193,69 +402,121 @@ fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
 
 type Started = Result<(Arc<Mutex<Child>>, Receiver<String>)>;
 
-/// The thread in which evcxr lives.
-fn serve(folder: &Path, started: &Sender<Started>, requests: &Receiver<Request>, replies: &Sender<Reply>) {
-    let (mut context, outputs) = match start_evcxr(folder) {
-        Ok(evcxr) => evcxr,
-        Err(error) => {
-            let _ = started.send(Err(error));
-            return;
-        }
-    };
-    // Nothing writes to evcxr's own stderr channel, for the supervisor sends all as events.
-    let _ = started.send(Ok((context.process_handle(), outputs.stdout)));
-    let question = Question::new(folder);
-    let mut replaced = Vec::new();
-    for request in requests {
-        let result = match request {
-            Request::Execute(code) => execute(&mut context, &question, &code, &mut replaced),
-            Request::Restore => {
-                // One that could not be cloned is not there to be restored.
-                replaced.drain(..).for_each(|variable: Replaced| drop(context.execute(&variable.restore())));
-                Ok(HashMap::new())
+/// What the thread in which evcxr lives works with.
+struct Evcxr {
+    folder: PathBuf,
+    question: Question,
+    replaced: Vec<Replaced>,
+    /// Whether the process for the cells is a new one.
+    must_set_up_process: bool,
+    stopping: Arc<AtomicBool>,
+    names: Arc<Mutex<Names>>,
+    ask: Sender<(String, bool)>,
+    answered: Receiver<String>,
+}
+
+/// Brings text to the reader that a cell printed without a newline, which would stay in Rust's buffer.
+const FLUSH: &str = "::std::thread::spawn(|| loop {
+    ::std::thread::sleep(::std::time::Duration::from_millis(50));
+    let _ = ::std::io::Write::flush(&mut ::std::io::stdout());
+});";
+
+impl Evcxr {
+    fn serve(mut self, started: &Sender<Started>, requests: &Receiver<Request>, replies: &Sender<Reply>) {
+        let (mut context, outputs) = match self.start() {
+            Ok(evcxr) => evcxr,
+            Err(error) => {
+                let _ = started.send(Err(error));
+                return;
             }
         };
-        let reply = Reply { result, compiled: context.last_source().unwrap_or_default() };
-        if replies.send(reply).is_err() {
-            return;
+        // Nothing writes to evcxr's own stderr channel, for the supervisor sends all as events.
+        let _ = started.send(Ok((context.process_handle(), outputs.stdout)));
+        for request in requests {
+            let before: Vec<String> = context.variables_and_types().map(|(name, _)| name.to_owned()).collect();
+            let result = match request {
+                Request::Execute(code) => self.execute(&mut context, &code),
+                Request::Restore => {
+                    // One that could not be cloned is not there to be restored.
+                    let replaced = std::mem::take(&mut self.replaced);
+                    replaced.iter().for_each(|variable| drop(context.execute(&variable.restore())));
+                    Ok(Forms::new())
+                }
+                Request::TypeOf(expression, answer) => {
+                    let _ = answer.send(self.type_of(&mut context, &expression));
+                    continue;
+                }
+            };
+            self.must_set_up_process |= matches!(&result, Err(failure) if failure.kind == FailureKind::Died);
+            let variables: Vec<_> =
+                context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned())).collect();
+            let is_lost = |name: &String| !variables.iter().any(|(kept, _)| kept == name);
+            let lost = before.into_iter().filter(is_lost).collect();
+            if let Ok(mut names) = self.names.lock() {
+                let items = context.defined_item_names().map(str::to_owned).collect();
+                *names = Names { variables, items };
+            }
+            let reply = Reply { result, compiled: context.last_source().unwrap_or_default(), lost };
+            if replies.send(reply).is_err() {
+                return;
+            }
         }
     }
-}
 
-fn start_evcxr(folder: &Path) -> Result<(CommandContext, evcxr::EvalContextOutputs)> {
-    let (mut context, outputs) = CommandContext::new().map_err(|e| anyhow::anyhow!("evcxr does not start: {e}"))?;
-    std::fs::write(folder.join(supervisor::STARTED), "")?;
-    let wrapper: PathBuf = std::env::current_exe()?;
-    let setup = [
-        ":load_config --quiet".to_owned(),
-        format!(":build_env RUSTC_WRAPPER={}", wrapper.display()),
-        format!(":build_env {}={}", types::ASK_IN, folder.display()),
-        // evcxr learns from a failed compile that a cell may use `?`: let it learn that once, and here.
-        "Ok::<(), String>(())?;".to_owned(),
-        keep::PRELUDE.to_owned(),
-    ];
-    for command in setup {
-        context.execute(&command).map_err(|e| anyhow::anyhow!("evcxr refuses {command:?}: {e}"))?;
+    fn start(&mut self) -> Result<(CommandContext, evcxr::EvalContextOutputs)> {
+        let (mut context, outputs) =
+            CommandContext::new().map_err(|e| anyhow::anyhow!("evcxr does not start: {e}"))?;
+        std::fs::write(self.folder.join(supervisor::STARTED), "")?;
+        let wrapper: PathBuf = std::env::current_exe()?;
+        let setup = [
+            ":load_config --quiet".to_owned(),
+            format!(":build_env RUSTC_WRAPPER={}", wrapper.display()),
+            format!(":build_env {}={}", types::ASK_IN, self.folder.display()),
+            // evcxr learns from a failed compile that a cell may use `?`: let it learn that once, and here.
+            format!("{FLUSH} Ok::<(), String>(())?;"),
+            keep::PRELUDE.to_owned(),
+        ];
+        for command in setup {
+            context.execute(&command).map_err(|e| anyhow::anyhow!("evcxr refuses {command:?}: {e}"))?;
+        }
+        self.must_set_up_process = false;
+        Ok((context, outputs))
     }
-    Ok((context, outputs))
-}
 
-/// Compiles and runs one cell. What it shows comes as events; returned are outputs of evcxr's own commands.
-fn execute(
-    context: &mut CommandContext,
-    question: &Question,
-    code: &str,
-    replaced: &mut Vec<Replaced>,
-) -> Result<HashMap<String, String>, Failure> {
-    let bindings = types::bindings(code);
-    *replaced = replaced_by(&bindings, context);
-    let prepared = prepare(context, question, code, &bindings, replaced)?;
-    let result = match context.execute(&prepared) {
-        // The cell as it was written makes for better messages. That it could compile after all is no harm.
-        Err(evcxr::Error::CompilationErrors(_)) => context.execute(code),
-        result => result,
-    };
-    result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
+    /// Compiles and runs one cell. What it shows comes as events; returned are outputs of evcxr's own commands.
+    fn execute(&mut self, context: &mut CommandContext, code: &str) -> Result<Forms, Failure> {
+        if std::mem::take(&mut self.must_set_up_process) {
+            context.execute(FLUSH).map_err(|error| diagnostics::failure(&error, FLUSH))?;
+        }
+        // Answers that came too late belong to nobody.
+        while self.answered.try_recv().is_ok() {}
+        let bindings = types::bindings(code);
+        self.replaced = replaced_by(&bindings, context);
+        let prepared = prepare(context, &self.question, code, &bindings, &self.replaced)?;
+        let (ask, answered) = (&self.ask, &self.answered);
+        let read_line = |request: evcxr::InputRequest| {
+            let prompt = request.prompt.replace(supervisor::COLON, ":");
+            let _ = ask.send((prompt, request.is_password));
+            answered.recv().unwrap_or_default()
+        };
+        let mut callbacks = evcxr::EvalCallbacks { input_reader: &read_line };
+        let result = match context.execute_with_callbacks(&prepared, &mut callbacks) {
+            // The cell as it was written makes for better messages. That it could compile after all is no harm.
+            Err(evcxr::Error::CompilationErrors(_)) if !self.stopping.load(SeqCst) => {
+                context.execute_with_callbacks(code, &mut callbacks)
+            }
+            result => result,
+        };
+        result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
+    }
+
+    /// The type of an expression, as rustc writes it.
+    fn type_of(&self, context: &mut CommandContext, expression: &str) -> Option<String> {
+        const NAME: &str = "qlora_nb_asked";
+        let code = format!("let {NAME} = {expression};");
+        let answer = self.question.ask(|| drop(context.check(&code))).ok()??;
+        answer.types.get(NAME).cloned()
+    }
 }
 
 /// The cell with what it needs to be honest: types, old values kept, and a flush.
@@ -299,227 +560,4 @@ fn replaced_by(bindings: &[Binding], context: &CommandContext) -> Vec<Replaced> 
     let known = context.variables_and_types();
     let replaced = known.filter(|(name, _)| bindings.iter().any(|variable| variable.name == *name));
     replaced.map(|(name, ty)| Replaced { name: name.to_owned(), ty: ty.to_owned() }).collect()
-}
-
-/// Turns events into a cell's outputs.
-#[derive(Default)]
-struct CellOutputs {
-    is_result: bool,
-    outputs: Vec<Output>,
-    /// What the cell last wrote to stderr, without anything on stdout in between: where a failure's message is.
-    last_stderr: String,
-    stdout_since: bool,
-    death: Option<String>,
-    failed: Option<FailureKind>,
-}
-
-impl CellOutputs {
-    fn finish(mut self, code: &str, events: &[Event], reply: Reply) -> CellResult {
-        for event in events {
-            self.event(event);
-        }
-        for (mime, data) in reply.result.as_ref().ok().into_iter().flatten() {
-            self.content(mime, data);
-        }
-        self.mark_result();
-        let failure = match (self.failed, reply.result) {
-            (Some(kind), _) => Some(self.take_message(kind, code, &reply.compiled)),
-            (None, Err(mut failure)) => {
-                if let (FailureKind::Died, Some(how)) = (failure.kind, &self.death) {
-                    failure.message = format!("the process that runs the cells died: {how}");
-                    failure.details = format!("{}\nall variables are gone", failure.message);
-                }
-                Some(failure)
-            }
-            (None, Ok(_)) => None,
-        };
-        if let Some(failure) = &failure {
-            self.outputs.push(Output::Error {
-                name: failure.kind.name().to_owned(),
-                message: failure.message.clone(),
-                traceback: failure.details.lines().map(str::to_owned).collect(),
-            });
-        }
-        for output in &mut self.outputs {
-            if let Output::Stream { text, .. } = output {
-                *text = as_a_terminal_shows(text);
-            }
-        }
-        CellResult { outputs: self.outputs, failure }
-    }
-
-    fn event(&mut self, event: &Event) {
-        match event {
-            Event::Stdout(text) => {
-                self.stdout_since = true;
-                self.stream("stdout", text);
-            }
-            Event::Stderr(text) => {
-                if std::mem::take(&mut self.stdout_since) {
-                    self.last_stderr.clear();
-                }
-                self.last_stderr.push_str(text);
-                self.stream("stderr", text);
-            }
-            Event::Content { mime, data } => self.content(mime, data),
-            Event::Panic => self.failed = Some(FailureKind::Panic),
-            Event::UserError => self.failed = Some(FailureKind::Error),
-            Event::Died(how) => self.death = Some(how.clone()),
-        }
-    }
-
-    fn stream(&mut self, name: &'static str, more: &str) {
-        match self.outputs.last_mut() {
-            Some(Output::Stream { name: last, text }) if *last == name => text.push_str(more),
-            _ => self.outputs.push(Output::Stream { name, text: more.to_owned() }),
-        }
-    }
-
-    /// Representations that follow each other are of one thing, until a MIME type comes again, or up to the plain text
-    /// if that stands last. (evcxr's protocol does not say where a thing ends.)
-    fn content(&mut self, mime: &str, data: &str) {
-        // The value of a statement without a semicolon, such as a loop.
-        if mime == PLAIN && data == "()" {
-            return;
-        }
-        let representation = (mime.to_owned(), data.to_owned());
-        let goes_with = |data: &[(String, String)]| {
-            let closed = data.len() > 1 && data.last().is_some_and(|(last, _)| last == PLAIN);
-            !closed && data.iter().all(|(earlier, _)| earlier != mime)
-        };
-        match self.outputs.last_mut() {
-            Some(Output::Display { data, .. }) if goes_with(data) => data.push(representation),
-            _ => self.outputs.push(Output::Display { data: vec![representation], is_result: false }),
-        }
-    }
-
-    fn mark_result(&mut self) {
-        if let Some(Output::Display { is_result, .. }) = self.outputs.last_mut() {
-            *is_result = self.is_result && self.failed.is_none();
-        }
-    }
-
-    /// Moves a failure's message from stderr, where the cell left it, to the failure.
-    fn take_message(&mut self, kind: FailureKind, code: &str, compiled: &str) -> Failure {
-        let at = match kind {
-            FailureKind::Panic => self.last_stderr.rfind("\nthread '").unwrap_or(0),
-            _ => 0,
-        };
-        let said = self.last_stderr.split_off(at);
-        let is_stderr = |output: &Output| matches!(output, Output::Stream { name: "stderr", .. });
-        if let Some(i) = self.outputs.iter().rposition(is_stderr)
-            && let Output::Stream { text, .. } = &mut self.outputs[i]
-        {
-            text.truncate(text.len().saturating_sub(said.len()));
-            if text.is_empty() {
-                self.outputs.remove(i);
-            }
-        }
-        match kind {
-            FailureKind::Panic => diagnostics::panic(&said, code, compiled),
-            _ => {
-                let said = said.trim();
-                Failure::new(kind, said.lines().next().unwrap_or("an Err left the cell through `?`"), said)
-            }
-        }
-    }
-}
-
-impl Failure {
-    pub fn new(kind: FailureKind, message: &str, details: &str) -> Failure {
-        Failure { kind, message: message.to_owned(), details: details.to_owned() }
-    }
-}
-
-/// A carriage return takes the line back, as for progress bars; what was overwritten is not kept.
-fn as_a_terminal_shows(text: &str) -> String {
-    let mut shown = String::new();
-    for line in text.split_inclusive('\n') {
-        let (line, newline) = line.strip_suffix('\n').map_or((line, ""), |line| (line, "\n"));
-        let line = line.trim_end_matches('\r');
-        shown.push_str(line.rsplit('\r').next().unwrap_or(line));
-        shown.push_str(newline);
-    }
-    shown
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn outputs(events: &[Event], result: Result<HashMap<String, String>, Failure>) -> CellResult {
-        let reply = Reply { result, compiled: "one\nassert!(x == 2);\n".into() };
-        CellOutputs { is_result: true, ..Default::default() }.finish("let x = 1;\nassert!(x == 2);", events, reply)
-    }
-
-    fn content(mime: &str, data: &str) -> Event {
-        Event::Content { mime: mime.into(), data: data.into() }
-    }
-
-    fn display(representations: &[(&str, &str)], is_result: bool) -> Output {
-        let data = representations.iter().map(|(mime, data)| (mime.to_string(), data.to_string())).collect();
-        Output::Display { data, is_result }
-    }
-
-    #[test]
-    fn keeps_the_order_and_groups_representations() {
-        let events = [
-            Event::Stdout("a".into()),
-            Event::Stdout("b\n".into()),
-            content("text/html", "1"),
-            content("text/plain", "1"),
-            content("image/svg+xml", "2"),
-            content("text/plain", "2"),
-            content("text/plain", "3"),
-            content("text/html", "3"),
-            content("text/html", "4"),
-            Event::Stderr("warned\n".into()),
-            content("text/plain", "()"),
-            content("text/plain", "5"),
-        ];
-        let expected = [
-            Output::Stream { name: "stdout", text: "ab\n".into() },
-            display(&[("text/html", "1"), ("text/plain", "1")], false),
-            display(&[("image/svg+xml", "2"), ("text/plain", "2")], false),
-            display(&[("text/plain", "3"), ("text/html", "3")], false),
-            display(&[("text/html", "4")], false),
-            Output::Stream { name: "stderr", text: "warned\n".into() },
-            display(&[("text/plain", "5")], true),
-        ];
-        let result = outputs(&events, Ok(HashMap::new()));
-        assert_eq!(result.outputs, expected);
-        assert_eq!(result.failure, None);
-    }
-
-    #[test]
-    fn a_panic_is_a_failure_though_evcxr_says_ok() {
-        let message = "\nthread 'main' (7) panicked at src/lib.rs:2:1:\nassertion failed: x == 2\nnote: run with X\n";
-        let events = [Event::Stderr("warned\n".into()), Event::Stderr(message.into()), Event::Panic];
-        let result = outputs(&events, Ok(HashMap::new()));
-        let failure = result.failure.expect("a failure");
-        assert_eq!((failure.kind, failure.message.as_str()), (FailureKind::Panic, "assertion failed: x == 2"));
-        assert_eq!(failure.details, "panicked at line 2: assert!(x == 2);\nassertion failed: x == 2");
-        assert_eq!(result.outputs[0], Output::Stream { name: "stderr", text: "warned\n".into() });
-        assert_eq!(result.outputs.len(), 2);
-    }
-
-    #[test]
-    fn an_error_through_a_question_mark_is_a_failure_though_evcxr_says_ok() {
-        let events = [Event::Stdout("x\n".into()), Event::Stderr("no such file\nremedy\n".into()), Event::UserError];
-        let failure = outputs(&events, Ok(HashMap::new())).failure.expect("a failure");
-        assert_eq!((failure.kind, failure.message.as_str()), (FailureKind::Error, "no such file"));
-        assert_eq!(failure.details, "no such file\nremedy");
-    }
-
-    #[test]
-    fn a_death_says_how() {
-        let died = Failure::new(FailureKind::Died, "terminated", "terminated");
-        let failure = outputs(&[Event::Died("it aborted".into())], Err(died)).failure.expect("a failure");
-        assert_eq!(failure.message, "the process that runs the cells died: it aborted");
-    }
-
-    #[test]
-    fn a_progress_bar_leaves_its_last_state() {
-        assert_eq!(as_a_terminal_shows("a\rbc\r\nd\n1/2\r2/2"), "bc\nd\n2/2");
-    }
 }

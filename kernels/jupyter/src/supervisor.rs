@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 
 use serde_json::{Value, json};
 
@@ -26,6 +27,13 @@ const VARIABLE_CHANGED_TYPE: &str = "EVCXR_VARIABLE_CHANGED_TYPE:";
 const INPUT_REQUEST: &str = "EVCXR_INPUT_REQUEST";
 const BEGIN_CONTENT: &str = "EVCXR_BEGIN_CONTENT ";
 const END_CONTENT: &str = "EVCXR_END_CONTENT";
+/// Begins a line in which the library's `display` module asks for what evcxr does not know: a display that can be
+/// updated, an update, clearing. JSON follows.
+const DISPLAY: &str = "EVCXR_QLORA_NB ";
+/// Tells the library that such lines are understood.
+const DISPLAY_IS_UNDERSTOOD: &str = "QLORA_NB_DISPLAY";
+/// Stands for a colon in a prompt, which evcxr would take for the prompt's end.
+pub const COLON: char = '\u{2}';
 /// What every marker begins with; a text that may still become a marker is held back.
 const MARKER: &str = "EVCXR_";
 
@@ -42,6 +50,8 @@ pub enum Event {
         mime: String,
         data: String,
     },
+    /// What the library shows, in the words of its display protocol.
+    Display(Value),
     /// A panic ended the cell; its message was the last thing on stderr.
     Panic,
     /// An `Err` left the cell through `?`; its text was the last thing on stderr.
@@ -56,6 +66,7 @@ impl Event {
             Event::Stdout(text) => json!(["stdout", text]),
             Event::Stderr(text) => json!(["stderr", text]),
             Event::Content { mime, data } => json!(["content", mime, data]),
+            Event::Display(operation) => json!(["display", operation]),
             Event::Panic => json!(["panic"]),
             Event::UserError => json!(["error"]),
             Event::Died(how) => json!(["died", how]),
@@ -71,6 +82,7 @@ impl Event {
             "stdout" => Event::Stdout(text(1)?),
             "stderr" => Event::Stderr(text(1)?),
             "content" => Event::Content { mime: text(1)?, data: text(2)? },
+            "display" => Event::Display(value.get(1)?.clone()),
             "panic" => Event::Panic,
             "error" => Event::UserError,
             "died" => Event::Died(text(1)?),
@@ -87,8 +99,48 @@ pub fn is_asked_for() -> bool {
     std::env::var_os(EVCXR_IS_RUNTIME).is_some() && std::env::var_os(WORKER).is_none()
 }
 
+/// Has the worker survive a SIGINT: a request to stop, which the library's long calls honour while they run, and
+/// which means nothing to other code.
+pub fn prepare_worker() {
+    if std::env::var_os(WORKER).is_some() {
+        on_sigint(nothing);
+    }
+}
+
+extern "C" fn nothing(_: libc::c_int) {}
+
+/// The process that [`forward`] tells of a SIGINT.
+static WORKER_ID: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn forward(signal: libc::c_int) {
+    let worker = WORKER_ID.load(SeqCst);
+    if worker > 0 {
+        // SAFETY: kill is async-signal-safe.
+        unsafe { libc::kill(worker, signal) };
+    }
+}
+
+fn on_sigint(handler: extern "C" fn(libc::c_int)) {
+    // SAFETY: the struct is valid for the call, and both handlers do only what a signal handler may.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as libc::sighandler_t;
+        // A read that the signal meets goes on instead of failing.
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigemptyset(&mut action.sa_mask);
+        libc::sigaction(libc::SIGINT, &action, std::ptr::null_mut());
+    }
+}
+
 /// Starts the worker and carries what it prints until it ends.
 pub fn run() -> ! {
+    // SAFETY: neither call touches memory. A Ctrl-C in the terminal is for the session, which passes it on as it sees
+    // fit; and when the session dies, so do we.
+    unsafe {
+        libc::setpgid(0, 0);
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+    }
+    on_sigint(forward);
     let code = match start_worker().and_then(|mut worker| carry(&mut worker)) {
         Ok(status) => status.code().unwrap_or(1),
         Err(error) => {
@@ -102,7 +154,7 @@ pub fn run() -> ! {
 fn start_worker() -> std::io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     // A backtrace through generated code tells a notebook's reader nothing; whoever wants one sets it in a cell.
-    command.env(WORKER, "1").env("RUST_BACKTRACE", "0");
+    command.env(WORKER, "1").env(DISPLAY_IS_UNDERSTOOD, "1").env("RUST_BACKTRACE", "0");
     command.stdin(Stdio::inherit()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: prctl is async-signal-safe. It makes the worker die with us, for evcxr can only kill us.
     unsafe {
@@ -115,6 +167,7 @@ fn start_worker() -> std::io::Result<Child> {
 }
 
 fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
+    WORKER_ID.store(worker.id() as i32, SeqCst);
     let (Some(mut out), Some(mut err)) = (worker.stdout.take(), worker.stderr.take()) else {
         return worker.wait();
     };
@@ -237,9 +290,16 @@ impl Relay {
             self.text.push_str(before);
             self.flush_text();
             self.content = Some((mime.trim().to_owned(), String::new()));
-        } else if let Some(at) = line.find(VARIABLE_CHANGED_TYPE).or_else(|| line.find(INPUT_REQUEST)) {
+        } else if let Some((before, operation)) = display(line) {
+            self.text.push_str(before);
+            self.event(Event::Display(operation));
+        } else if let Some(at) = line.find(VARIABLE_CHANGED_TYPE) {
             self.text.push_str(&line[..at]);
             self.marker(None, &line[at..]);
+        } else if let Some(at) = line.find(INPUT_REQUEST) {
+            self.text.push_str(&line[..at]);
+            let (request, prompt) = line[at..].split_once(':').unwrap_or((&line[at..], ""));
+            self.marker(None, &format!("{request}:{}", prompt.replace(':', &COLON.to_string())));
         } else {
             self.text.push_str(line);
             self.text.push('\n');
@@ -298,6 +358,13 @@ impl Relay {
         stdout.write_all(std::mem::take(&mut self.lines).as_bytes())?;
         stdout.flush()
     }
+}
+
+/// The operation that a line of the display protocol asks for, and the text before it; None if it is mere text.
+fn display(line: &str) -> Option<(&str, Value)> {
+    let (before, json) = line.split_once(DISPLAY)?;
+    let operation = serde_json::from_str::<Value>(json).ok()?;
+    operation["op"].is_string().then_some((before, operation))
 }
 
 /// Decodes UTF-8, leaving an unfinished character's bytes in front of `rest`.
@@ -383,6 +450,15 @@ mod tests {
         relay.stdout(b"shown\nEVCXR_PANIC_NOTIFICATION\n");
         let events: Vec<_> = relay.lines.lines().filter_map(Event::from_line).collect();
         assert_eq!(events, [Event::Stdout("shown\n".into()), Event::Stderr("panicked".into()), Event::Panic]);
+    }
+
+    #[test]
+    fn the_display_protocol_is_taken_out_of_the_text() {
+        let operation = json!({ "op": "update", "id": "1", "data": { "text/plain": "诗" } });
+        let chunks = [format!("tail of a line{DISPLAY}{operation}\n"), format!("{DISPLAY}no json\n")];
+        let expected = [text("tail of a line"), Ok(Event::Display(operation)), text("EVCXR_QLORA_NB no json\n")];
+        assert_eq!(relayed(&chunks.each_ref().map(String::as_str)), expected);
+        assert_eq!(relayed(&["EVCXR_INPUT_REQUEST:a: b\n"]), [marker("EVCXR_INPUT_REQUEST:a\u{2} b")]);
     }
 
     #[test]

@@ -1,0 +1,102 @@
+//! What was executed, for clients that ask: consoles, and JupyterLab's history search.
+
+/// One cell.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// Always 0, the session that is running: nothing is kept beyond it.
+    pub session: i32,
+    pub line: i32,
+    pub input: String,
+    pub output: String,
+}
+
+#[derive(Default)]
+pub struct History {
+    entries: Vec<Entry>,
+}
+
+impl History {
+    pub fn add(&mut self, line: i32, input: &str, output: &str) {
+        self.entries.push(Entry { session: 0, line, input: input.to_owned(), output: output.to_owned() });
+    }
+
+    /// The last `n`.
+    pub fn tail(&self, n: i32) -> Vec<&Entry> {
+        let n = usize::try_from(n).unwrap_or(0);
+        self.entries.iter().skip(self.entries.len().saturating_sub(n)).collect()
+    }
+
+    /// Lines `start` up to `stop`, which is not one of them; 0 or less as `stop` means the end.
+    pub fn range(&self, session: i32, start: i32, stop: i32) -> Vec<&Entry> {
+        let of_range = |entry: &&Entry| entry.line >= start && (stop <= 0 || entry.line < stop);
+        // A session of the past, which is counted from -1 back, is not there.
+        self.entries.iter().filter(|_| session == 0).filter(of_range).collect()
+    }
+
+    /// The last `n` that match a pattern in which `*` and `?` stand for any text and any character; `n` of 0 or less
+    /// means all.
+    pub fn search(&self, pattern: &str, unique: bool, n: i32) -> Vec<&Entry> {
+        let pattern: Vec<char> = pattern.chars().collect();
+        let mut found: Vec<&Entry> = Vec::new();
+        for entry in self.entries.iter().rev() {
+            let is_old = unique && found.iter().any(|other| other.input == entry.input);
+            if !is_old && matches(&pattern, &entry.input.chars().collect::<Vec<_>>()) {
+                found.push(entry);
+            }
+        }
+        if let Ok(n @ 1..) = usize::try_from(n) {
+            found.truncate(n);
+        }
+        found.reverse();
+        found
+    }
+}
+
+fn matches(pattern: &[char], text: &[char]) -> bool {
+    // How far the text was matched when the last star was met: the place to go on from when a match fails.
+    let (mut p, mut t, mut star) = (0, 0, None);
+    while t < text.len() {
+        match pattern.get(p) {
+            Some('*') => {
+                star = Some((p, t));
+                p += 1;
+            }
+            Some(c) if *c == '?' || *c == text[t] => (p, t) = (p + 1, t + 1),
+            _ => match star {
+                Some((at, from)) => {
+                    star = Some((at, from + 1));
+                    (p, t) = (at + 1, from + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[p..].iter().all(|c| *c == '*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(entries: Vec<&Entry>) -> Vec<i32> {
+        entries.into_iter().map(|entry| entry.line).collect()
+    }
+
+    #[test]
+    fn finds_what_was_asked_for() {
+        let mut history = History::default();
+        for (line, input) in [(1, "let a = 1;"), (2, "a + 1"), (3, "let b = 2;"), (4, "a + 1")] {
+            history.add(line, input, "");
+        }
+        assert_eq!(lines(history.tail(2)), [3, 4]);
+        assert_eq!(lines(history.tail(9)), [1, 2, 3, 4]);
+        assert_eq!(lines(history.range(0, 2, 4)), [2, 3]);
+        assert_eq!(lines(history.range(0, 3, 0)), [3, 4]);
+        assert_eq!(lines(history.range(-1, 0, 9)), []);
+        assert_eq!(lines(history.search("let*", false, 0)), [1, 3]);
+        assert_eq!(lines(history.search("a ? 1", false, 0)), [2, 4]);
+        assert_eq!(lines(history.search("a*", true, 0)), [4]);
+        assert_eq!(lines(history.search("*", false, 1)), [4]);
+        assert_eq!(lines(history.search("let", false, 0)), []);
+    }
+}
