@@ -1,57 +1,82 @@
-//! Executes a notebook from top to bottom and writes what its cells showed.
+//! Executes a notebook from top to bottom, in a process of its own ([`crate::batch`] started it), and reports.
 
+use std::io::Write;
 use std::path::Path;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::install::Layout;
 use crate::notebook::{Notebook, Output};
 use crate::session::{CellResult, Failure, FailureKind, Session};
 
-pub fn run(path: &Path, output: Option<&Path>, timeout: Duration, prefix: &Path) -> Result<ExitCode> {
-    let begin = Instant::now();
-    let mut notebook = Notebook::read(path)?;
-    // Cells run in the notebook's folder, so paths are made absolute before that.
-    let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
-    let output = output.map_or_else(|| Ok(path.clone()), std::path::absolute)?;
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let session = Session::start(&Layout::new(prefix), folder)?;
-    println!("ready    {:>7.2} s", begin.elapsed().as_secs_f64());
+/// What the process says, one JSON object a line. Cells are named by their position in the notebook.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Report {
+    Ready { seconds: f64 },
+    Skipped { cell: usize },
+    Cell(CellRun),
+}
 
-    notebook.clear_outputs();
-    let cells = notebook.code_cells();
-    let mut failed = None;
-    for (n, cell) in cells.iter().enumerate() {
-        let source = notebook.source(*cell);
-        let must_fail = notebook.must_fail(*cell);
+#[derive(Serialize, Deserialize)]
+pub struct CellRun {
+    pub cell: usize,
+    /// How many cells were executed so far, with this one.
+    pub count: usize,
+    pub seconds: f64,
+    /// As nbformat has them.
+    pub outputs: Vec<Value>,
+    /// The cell failed, or should have and did not.
+    pub failure: Option<CellFailure>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct CellFailure {
+    pub kind: String,
+    pub message: String,
+    pub details: String,
+}
+
+/// Executes cells until one fails. The notebook's file is left alone.
+pub fn run_cells(path: &Path, timeout: Duration, prefix: &Path) -> Result<()> {
+    let begin = Instant::now();
+    let notebook = Notebook::read(path)?;
+    // Cells run in the notebook's folder.
+    let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
+    let session = Session::start(&Layout::new(prefix), path.parent().unwrap_or(Path::new("/")))?;
+    report(&Report::Ready { seconds: begin.elapsed().as_secs_f64() })?;
+    let mut count = 0;
+    for cell in notebook.code_cells() {
+        if notebook.is_skipped(cell) {
+            report(&Report::Skipped { cell })?;
+            continue;
+        }
+        count += 1;
         let step = Instant::now();
-        let result = judge(session.execute(&source, timeout), must_fail);
-        notebook.set_outputs(*cell, n + 1, &result.outputs);
-        let state = if result.failure.is_some() { "FAILED" } else { "ok" };
-        let place = format!("{}/{}", n + 1, cells.len());
-        println!("{place:>8} {:>7.2} s  {state:<6}  {}", step.elapsed().as_secs_f64(), first_line(&source));
-        if let Some(failure) = result.failure {
-            failed = Some((n + 1, source, failure));
+        let result = judge(session.execute(&notebook.source(cell), timeout), notebook.must_fail(cell));
+        let seconds = step.elapsed().as_secs_f64();
+        let outputs = result.outputs.iter().map(|output| output.to_json(count)).collect();
+        let failure = result.failure.map(|failure| CellFailure {
+            kind: failure.kind.name().to_owned(),
+            message: failure.message,
+            details: failure.details,
+        });
+        let is_last = failure.is_some();
+        report(&Report::Cell(CellRun { cell, count, seconds, outputs, failure }))?;
+        if is_last {
             break;
         }
     }
     session.close();
-    notebook.write(&output)?;
-    let seconds = begin.elapsed().as_secs_f64();
-    Ok(match failed {
-        None => {
-            println!("{} cells in {seconds:.1} s -> {}", cells.len(), output.display());
-            ExitCode::SUCCESS
-        }
-        Some((number, source, failure)) => {
-            eprintln!("\ncell {number} of {} failed: {}\n", path.display(), failure.kind.name());
-            eprintln!("{}\n\n{}\n", indented(&source), indented(&failure.details));
-            eprintln!("{} of {} cells were run in {seconds:.1} s -> {}", number, cells.len(), output.display());
-            ExitCode::FAILURE
-        }
-    })
+    Ok(())
+}
+
+fn report(report: &Report) -> Result<()> {
+    let line = serde_json::to_string(report)? + "\n";
+    std::io::stdout().write_all(line.as_bytes()).context("whoever started this process does not listen")
 }
 
 /// A cell that is tagged to fail has passed if it failed, unless it took the session with it.
@@ -70,16 +95,4 @@ fn judge(mut result: CellResult, must_fail: bool) -> CellResult {
         _ => {}
     }
     result
-}
-
-/// The first line of a cell that is not a comment, cut to fit a terminal.
-fn first_line(source: &str) -> String {
-    let mut lines = source.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"));
-    let line = lines.next().unwrap_or_default();
-    let cut: String = line.chars().take(60).collect();
-    if cut.len() < line.len() { cut + "..." } else { cut }
-}
-
-fn indented(text: &str) -> String {
-    text.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
 }
