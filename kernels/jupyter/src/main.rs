@@ -3,17 +3,23 @@
 //! The same binary plays four parts, and reads top to bottom in this order:
 //!
 //! 1. [`install`] links the library as one dylib and writes where cells find it;
-//! 2. [`runner`] takes a [`notebook`] cell by cell through a [`session`], which loses no variable ([`keep`]);
+//! 2. [`batch`] runs notebooks, and [`testing`] holds them to what they promise ([`check`], [`diff`], [`junit`]): each
+//!    in a process in which [`runner`] takes a [`notebook`] cell by cell through a [`session`], which loses no
+//!    variable ([`keep`]);
 //! 3. [`supervisor`] is the process that evcxr believes to run the cells. It starts the one that does, and
 //!    reports what evcxr hides: panics, `Err` through `?`, a death;
 //! 4. [`types`] stands before rustc and asks it for the types of a cell's variables.
 
 mod assistance;
+mod batch;
+mod check;
 mod diagnostics;
+mod diff;
 mod doctor;
 mod highlight;
 mod history;
 mod install;
+mod junit;
 mod keep;
 mod kernel;
 mod notebook;
@@ -24,6 +30,7 @@ mod runner;
 mod session;
 mod supervisor;
 mod syntax;
+mod testing;
 mod types;
 
 use std::path::PathBuf;
@@ -38,11 +45,14 @@ qlora-nb: Rust notebooks against the qlora-nb library
 usage:
   qlora-nb install [--prefix DIR] [--source DIR]
       build the library, link it as a dylib for this rustc, and lay it out for notebooks
-  qlora-nb run NOTEBOOK [-o OUT.ipynb] [--timeout SECONDS] [--prefix DIR]
-      execute a notebook cell by cell and write the outputs into it (or into OUT.ipynb);
-      the first failing cell ends the run with exit status 1
+  qlora-nb run NOTEBOOK... [-o OUT] [options]
+      execute notebooks cell by cell and write the outputs into them (or into OUT: a file, or a
+      folder for several); a failing cell ends its notebook, and the exit status is 1
+  qlora-nb test NOTEBOOK... [--update] [--junit FILE] [options]
+      execute notebooks and compare the outputs with those stored, which stay as they are;
+      the exit status is 1 if any cell fails or differs from what its notebook promises
   qlora-nb repl
-      the same in a terminal
+      cells in a terminal, with history, completion and progress bars
   qlora-nb kernel CONNECTION_FILE
       serve a Jupyter client, which writes that file and starts this
   qlora-nb doctor [--prefix DIR]
@@ -52,6 +62,12 @@ usage:
                     (default: $QLORA_NB_PREFIX, else $XDG_DATA_HOME/qlora-nb, else ~/.local/share/qlora-nb)
   --source DIR      the qlora-nb sources (default: where this binary was built)
   --timeout SECONDS give up on a cell after so long (default: 3600)
+  --jobs N          run at most so many notebooks at once (default: the number of cores)
+  --memory MIB      let notebooks that run at once need so much together (default: what is available);
+                    one needs 1536, or the \"qlora_nb\": {\"memory_mib\": N} of its metadata
+  --update          rewrite outputs that differ, in notebooks in which no cell failed
+  --junit FILE      write the results as JUnit XML
+  A notebook may be a folder: all *.ipynb in it. Exit status 2: wrong usage, or unreadable input.
 ";
 
 fn main() -> ExitCode {
@@ -79,6 +95,8 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
     let mut source = None;
     let mut output = None;
     let mut timeout = Duration::from_secs(3600);
+    let (mut jobs, mut memory_mib) = (None, None);
+    let mut test = testing::TestOptions { junit: None, update: false };
     let mut words = Vec::new();
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
@@ -93,6 +111,10 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
                 let seconds = seconds.with_context(|| format!("--timeout: expected seconds, got {text:?}"))?;
                 timeout = Duration::from_secs_f64(seconds);
             }
+            "--jobs" => jobs = Some(usize::try_from(positive(&arg, &value()?)?)?),
+            "--memory" => memory_mib = Some(positive(&arg, &value()?)?),
+            "--junit" => test.junit = Some(PathBuf::from(value()?)),
+            "--update" => test.update = true,
             "-h" | "--help" => {
                 print!("{USAGE}");
                 return Ok(ExitCode::SUCCESS);
@@ -109,14 +131,25 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
         Some(dir) => std::path::absolute(dir)?,
         None => install::default_prefix()?,
     };
+    let options = batch::Options { timeout, prefix: prefix.clone(), jobs, memory_mib };
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["install"] => install::install(&prefix, source.as_deref()).map(|()| ExitCode::SUCCESS),
-        ["run", notebook] => runner::run(notebook.as_ref(), output.as_deref(), timeout, &prefix),
+        ["run", notebooks @ ..] if !notebooks.is_empty() => batch::run(notebooks, output.as_deref(), &options),
+        ["test", ..] if output.is_some() => {
+            bail!("test writes no other notebook\nremedy: --update, or qlora-nb run -o")
+        }
+        ["test", notebooks @ ..] if !notebooks.is_empty() => testing::test(notebooks, &test, &options),
+        [batch::CELLS, notebook] => runner::run_cells(notebook.as_ref(), timeout, &prefix).map(|()| ExitCode::SUCCESS),
         ["kernel", connection_file] => kernel::run(connection_file.as_ref(), &prefix),
         ["repl"] => repl::run(&prefix),
         ["doctor"] => doctor::doctor(&prefix),
         [] => bail!("no command\n\n{USAGE}"),
         other => bail!("cannot make sense of `{}`\n\n{USAGE}", other.join(" ")),
     }
+}
+
+fn positive(option: &str, text: &str) -> Result<u64> {
+    let number = text.parse().ok().filter(|number| *number > 0);
+    number.with_context(|| format!("{option}: expected a positive integer, got {text:?}"))
 }

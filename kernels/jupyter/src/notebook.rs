@@ -13,7 +13,10 @@ use crate::outputs::Output;
 
 /// A cell with this tag must fail; nbclient knows the same tag.
 const RAISES_EXCEPTION: &str = "raises-exception";
+/// A cell with one of these tags is not executed, and keeps its outputs; nbclient and nbmake know the second.
+const SKIP: [&str; 2] = ["skip", "skip-execution"];
 
+#[derive(Clone, PartialEq)]
 pub struct Notebook {
     json: Value,
 }
@@ -22,8 +25,13 @@ impl Notebook {
     pub fn read(path: &Path) -> Result<Notebook> {
         let shown = path.display();
         let text = fs::read_to_string(path).with_context(|| format!("cannot read the notebook {shown}"))?;
-        let mut json: Value = serde_json::from_str(&text)
+        let json: Value = serde_json::from_str(&text)
             .with_context(|| format!("{shown} is not a notebook: a notebook is JSON, as Jupyter saves it (.ipynb)"))?;
+        Notebook::from_json(json, &shown.to_string())
+    }
+
+    /// `shown` is what messages call it.
+    pub fn from_json(mut json: Value, shown: &str) -> Result<Notebook> {
         match json["nbformat"].as_u64() {
             Some(4) => {}
             Some(old) if old < 4 => bail!(
@@ -92,29 +100,65 @@ impl Notebook {
     }
 
     pub fn must_fail(&self, cell: usize) -> bool {
-        let tags = self.cells()[cell]["metadata"]["tags"].as_array();
-        tags.is_some_and(|tags| tags.iter().any(|tag| tag == RAISES_EXCEPTION))
+        self.has_tag(cell, RAISES_EXCEPTION)
     }
 
-    /// Forgets all outputs, so that none outlives the code that made it.
+    pub fn is_skipped(&self, cell: usize) -> bool {
+        SKIP.iter().any(|tag| self.has_tag(cell, tag))
+    }
+
+    pub fn has_tag(&self, cell: usize, tag: &str) -> bool {
+        let tags = self.cell_metadata(cell)["tags"].as_array();
+        tags.is_some_and(|tags| tags.iter().any(|other| other == tag))
+    }
+
+    pub fn cell_metadata(&self, cell: usize) -> &Value {
+        &self.cells()[cell]["metadata"]
+    }
+
+    pub fn metadata(&self) -> &Value {
+        &self.json["metadata"]
+    }
+
+    pub fn outputs(&self, cell: usize) -> &[Value] {
+        self.cells()[cell]["outputs"].as_array().map_or(&[], Vec::as_slice)
+    }
+
+    /// Forgets all outputs, so that none outlives the code that made it. Cells that are not executed keep theirs.
     pub fn clear_outputs(&mut self) {
-        for cell in self.json["cells"].as_array_mut().into_iter().flatten() {
-            if cell["cell_type"] == "code" {
-                cell["outputs"] = json!([]);
-                cell["execution_count"] = Value::Null;
+        for i in 0..self.cells().len() {
+            if self.cells()[i]["cell_type"] == "code" && !self.is_skipped(i) {
+                self.json["cells"][i]["outputs"] = json!([]);
+                self.json["cells"][i]["execution_count"] = Value::Null;
             }
         }
     }
 
-    pub fn set_outputs(&mut self, cell: usize, count: usize, outputs: &[Output]) {
-        let outputs: Vec<Value> = outputs.iter().map(|output| output.to_json(count)).collect();
+    /// Takes outputs as nbformat has them.
+    pub fn set_outputs(&mut self, cell: usize, count: usize, outputs: Vec<Value>) {
         self.json["cells"][cell]["outputs"] = Value::Array(outputs);
-        self.json["cells"][cell]["execution_count"] = json!(count);
+        self.set_count(cell, count);
+    }
+
+    /// Changes what a cell shows that was executed before.
+    pub fn replace_outputs(&mut self, cell: usize, outputs: Vec<Value>) {
+        self.json["cells"][cell]["outputs"] = Value::Array(outputs);
+    }
+
+    /// Numbers a cell, and its result, by when it was executed.
+    pub fn set_count(&mut self, cell: usize, count: usize) {
+        let cell = &mut self.json["cells"][cell];
+        cell["execution_count"] = json!(count);
+        for output in cell["outputs"].as_array_mut().into_iter().flatten() {
+            if output["output_type"] == "execute_result" {
+                output["execution_count"] = json!(count);
+            }
+        }
     }
 }
 
 impl Output {
-    /// The output as nbformat writes it.
+    /// As nbformat has it.
     pub fn to_json(&self, count: usize) -> Value {
         match self {
             Output::Stream { name, text } => json!({ "output_type": "stream", "name": name, "text": lines(text) }),
@@ -191,7 +235,7 @@ mod tests {
         let data = vec![("text/plain".into(), "1\n2".into())];
         let result = Output::Display { data, is_result: true, id: None, metadata: json!({}) };
         let stream = Output::Stream { name: "stdout", text: "诗\n".into() };
-        notebook.set_outputs(0, 7, &[stream, result]);
+        notebook.set_outputs(0, 7, vec![stream.to_json(7), result.to_json(7)]);
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("new/out.ipynb");
         notebook.write(&path)?;

@@ -103,8 +103,13 @@ pub fn is_asked_for() -> bool {
 /// which means nothing to other code.
 pub fn prepare_worker() {
     if std::env::var_os(WORKER).is_some() {
-        on_sigint(nothing);
+        survive_interrupts();
     }
+}
+
+/// Has a SIGINT do nothing to this process. (To ignore it would have its children ignore it, too.)
+pub fn survive_interrupts() {
+    on_sigint(nothing);
 }
 
 extern "C" fn nothing(_: libc::c_int) {}

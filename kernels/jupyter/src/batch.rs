@@ -1,0 +1,298 @@
+//! Runs notebooks, each in a process of its own, as many at once as memory and cores allow: `qlora-nb run`.
+//!
+//! A process of its own gives each notebook its own working folder, and one that crashes, hangs or is killed for its
+//! memory takes no other with it. What it showed until then is kept.
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use crossbeam_channel::{Sender, unbounded};
+
+use crate::check;
+use crate::install::Layout;
+use crate::notebook::Notebook;
+use crate::runner::{CellFailure, CellRun, Report};
+use crate::supervisor;
+
+/// The command with which this binary starts itself for one notebook; for nobody else.
+pub const CELLS: &str = "cells";
+
+/// What a notebook is taken to need if it does not say: a session with rust-analyzer, rustc, and a small model.
+const USUAL_MIB: u64 = 1536;
+
+pub struct Options {
+    pub timeout: Duration,
+    pub prefix: PathBuf,
+    /// At most so many notebooks at once; else as many as there are cores.
+    pub jobs: Option<usize>,
+    /// What notebooks that run at once may need together; else what is available.
+    pub memory_mib: Option<u64>,
+}
+
+/// A notebook that is to be run.
+pub struct Job {
+    pub path: PathBuf,
+    pub notebook: Notebook,
+    /// Positions of its code cells; people count them from 1.
+    pub cells: Vec<usize>,
+    memory_mib: u64,
+}
+
+pub enum Said {
+    Report(Report),
+    Done {
+        /// Why the process broke down, if it did.
+        broken: Option<String>,
+        seconds: f64,
+    },
+}
+
+impl Job {
+    fn read(path: &Path) -> Result<Job> {
+        let notebook = Notebook::read(path)?;
+        let memory_mib = check::memory_mib(&notebook).with_context(|| path.display().to_string())?;
+        let cells = notebook.code_cells();
+        Ok(Job { path: path.to_owned(), notebook, cells, memory_mib: memory_mib.unwrap_or(USUAL_MIB) })
+    }
+
+    /// Reads all that is named, folders with all that is in them. Nothing runs if one is no notebook.
+    pub fn all(words: &[&str]) -> Result<Vec<Job>> {
+        let mut paths = Vec::new();
+        for path in words.iter().map(Path::new) {
+            if path.is_dir() {
+                let before = paths.len();
+                notebooks_in(path, &mut paths)?;
+                if paths.len() == before {
+                    bail!("there is no notebook (*.ipynb) in the folder {}", path.display());
+                }
+            } else {
+                paths.push(path.to_owned());
+            }
+        }
+        let mut known = HashMap::new();
+        paths.retain(|path| known.insert(path.canonicalize().unwrap_or(path.clone()), ()).is_none());
+        every(paths.iter().map(|path| Job::read(path)))
+    }
+
+    /// A cell as people count it.
+    pub fn number(&self, cell: usize) -> usize {
+        self.cells.iter().position(|other| *other == cell).map_or(0, |i| i + 1)
+    }
+}
+
+/// All that went well, or all that is wrong.
+pub fn every<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
+    let (mut good, mut bad) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(value) => good.push(value),
+            Err(error) => bad.push(format!("{error:#}")),
+        }
+    }
+    if bad.is_empty() { Ok(good) } else { bail!("{}", bad.join("\n")) }
+}
+
+fn notebooks_in(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    let context = || format!("cannot read the folder {}", folder.display());
+    let entries = std::fs::read_dir(folder).with_context(context)?;
+    let mut entries = entries.collect::<std::io::Result<Vec<_>>>().with_context(context)?;
+    entries.sort_by_key(|entry| entry.file_name());
+    for entry in entries {
+        let path = entry.path();
+        // A link to a folder is not followed, for it may lead back.
+        if entry.file_type().with_context(context)?.is_dir() {
+            // Jupyter's own copies of what was once saved.
+            if entry.file_name() != ".ipynb_checkpoints" {
+                notebooks_in(&path, found)?;
+            }
+        } else if path.extension().is_some_and(|extension| extension == "ipynb") {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// Runs the jobs and tells `each` what they say, as it comes, until all are done.
+pub fn run_all(jobs: &[Job], options: &Options, mut each: impl FnMut(usize, Said)) -> Result<()> {
+    Layout::new(&options.prefix).check()?;
+    // Ctrl-C is for the processes that run cells: they stop, and what they have is written.
+    supervisor::survive_interrupts();
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let at_once = options.jobs.unwrap_or(cores);
+    let memory = options.memory_mib.or_else(available_mib).unwrap_or(u64::MAX);
+    let mut waiting: Vec<usize> = (0..jobs.len()).collect();
+    let mut running: Vec<usize> = Vec::new();
+    let (say, said) = unbounded();
+    while !waiting.is_empty() || !running.is_empty() {
+        let needed: u64 = running.iter().map(|job| jobs[*job].memory_mib).sum();
+        let fits = |job: &usize| running.is_empty() || needed.saturating_add(jobs[*job].memory_mib) <= memory;
+        if running.len() < at_once
+            && let Some(next) = waiting.iter().position(fits)
+        {
+            let job = waiting.remove(next);
+            running.push(job);
+            start(job, &jobs[job].path, options, say.clone());
+            continue;
+        }
+        // Never without an answer, for `say` is alive.
+        let Ok((job, said)) = said.recv() else { break };
+        if matches!(said, Said::Done { .. }) {
+            running.retain(|other| *other != job);
+        }
+        each(job, said);
+    }
+    Ok(())
+}
+
+/// What the system can give without swapping; None where it does not say.
+fn available_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib / 1024)
+}
+
+fn start(job: usize, path: &Path, options: &Options, say: Sender<(usize, Said)>) {
+    let mut command = Command::new(std::env::current_exe().unwrap_or("qlora-nb".into()));
+    command.arg(CELLS).arg(path).arg("--prefix").arg(&options.prefix);
+    command.arg("--timeout").arg(options.timeout.as_secs_f64().to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    thread::spawn(move || {
+        let begin = Instant::now();
+        let broken = match command.spawn() {
+            Ok(process) => listen(process, |report| drop(say.send((job, Said::Report(report))))),
+            Err(error) => Some(format!("cannot start a process for the notebook: {error}")),
+        };
+        let _ = say.send((job, Said::Done { broken, seconds: begin.elapsed().as_secs_f64() }));
+    });
+}
+
+/// Passes on what the process says until it ends, and returns why it broke down, if it did.
+fn listen(mut process: Child, mut each: impl FnMut(Report)) -> Option<String> {
+    let stderr = process.stderr.take();
+    let stderr = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = stderr.map(|mut stderr| stderr.read_to_end(&mut bytes));
+        String::from_utf8_lossy(&bytes).trim().to_owned()
+    });
+    for line in process.stdout.take().map(|stdout| BufReader::new(stdout).lines()).into_iter().flatten() {
+        // Anything else on the pipe is no report: evcxr's, or a library's.
+        if let Some(report) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) {
+            each(report);
+        }
+    }
+    let status = process.wait();
+    let stderr = stderr.join().unwrap_or_default();
+    match status {
+        Ok(status) if status.success() => None,
+        Ok(status) if status.code() == Some(2) => Some(stderr.trim_start_matches("qlora-nb: ").to_owned()),
+        Ok(status) => Some(format!("the notebook's process stopped: {status}\n{stderr}").trim_end().to_owned()),
+        Err(error) => Some(format!("the notebook's process is lost: {error}")),
+    }
+}
+
+/// One line a cell.
+pub struct Progress<'a> {
+    pub jobs: &'a [Job],
+}
+
+impl Progress<'_> {
+    pub fn ready(&self, job: usize, seconds: f64) {
+        println!("{}ready    {seconds:>7.2} s", self.name(job));
+    }
+
+    pub fn cell(&self, job: usize, cell: usize, seconds: f64, state: impl Display) {
+        let Job { notebook, cells, .. } = &self.jobs[job];
+        let place = format!("{}/{}", self.jobs[job].number(cell), cells.len());
+        let source = first_line(&notebook.source(cell));
+        println!("{}{place:>8} {seconds:>7.2} s  {state:<7}  {source}", self.name(job));
+    }
+
+    /// Needed only where lines of several notebooks mix.
+    fn name(&self, job: usize) -> String {
+        let name = |job: &Job| job.path.display().to_string();
+        let width = self.jobs.iter().map(|job| name(job).chars().count()).max().unwrap_or(0);
+        if self.jobs.len() == 1 { String::new() } else { format!("{:<width$}  ", name(&self.jobs[job])) }
+    }
+}
+
+/// The first line of a cell that is not a comment, cut to fit a terminal.
+pub fn first_line(source: &str) -> String {
+    let mut lines = source.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//"));
+    let line = lines.next().unwrap_or_default();
+    let cut: String = line.chars().take(60).collect();
+    if cut.len() < line.len() { cut + "..." } else { cut }
+}
+
+/// Executes notebooks and writes what their cells showed.
+pub fn run(words: &[&str], output: Option<&Path>, options: &Options) -> Result<ExitCode> {
+    let jobs = Job::all(words)?;
+    let targets = targets(&jobs, output)?;
+    let progress = Progress { jobs: &jobs };
+    let mut notebooks: Vec<Notebook> = jobs.iter().map(|job| job.notebook.clone()).collect();
+    notebooks.iter_mut().for_each(Notebook::clear_outputs);
+    let mut ran = vec![0; jobs.len()];
+    let mut failed: Vec<Option<(usize, CellFailure)>> = jobs.iter().map(|_| None).collect();
+    let mut all_well = true;
+    let mut unwritten = Vec::new();
+    run_all(&jobs, options, |i, said| match said {
+        Said::Report(Report::Ready { seconds }) => progress.ready(i, seconds),
+        Said::Report(Report::Skipped { cell }) => progress.cell(i, cell, 0.0, "skipped"),
+        Said::Report(Report::Cell(CellRun { cell, count, seconds, outputs, failure })) => {
+            progress.cell(i, cell, seconds, if failure.is_some() { "FAILED" } else { "ok" });
+            notebooks[i].set_outputs(cell, count, outputs);
+            ran[i] = count;
+            failed[i] = failure.map(|failure| (cell, failure));
+        }
+        Said::Report(Report::Changed { cell, outputs }) => notebooks[i].replace_outputs(cell, outputs),
+        Said::Done { broken, seconds } => {
+            let (path, target) = (jobs[i].path.display(), targets[i].display());
+            let of = if jobs.len() == 1 { String::new() } else { format!("{path}: ") };
+            if let Err(error) = notebooks[i].write(&targets[i]) {
+                unwritten.push(format!("{error:#}"));
+            }
+            all_well &= broken.is_none() && failed[i].is_none();
+            if let Some((cell, failure)) = &failed[i] {
+                eprintln!("\ncell {} of {path} failed: {}\n", jobs[i].number(*cell), failure.kind);
+                eprintln!("{}\n\n{}\n", indented(&jobs[i].notebook.source(*cell)), indented(&failure.details));
+            }
+            if let Some(broken) = &broken {
+                eprintln!("\n{path}: {broken}\n");
+            }
+            println!("{of}{} of {} cells in {seconds:.1} s -> {target}", ran[i], jobs[i].cells.len());
+        }
+    })?;
+    if !unwritten.is_empty() {
+        bail!("{}", unwritten.join("\n"));
+    }
+    Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Where the executed notebooks go: where they came from, or into `output`, a folder if they are several.
+fn targets(jobs: &[Job], output: Option<&Path>) -> Result<Vec<PathBuf>> {
+    let Some(output) = output else { return Ok(jobs.iter().map(|job| job.path.clone()).collect()) };
+    if jobs.len() == 1 && !output.is_dir() {
+        return Ok(vec![output.to_owned()]);
+    }
+    if output.is_file() {
+        bail!("-o {}: expected a folder for {} notebooks, got a file", output.display(), jobs.len());
+    }
+    let mut targets: Vec<PathBuf> = Vec::new();
+    for job in jobs {
+        let target = output.join(job.path.file_name().context("a notebook without a name")?);
+        if targets.contains(&target) {
+            bail!("two of the notebooks would be written to {}\nremedy: run them one by one", target.display());
+        }
+        targets.push(target);
+    }
+    Ok(targets)
+}
+
+pub fn indented(text: &str) -> String {
+    text.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,275 @@
+//! `qlora-nb test`: notebooks are tests, and what they show is what they promise ([`check`] has the terms).
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::batch::{self, Job, Options, Progress, Said};
+use crate::check::{self, Terms};
+use crate::junit::{Case, Outcome, Suite};
+use crate::notebook::Notebook;
+use crate::runner::{CellFailure, CellRun, Report};
+
+pub struct TestOptions {
+    pub junit: Option<PathBuf>,
+    /// Rewrite outputs that differ, where no cell failed.
+    pub update: bool,
+}
+
+/// A notebook and what became of its cells.
+struct Tested {
+    cells: Vec<Cell>,
+    broken: Option<String>,
+    seconds: f64,
+}
+
+struct Cell {
+    terms: Terms,
+    state: State,
+    /// What it showed, and when in the order of execution.
+    now: Option<(usize, Vec<Value>)>,
+    seconds: f64,
+}
+
+enum State {
+    NotReached,
+    Skipped,
+    Passed,
+    /// The difference, for people.
+    Differs(Vec<String>),
+    Failed(CellFailure),
+}
+
+pub fn test(words: &[&str], test: &TestOptions, options: &Options) -> Result<ExitCode> {
+    let jobs = Job::all(words)?;
+    let mut tested = batch::every(jobs.iter().map(Tested::before))?;
+    if let Some(folder) = test.junit.as_deref().and_then(Path::parent) {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    let progress = Progress { jobs: &jobs };
+    let mut wrong = Vec::new();
+    batch::run_all(&jobs, options, |i, said| match said {
+        Said::Report(Report::Ready { seconds }) => progress.ready(i, seconds),
+        Said::Report(Report::Skipped { cell }) => {
+            tested[i].cells[jobs[i].number(cell) - 1].state = State::Skipped;
+            progress.cell(i, cell, 0.0, "skipped");
+        }
+        Said::Report(Report::Cell(run)) => {
+            let (cell, seconds) = (run.cell, run.seconds);
+            let state = tested[i].take(&jobs[i], run).word();
+            progress.cell(i, cell, seconds, state);
+        }
+        Said::Report(Report::Changed { cell, outputs }) => tested[i].change(&jobs[i], cell, outputs),
+        Said::Done { broken, seconds } => {
+            (tested[i].broken, tested[i].seconds) = (broken, seconds);
+            show(&tested[i].findings(&jobs[i]));
+            if test.update && tested[i].failures() == 0 {
+                match tested[i].update(&jobs[i]) {
+                    Ok(0) => {}
+                    Ok(n) => println!("{}: outputs of {n} cells rewritten", jobs[i].path.display()),
+                    Err(error) => wrong.push(format!("{error:#}")),
+                }
+            } else if test.update {
+                println!("{}: not rewritten, for not all of it ran well", jobs[i].path.display());
+            }
+        }
+    })?;
+    if let Some(path) = &test.junit {
+        let suites: Vec<Suite> = tested.iter().zip(&jobs).map(|(tested, job)| tested.suite(job)).collect();
+        write_beside(path, &crate::junit::xml(&suites))?;
+    }
+    if !wrong.is_empty() {
+        anyhow::bail!("{}", wrong.join("\n"));
+    }
+    println!("{}", summary(&tested));
+    let differences = if test.update { 0 } else { tested.iter().map(Tested::differences).sum() };
+    let failures: usize = tested.iter().map(Tested::failures).sum();
+    Ok(if differences + failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Tested {
+    fn before(job: &Job) -> Result<Tested> {
+        let cell = |cell: &usize| {
+            let terms = Terms::of(&job.notebook, *cell);
+            let terms = terms.with_context(|| format!("cell {} of {}", job.number(*cell), job.path.display()))?;
+            Ok(Cell { terms, state: State::NotReached, now: None, seconds: 0.0 })
+        };
+        Ok(Tested { cells: batch::every(job.cells.iter().map(cell))?, broken: None, seconds: 0.0 })
+    }
+
+    fn take(&mut self, job: &Job, run: CellRun) -> &State {
+        let cell = &mut self.cells[job.number(run.cell) - 1];
+        let difference = || check::difference(job.notebook.outputs(run.cell), &run.outputs, &cell.terms);
+        cell.state = match run.failure {
+            Some(failure) => State::Failed(failure),
+            None => match difference() {
+                lines if lines.is_empty() => State::Passed,
+                lines => State::Differs(lines),
+            },
+        };
+        cell.now = Some((run.count, run.outputs));
+        cell.seconds = run.seconds;
+        &cell.state
+    }
+
+    /// A later cell changed what this one shows.
+    fn change(&mut self, job: &Job, cell: usize, outputs: Vec<Value>) {
+        let number = job.number(cell) - 1;
+        if let Some((count, _)) = self.cells[number].now
+            && !matches!(self.cells[number].state, State::Failed(_))
+        {
+            let seconds = self.cells[number].seconds;
+            self.take(job, CellRun { cell, count, seconds, outputs, failure: None });
+        }
+    }
+
+    fn differences(&self) -> usize {
+        self.cells.iter().filter(|cell| matches!(cell.state, State::Differs(_))).count()
+    }
+
+    /// Failed cells, and a process that broke down.
+    fn failures(&self) -> usize {
+        let failed = self.cells.iter().filter(|cell| matches!(cell.state, State::Failed(_))).count();
+        failed + usize::from(self.broken.is_some())
+    }
+
+    fn findings(&self, job: &Job) -> String {
+        let path = job.path.display();
+        let mut text = String::new();
+        for (n, (cell, position)) in self.cells.iter().zip(&job.cells).enumerate() {
+            let _ = match &cell.state {
+                State::Differs(lines) => {
+                    let remedy =
+                        if self.is_bare(job) { "\n(nothing is stored yet: qlora-nb test --update)" } else { "" };
+                    writeln!(text, "\ncell {} of {path} differs{remedy}\n{}\n", n + 1, lines.join("\n"))
+                }
+                State::Failed(failure) => {
+                    let source = batch::indented(&job.notebook.source(*position));
+                    let (kind, details) = (&failure.kind, batch::indented(&failure.details));
+                    writeln!(text, "\ncell {} of {path} failed: {kind}\n\n{source}\n\n{details}\n", n + 1)
+                }
+                _ => Ok(()),
+            };
+        }
+        if let Some(broken) = &self.broken {
+            let _ = writeln!(text, "\n{path}: {broken}\n");
+        }
+        text
+    }
+
+    /// Whether the notebook has no outputs at all.
+    fn is_bare(&self, job: &Job) -> bool {
+        job.cells.iter().all(|cell| job.notebook.outputs(*cell).is_empty())
+    }
+
+    /// Rewrites outputs that differ beyond the terms, or that are missing, and the counts; returns how many cells'.
+    /// All else stays as it is, so that a difference in git shows what changed.
+    fn update(&self, job: &Job) -> Result<usize> {
+        let mut notebook = job.notebook.clone();
+        let mut rewritten = 0;
+        for (cell, position) in self.cells.iter().zip(&job.cells) {
+            let Some((count, outputs)) = &cell.now else { continue };
+            let is_missing = notebook.outputs(*position).is_empty() && !outputs.is_empty();
+            if matches!(cell.state, State::Differs(_)) || is_missing {
+                notebook.set_outputs(*position, *count, outputs.clone());
+                rewritten += 1;
+            }
+            notebook.set_count(*position, *count);
+        }
+        if notebook == job.notebook {
+            return Ok(0);
+        }
+        if Notebook::read(&job.path)? != job.notebook {
+            anyhow::bail!("{} was changed while it ran, so it is not rewritten", job.path.display());
+        }
+        notebook.write(&job.path)?;
+        Ok(rewritten)
+    }
+
+    fn suite(&self, job: &Job) -> Suite {
+        let mut cases: Vec<Case> = Vec::new();
+        for (n, (cell, position)) in self.cells.iter().zip(&job.cells).enumerate() {
+            let outcome = match &cell.state {
+                State::Passed => Outcome::Passed,
+                State::Skipped => Outcome::Skipped("tagged skip".into()),
+                State::NotReached => Outcome::Skipped("not reached".into()),
+                State::Differs(lines) => Outcome::Failed {
+                    kind: "Difference".into(),
+                    message: "not what is stored".into(),
+                    details: lines.join("\n"),
+                },
+                State::Failed(failure) => Outcome::Failed {
+                    kind: failure.kind.clone(),
+                    message: failure.message.clone(),
+                    details: failure.details.clone(),
+                },
+            };
+            let name = format!("cell {}: {}", n + 1, batch::first_line(&job.notebook.source(*position)));
+            cases.push(Case { name, seconds: cell.seconds, outcome });
+        }
+        if let Some(broken) = &self.broken {
+            let outcome = Outcome::Broken(broken.clone());
+            cases.push(Case { name: "the notebook's process".into(), seconds: 0.0, outcome });
+        }
+        Suite { name: job.path.display().to_string(), seconds: self.seconds, cases }
+    }
+}
+
+impl State {
+    fn word(&self) -> &'static str {
+        match self {
+            State::NotReached => "",
+            State::Skipped => "skipped",
+            State::Passed => "ok",
+            State::Differs(_) => "DIFFERS",
+            State::Failed(_) => "FAILED",
+        }
+    }
+}
+
+fn summary(tested: &[Tested]) -> String {
+    let cells = || tested.iter().flat_map(|tested| &tested.cells);
+    let count = |is: fn(&State) -> bool| cells().filter(|cell| is(&cell.state)).count();
+    let mut text = format!("{} notebooks, {} cells: ", tested.len(), cells().count());
+    let _ = write!(text, "{} ok", count(|state| matches!(state, State::Passed)));
+    let rest = [
+        (count(|state| matches!(state, State::Skipped)), "skipped"),
+        (count(|state| matches!(state, State::Differs(_))), "differ"),
+        (count(|state| matches!(state, State::Failed(_))), "failed"),
+        (count(|state| matches!(state, State::NotReached)), "not reached"),
+        (tested.iter().filter(|tested| tested.broken.is_some()).count(), "processes broke down"),
+    ];
+    for (n, what) in rest.into_iter().filter(|(n, _)| *n > 0) {
+        let _ = write!(text, ", {n} {what}");
+    }
+    text
+}
+
+/// Prints findings, the lines of differences in colour where a person looks.
+fn show(text: &str) {
+    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let in_colour = std::io::stdout().is_terminal() && !no_colour;
+    for line in text.lines() {
+        match line.chars().next() {
+            Some('-') if in_colour => println!("\u{1b}[31m{line}\u{1b}[0m"),
+            Some('+') if in_colour => println!("\u{1b}[32m{line}\u{1b}[0m"),
+            _ => println!("{line}"),
+        }
+    }
+}
+
+/// Writes to a file beside it first, so that no reader meets half of it.
+fn write_beside(path: &Path, text: &str) -> Result<()> {
+    let context = || format!("cannot write {}", path.display());
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(context)?;
+    file.write_all(text.as_bytes()).with_context(context)?;
+    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    file.as_file().set_permissions(readable).with_context(context)?;
+    file.persist(path).with_context(context)?;
+    Ok(())
+}
