@@ -133,12 +133,27 @@ impl Tested {
     fn findings(&self, job: &Job) -> String {
         let path = job.path.display();
         let mut text = String::new();
+        let is_bare = self.is_bare(job);
+        if is_bare && self.differences() > 0 {
+            let n = self.differences();
+            let _ = writeln!(text, "\n{path} has no stored outputs, and {n} of its cells now show something");
+            let _ = writeln!(text, "remedy: qlora-nb test --update {path}\n");
+        }
         for (n, (cell, position)) in self.cells.iter().zip(&job.cells).enumerate() {
             let _ = match &cell.state {
-                State::Differs(lines) => {
-                    let remedy =
-                        if self.is_bare(job) { "\n(nothing is stored yet: qlora-nb test --update)" } else { "" };
-                    writeln!(text, "\ncell {} of {path} differs{remedy}\n{}\n", n + 1, lines.join("\n"))
+                State::Differs(lines) if !is_bare => {
+                    writeln!(
+                        text,
+                        "
+cell {} of {path} differs
+{}
+",
+                        n + 1,
+                        lines.join(
+                            "
+"
+                        )
+                    )
                 }
                 State::Failed(failure) => {
                     let source = batch::indented(&job.notebook.source(*position));
