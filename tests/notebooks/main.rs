@@ -1,5 +1,6 @@
 //! What a notebook's user is promised, each promise through the real runner: rustc, evcxr, the library's dylib.
 
+mod checks;
 mod failures;
 mod runner;
 mod variables;

@@ -85,6 +85,11 @@ pub fn test(words: &[&str], test: &TestOptions, options: &Options) -> Result<Exi
     if !wrong.is_empty() {
         anyhow::bail!("{}", wrong.join("\n"));
     }
+    for (tested, job) in tested.iter().zip(&jobs) {
+        if jobs.len() > 1 && tested.differences() + tested.failures() > 0 {
+            println!("not as promised: {}", job.path.display());
+        }
+    }
     println!("{}", summary(&tested));
     let differences = if test.update { 0 } else { tested.iter().map(Tested::differences).sum() };
     let failures: usize = tested.iter().map(Tested::failures).sum();
@@ -140,12 +145,27 @@ impl Tested {
     fn findings(&self, job: &Job) -> String {
         let path = job.path.display();
         let mut text = String::new();
+        let is_bare = self.is_bare(job);
+        if is_bare && self.differences() > 0 {
+            let n = self.differences();
+            let _ = writeln!(text, "\n{path} has no stored outputs, and {n} of its cells now show something");
+            let _ = writeln!(text, "remedy: qlora-nb test --update {path}\n");
+        }
         for (n, (cell, position)) in self.cells.iter().zip(&job.cells).enumerate() {
             let _ = match &cell.state {
-                State::Differs(lines) => {
-                    let remedy =
-                        if self.is_bare(job) { "\n(nothing is stored yet: qlora-nb test --update)" } else { "" };
-                    writeln!(text, "\ncell {} of {path} differs{remedy}\n{}\n", n + 1, lines.join("\n"))
+                State::Differs(lines) if !is_bare => {
+                    writeln!(
+                        text,
+                        "
+cell {} of {path} differs
+{}
+",
+                        n + 1,
+                        lines.join(
+                            "
+"
+                        )
+                    )
                 }
                 State::Failed(failure) => {
                     let source = batch::indented(&job.notebook.source(*position));
@@ -234,14 +254,15 @@ impl State {
 fn summary(tested: &[Tested]) -> String {
     let cells = || tested.iter().flat_map(|tested| &tested.cells);
     let count = |is: fn(&State) -> bool| cells().filter(|cell| is(&cell.state)).count();
-    let mut text = format!("{} notebooks, {} cells: ", tested.len(), cells().count());
+    let plural = if tested.len() == 1 { "" } else { "s" };
+    let mut text = format!("{} notebook{plural}, {} cells: ", tested.len(), cells().count());
     let _ = write!(text, "{} ok", count(|state| matches!(state, State::Passed)));
     let rest = [
         (count(|state| matches!(state, State::Skipped)), "skipped"),
         (count(|state| matches!(state, State::Differs(_))), "differ"),
         (count(|state| matches!(state, State::Failed(_))), "failed"),
         (count(|state| matches!(state, State::NotReached)), "not reached"),
-        (tested.iter().filter(|tested| tested.broken.is_some()).count(), "processes broke down"),
+        (tested.iter().filter(|tested| tested.broken.is_some()).count(), "broke down"),
     ];
     for (n, what) in rest.into_iter().filter(|(n, _)| *n > 0) {
         let _ = write!(text, ", {n} {what}");
