@@ -137,7 +137,7 @@ fn what_is_missing_is_said_with_the_remedy() {
     refuses(bare(home.path()).arg("install").env("PATH", "/nowhere"), "remedy: install Rust 1.95 or newer");
     refuses(bare(home.path()).args(["install", "--source", "/nowhere"]), "remedy: pass --source DIR");
     // A folder in which not even root may write.
-    refuses(&mut bare(Path::new("/proc/self")).arg("install"), "remedy: ");
+    refuses(bare(Path::new("/proc/self")).arg("install"), "remedy: ");
     let old = home.path().join("rustc");
     fs::write(&old, "#!/bin/sh\necho 'rustc 1.80.1 (2024)'\necho 'release: 1.80.1'\n").expect("written");
     fs::set_permissions(&old, fs::Permissions::from_mode(0o755)).expect("executable");

@@ -79,7 +79,7 @@ impl Api {
     }
 
     pub fn item(&self, path: &str) -> Option<&Item> {
-        self.items.iter().find(|item| item.path == path)
+        self.items.iter().find(|item| item.path == path || item.defined == path)
     }
 
     /// The item that a name means behind `use qlora_nb::prelude::*;`.
@@ -377,7 +377,7 @@ fn member(item: &Value, owner: &str) -> Option<Member> {
     Some(Member { name, kind: kind.into(), signature, docs: text(&item["docs"]), ty })
 }
 
-fn replace_word(text: &str, word: &str, with: &str) -> String {
+pub(crate) fn replace_word(text: &str, word: &str, with: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some(at) = rest.find(word) {

@@ -9,17 +9,26 @@
 //!    reports what evcxr hides: panics, `Err` through `?`, a death;
 //! 4. [`types`] stands before rustc and asks it for the types of a cell's variables.
 
+// Completion and inspection wait for the kernel, which calls them.
+#[allow(dead_code)]
 mod api;
+#[allow(dead_code)]
 mod complete;
 mod diagnostics;
 mod doctor;
+#[allow(dead_code)]
+mod inspect;
 mod install;
 mod keep;
 mod kernelspec;
 mod layout;
 mod notebook;
 mod runner;
+#[allow(dead_code)]
+mod scope;
 mod session;
+#[allow(dead_code)]
+mod std_names;
 mod supervisor;
 mod types;
 mod uninstall;
