@@ -269,7 +269,8 @@ fn link_dylib(folder: &Path, built: &Built) -> Result<()> {
     let output = rustc.arg("--out-dir").arg(folder).arg(&facade).output().context("cannot run rustc")?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let remedy = if said.contains("No space left") {
+        // The linker writes through mapped memory, where a full disk is a bus error.
+        let remedy = if ["No space left", "Bus error"].iter().any(|sign| said.contains(sign)) {
             "\nremedy: free about 1 GiB there, or install elsewhere with --prefix DIR"
         } else if said.contains("linker `cc` not found") {
             "\nremedy: install a C compiler (Debian: apt-get install build-essential)"

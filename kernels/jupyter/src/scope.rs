@@ -18,7 +18,8 @@ pub(crate) struct Scope<'a> {
     pub variables: &'a [(String, String)],
     /// Names of functions, types and other items of earlier cells.
     pub items: &'a [String],
-    /// The type of an expression that stands in the cell, from rustc.
+    /// The type of an expression, from rustc. One that needs the cell's own variables comes as a block that begins
+    /// with the statements before it: it is to be checked, never run.
     pub ask: &'a dyn Fn(&str) -> Option<String>,
 }
 
@@ -95,11 +96,16 @@ impl Cell {
         self.code.get(self.token_start()..self.cursor).filter(|_| is_name).unwrap_or_default()
     }
 
-    /// The cell's own text of an expression that stands before the cursor.
-    fn text_of(&self, expr: &ast::Expr) -> Option<&str> {
-        let range = expr.syntax().text_range();
+    /// An expression that stands before the cursor, with the statements of the cell that stand before it.
+    fn question(&self, expr: &ast::Expr) -> Option<String> {
         let at = |offset: TextSize| usize::from(offset).wrapping_add(self.shift);
-        self.code.get(at(range.start())..at(range.end()))
+        let range = expr.syntax().text_range();
+        let text = self.code.get(at(range.start())..at(range.end()))?;
+        let cell = self.root().children().find_map(ast::Fn::cast)?.body()?.stmt_list()?;
+        let before = cell.statements().map(|statement| statement.syntax().text_range());
+        let before: Vec<_> = before.take_while(|statement| statement.end() <= range.start()).collect();
+        let (Some(first), Some(last)) = (before.first(), before.last()) else { return Some(text.to_owned()) };
+        Some(format!("{{\n{}\n{text}\n}}", self.code.get(at(first.start())..at(last.end()))?))
     }
 
     pub fn place(&self) -> Place {
@@ -272,7 +278,7 @@ impl Scope<'_> {
     }
 
     pub fn type_of_or_ask(&self, cell: &Cell, expr: &ast::Expr) -> Option<String> {
-        self.type_of(expr).or_else(|| (self.ask)(cell.text_of(expr)?))
+        self.type_of(expr).or_else(|| (self.ask)(&cell.question(expr)?))
     }
 
     pub fn type_of(&self, expr: &ast::Expr) -> Option<String> {
@@ -519,7 +525,8 @@ pub(crate) mod testing {
     }
 
     fn rustc(expr: &str) -> Option<String> {
-        expr.starts_with("if true").then(|| "qlora_nb::trainer::Trainer".to_owned())
+        let known = expr.starts_with("if true") || expr == "{\nlet t = magic();\nt\n}";
+        known.then(|| "qlora_nb::trainer::Trainer".to_owned())
     }
 
     pub fn scope<'a>(api: &'a Api, variables: &'a [(String, String)]) -> Scope<'a> {
