@@ -2,6 +2,7 @@
 
 mod checks;
 mod failures;
+mod install;
 mod runner;
 mod variables;
 
@@ -19,7 +20,8 @@ pub fn qlora_nb() -> Command {
         let lock = std::fs::File::create(folder.join("install.lock")).expect("a lock file");
         lock.lock().expect("the lock");
         let prefix = folder.join("notebooks");
-        let install = Command::new(exe).args(["install", "--prefix"]).arg(&prefix).output().expect("qlora-nb starts");
+        let install =
+            Command::new(exe).arg("install").env("QLORA_NB_PREFIX", &prefix).output().expect("qlora-nb starts");
         assert!(install.status.success(), "{}", text(&install));
         prefix
     });
@@ -81,6 +83,13 @@ impl Run {
         let lines = streams.flat_map(|output| output["text"].as_array().into_iter().flatten());
         lines.filter_map(Value::as_str).collect()
     }
+}
+
+/// Runs the command and expects status 2 and a message, at once.
+pub fn refuses(command: &mut Command, message: &str) {
+    let output = command.output().expect("qlora-nb starts");
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains(message), "{} does not say {message:?}", text(&output));
 }
 
 /// A notebook that is kept beside this file.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::{Run, qlora_nb, text};
+use crate::{Run, qlora_nb, refuses, text};
 
 #[test]
 fn outputs_keep_their_order_and_forms() {
@@ -43,13 +43,6 @@ fn a_cell_that_must_fail_and_does_not_fails_the_run() {
     std::fs::write(&notebook, format!("{{\"nbformat\": 4, \"cells\": [{cell}]}}")).expect("written");
     let run = Run::of(&notebook, &[]);
     assert!(!run.success && run.said.contains("did not fail"), "{}", run.said);
-}
-
-/// Runs the command and expects status 2 and a message, at once.
-fn refuses(command: &mut Command, message: &str) {
-    let output = command.output().expect("qlora-nb starts");
-    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
-    assert!(text(&output).contains(message), "{} does not say {message:?}", text(&output));
 }
 
 #[test]

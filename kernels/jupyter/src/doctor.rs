@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
-use crate::install::{Layout, first_line, rustc_version};
+use crate::api::Api;
+use crate::kernelspec;
+use crate::layout::{Layout, first_line, rustc_version};
 
 pub fn doctor(prefix: &Path) -> Result<ExitCode> {
     let mut healthy = true;
@@ -13,7 +16,7 @@ pub fn doctor(prefix: &Path) -> Result<ExitCode> {
         Ok(text) => println!("ok       {what}: {text}"),
         Err(error) => {
             healthy = false;
-            println!("PROBLEM  {what}: {}", format!("{error:#}").replace('\n', "\n         "));
+            println!("PROBLEM  {what}: {}", indented(&format!("{error:#}")));
         }
     };
     report("rustc", rustc_version().map(|text| first_line(&text).to_owned()));
@@ -22,7 +25,25 @@ pub fn doctor(prefix: &Path) -> Result<ExitCode> {
     report("linker", says("cc", &["--version"]).context("cc is missing\nremedy: apt-get install build-essential"));
     let layout = Layout::new(prefix);
     report("library for notebooks", layout.check().map(|()| layout.dylib().display().to_string()));
+    let spec = layout.kernelspec();
+    report("kernelspec", kernelspec_of(&layout, spec.as_deref()));
+    let indexed = Api::load(&layout.api()).items.len();
+    note("completion", if indexed > 0 { Ok(format!("{indexed} items indexed")) } else { no_index() });
+    note("Jupyter", jupyter(spec.as_deref()));
+    note("GPU driver", gpu_driver());
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What notebooks do without, if need be.
+fn note(what: &str, finding: Result<String>) {
+    match finding {
+        Ok(text) => println!("ok       {what}: {text}"),
+        Err(error) => println!("note     {what}: {}", indented(&format!("{error:#}"))),
+    }
+}
+
+fn indented(text: &str) -> String {
+    text.replace('\n', "\n         ")
 }
 
 fn says(program: &str, args: &[&str]) -> Result<String> {
@@ -39,4 +60,40 @@ fn sysroot() -> Result<String> {
     let std =
         std.with_context(|| format!("no libstd-*.so in {folder}\nremedy: reinstall the toolchain with rustup"))?;
     Ok(format!("{folder}/{std}"))
+}
+
+fn kernelspec_of(layout: &Layout, spec: Option<&Path>) -> Result<String> {
+    let spec = spec.context("none was installed\nremedy: qlora-nb install")?;
+    kernelspec::check(spec, layout)?;
+    Ok(spec.display().to_string())
+}
+
+fn no_index() -> Result<String> {
+    bail!("no index of the library: completion knows less\nremedy: qlora-nb install, which says why it fails")
+}
+
+/// Whether Jupyter is there, and looks where the kernelspec is.
+fn jupyter(spec: Option<&Path>) -> Result<String> {
+    let without = "only notebooks in a browser need it: run, test and repl do not\nremedy: pip install jupyterlab";
+    let output = Command::new("jupyter").args(["--paths", "--json"]).output();
+    let output = output.ok().filter(|output| output.status.success()).context(format!("not found; {without}"))?;
+    let paths: Value = serde_json::from_slice(&output.stdout).context("`jupyter --paths --json` is not understood")?;
+    let data = spec.and_then(|spec| spec.parent()?.parent());
+    let (Some(data), Some(searched)) = (data, paths["data"].as_array()) else { return Ok("found".to_owned()) };
+    if !searched.iter().any(|path| path.as_str().is_some_and(|path| Path::new(path) == data)) {
+        bail!(
+            "found, but it does not look for kernels in {}\nremedy: export JUPYTER_PATH={}, or qlora-nb install --user",
+            data.display(),
+            data.display()
+        );
+    }
+    Ok("found, and sees the kernel".to_owned())
+}
+
+fn gpu_driver() -> Result<String> {
+    let version = std::fs::read_to_string("/proc/driver/nvidia/version");
+    match version {
+        Ok(text) => Ok(first_line(&text).trim_start_matches("NVRM version:").trim().to_owned()),
+        Err(_) => bail!("no NVIDIA driver is loaded; the CPU does the work"),
+    }
 }

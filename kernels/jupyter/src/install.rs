@@ -1,17 +1,12 @@
-//! Lays the library out for notebooks.
+//! Lays the library out for notebooks, and the kernel for Jupyter.
 //!
 //! Every cell becomes a library of its own. If each carried its own copy of candle, each would count tensor ids
 //! from 1, and gradients would be added up for the wrong tensors: so all cells share one dylib. It is linked
 //! here from the very rlib that the tests run (nothing is compiled twice), together with copies of the
 //! metadata of its dependencies, so that a `cargo clean` does not break a notebook.
 //!
-//! ```text
-//! PREFIX/rustc            what `rustc -vV` said: the dylib serves this compiler only
-//! PREFIX/built            which build of the library it was linked from
-//! PREFIX/lib/             libqlora_nb.so
-//! PREFIX/deps/            metadata of qlora_nb and all that it depends on
-//! PREFIX/evcxr/           init.evcxr: how cells are compiled
-//! ```
+//! An installation has four parts, each made only if it is not there already: the library, this binary as the
+//! kernel, the index for completion ([`api`]), the [`kernelspec`]. Where they lie: [`layout`](crate::layout).
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
@@ -23,130 +18,100 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// Where notebooks find the library.
-pub struct Layout {
-    pub prefix: PathBuf,
-}
+pub use crate::layout::{Layout, first_line, rustc_version, sysroot};
 
-impl Layout {
-    pub fn new(prefix: &Path) -> Layout {
-        Layout { prefix: prefix.to_owned() }
-    }
+use crate::layout::{BINARY_ENTRY, LIBRARY_ENTRIES, Place, Staging, Target, cannot, create_folder, write_if_changed};
+use crate::{api, kernelspec};
 
-    pub fn dylib(&self) -> PathBuf {
-        self.prefix.join("lib/libqlora_nb.so")
-    }
-
-    pub fn deps(&self) -> PathBuf {
-        self.prefix.join("deps")
-    }
-
-    pub fn evcxr_config(&self) -> PathBuf {
-        self.prefix.join("evcxr")
-    }
-
-    fn rustc_stamp(&self) -> PathBuf {
-        self.prefix.join("rustc")
-    }
-
-    fn built_stamp(&self) -> PathBuf {
-        self.prefix.join("built")
-    }
-
-    /// Whether notebooks can use what is there; else what is wrong and the remedy.
-    pub fn check(&self) -> Result<()> {
-        let prefix = self.prefix.display();
-        let Ok(installed_for) = fs::read_to_string(self.rustc_stamp()) else {
-            bail!("no library for notebooks in {prefix}\nremedy: qlora-nb install (or --prefix DIR, where it is)");
-        };
-        for needed in [self.dylib(), self.deps(), self.evcxr_config().join("init.evcxr")] {
-            if !needed.exists() {
-                bail!("{} is missing\nremedy: qlora-nb install", needed.display());
-            }
-        }
-        let rustc = rustc_version()?;
-        if installed_for.trim() != rustc.trim() {
-            bail!(
-                "the library in {prefix} was built by {}, and a notebook's cells would be built by {}\n\
-                 remedy: qlora-nb install",
-                first_line(&installed_for),
-                first_line(&rustc)
-            );
-        }
-        let init = fs::read_to_string(self.evcxr_config().join("init.evcxr"))?;
-        if !init.contains(&*self.dylib().to_string_lossy()) {
-            bail!("{prefix} was moved after it was installed\nremedy: qlora-nb install --prefix {prefix}");
-        }
-        Ok(())
-    }
-}
-
-pub fn default_prefix() -> Result<PathBuf> {
-    let from = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let prefix = from("QLORA_NB_PREFIX")
-        .or_else(|| Some(from("XDG_DATA_HOME")?.join("qlora-nb")))
-        .or_else(|| Some(from("HOME")?.join(".local/share/qlora-nb")))
-        .context("neither QLORA_NB_PREFIX, XDG_DATA_HOME nor HOME is set: pass --prefix DIR")?;
-    Ok(std::path::absolute(prefix)?)
-}
-
-/// `rustc -vV`, which names compiler, commit and host.
-pub fn rustc_version() -> Result<String> {
-    let remedy = "remedy: install Rust 1.95 or newer with rustup, and have ~/.cargo/bin on PATH";
-    match Command::new("rustc").arg("-vV").output() {
-        Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        Ok(output) => bail!("rustc -vV failed: {}\n{remedy}", String::from_utf8_lossy(&output.stderr).trim()),
-        Err(error) => bail!("cannot run rustc, which compiles the cells: {error}\n{remedy}"),
-    }
-}
-
-/// Where this rustc's toolchain lies.
-pub fn sysroot() -> Result<PathBuf> {
-    let output = Command::new("rustc").args(["--print", "sysroot"]).output().context("cannot run rustc")?;
-    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
-}
-
-pub fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
-}
-
-pub fn install(prefix: &Path, source: Option<&Path>) -> Result<()> {
+pub fn install(target: &Target, source: Option<&Path>) -> Result<()> {
     let begin = Instant::now();
-    let layout = Layout::new(prefix);
+    let Place { layout, kernelspec } = target.place()?;
     let rustc = rustc_version()?;
-    let source = match source {
-        Some(dir) => dir.to_owned(),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."),
-    };
-    let source = source
-        .canonicalize()
-        .ok()
-        .filter(|dir| dir.join("crate/Cargo.toml").exists())
-        .with_context(|| format!("no qlora-nb sources in {}: pass --source DIR", source.display()))?;
+    let source = sources(source)?;
+    kernelspec::refuse_foreign(&kernelspec)?;
+    // Before the build, so that a folder that cannot be written costs no minutes.
+    let _claim = layout.claim(&kernelspec)?;
 
     println!("building the library in {} with {}", source.display(), first_line(&rustc));
     let built = build(&source)?;
     println!("  built or fresh after {:.1} s", begin.elapsed().as_secs_f64());
-
-    if is_current(&layout, &built, &rustc) {
-        println!("{} is up to date", prefix.display());
-        return Ok(());
+    let parts = [
+        install_library(&layout, &built, &rustc)?,
+        install_binary(&layout)?,
+        install_api(&layout, &built)?,
+        kernelspec::write(&kernelspec, &layout)?,
+    ];
+    if parts.contains(&true) {
+        println!("installed in {}", layout.prefix.display());
+        println!("kernelspec   {}", kernelspec.display());
+        println!("{:.1} s in all", begin.elapsed().as_secs_f64());
+    } else {
+        println!("{} is up to date", layout.prefix.display());
     }
-    let step = Instant::now();
-    for folder in [prefix.join("lib"), layout.evcxr_config()] {
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    }
-    // The stamp goes first and comes back last: an install that is cut short never passes for a whole one.
-    let _ = fs::remove_file(layout.rustc_stamp());
-    let (count, bytes) = copy_metadata(&layout, &built)?;
-    println!("  copied metadata of {count} crates ({} MiB)", bytes >> 20);
-    link_dylib(&layout, &built)?;
-    println!("  linked {} ({} MiB)", layout.dylib().display(), fs::metadata(layout.dylib())?.len() >> 20);
-    fs::write(layout.evcxr_config().join("init.evcxr"), init_evcxr(&layout))?;
-    fs::write(layout.built_stamp(), built.stamp()?)?;
-    fs::write(layout.rustc_stamp(), rustc)?;
-    println!("installed in {} in {:.1} s", prefix.display(), step.elapsed().as_secs_f64());
     Ok(())
+}
+
+fn sources(source: Option<&Path>) -> Result<PathBuf> {
+    let source = source.map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."), Path::to_owned);
+    let found = source.canonicalize().ok().filter(|dir| dir.join("crate/Cargo.toml").exists());
+    found.with_context(|| {
+        format!(
+            "no qlora-nb sources in {}: the library is built from them, for the rustc of this machine
+             remedy: pass --source DIR, a clone of the repository",
+            source.display()
+        )
+    })
+}
+
+fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> {
+    if is_current(layout, built, rustc) {
+        return Ok(false);
+    }
+    let begin = Instant::now();
+    let staging = Staging::new(layout)?;
+    let (count, bytes) = copy_metadata(&staging.path("deps"), built)?;
+    println!("  copied metadata of {count} crates ({} MiB)", bytes >> 20);
+    link_dylib(&staging.path("lib"), built)?;
+    write_if_changed(&staging.path("evcxr/init.evcxr"), init_evcxr(layout).as_bytes())?;
+    write_if_changed(&staging.path("built"), built.stamp()?.as_bytes())?;
+    write_if_changed(&staging.path("rustc"), rustc.as_bytes())?;
+    staging.commit(&LIBRARY_ENTRIES)?;
+    let size = fs::metadata(layout.dylib())?.len() >> 20;
+    println!("  linked {} ({size} MiB) in {:.1} s", layout.dylib().display(), begin.elapsed().as_secs_f64());
+    Ok(true)
+}
+
+/// Copies this binary into the layout, also when it is the one that lies there.
+fn install_binary(layout: &Layout) -> Result<bool> {
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
+    let read = |path: &Path| fs::read(path).map_err(|error| cannot("read", path, error));
+    if layout.binary().exists() && read(&own)? == read(&layout.binary())? {
+        return Ok(false);
+    }
+    let staging = Staging::new(layout)?;
+    let copy = staging.path(BINARY_ENTRY).join("qlora-nb");
+    create_folder(&staging.path(BINARY_ENTRY))?;
+    let bytes = fs::copy(&own, &copy).map_err(|error| cannot("copy the kernel to", &copy, error))?;
+    staging.commit(&[BINARY_ENTRY])?;
+    println!("  copied the kernel to {} ({} MiB)", layout.binary().display(), bytes >> 20);
+    Ok(true)
+}
+
+/// Notebooks run without the index, so what goes wrong here is said and no more.
+fn install_api(layout: &Layout, built: &Built) -> Result<bool> {
+    let stamp = built.stamp()?;
+    if api::is_current(&layout.api(), &stamp) {
+        return Ok(false);
+    }
+    let begin = Instant::now();
+    match api::make(&built.documented, &stamp) {
+        Ok(api) => {
+            write_if_changed(&layout.api(), &api.to_json())?;
+            println!("  indexed {} items for completion in {:.1} s", api.items.len(), begin.elapsed().as_secs_f64());
+        }
+        Err(error) => println!("  no index of the library: completion will know less ({error:#})"),
+    }
+    Ok(true)
 }
 
 /// What cargo says it built.
@@ -158,6 +123,8 @@ struct Built {
     metadata: Vec<PathBuf>,
     /// Where build scripts put native libraries: `-L` arguments.
     native: Vec<String>,
+    /// The library, and candle, which it shows to its users: what completion should know.
+    documented: Vec<api::Documented>,
 }
 
 impl Built {
@@ -177,11 +144,10 @@ fn build(source: &Path) -> Result<Built> {
     let metadata: Value = serde_json::from_slice(&cargo(source, &["metadata", "--format-version=1"])?)?;
     let needed = dependencies(&metadata);
     let mut built = Built::default();
+    let mut artifacts = HashMap::new();
     for line in messages.split(|b| *b == b'\n') {
         let Ok(message) = serde_json::from_slice::<Value>(line) else { continue };
-        if !message["package_id"].as_str().is_some_and(|id| needed.contains(id)) {
-            continue;
-        }
+        let Some(id) = message["package_id"].as_str().filter(|id| needed.contains(id)) else { continue };
         let strings = |key: &str| message[key].as_array().into_iter().flatten().filter_map(Value::as_str);
         built.native.extend(strings("linked_paths").map(str::to_owned));
         let is_proc_macro =
@@ -198,7 +164,10 @@ fn build(source: &Path) -> Result<Built> {
                     "so" => is_proc_macro,
                     _ => false,
                 };
-                built.metadata.extend(needed.then_some(file));
+                if needed {
+                    artifacts.insert(id.to_owned(), file.clone());
+                    built.metadata.push(file);
+                }
             } else if extension == "rlib" {
                 built.rlib = file;
             }
@@ -207,7 +176,31 @@ fn build(source: &Path) -> Result<Built> {
     if built.rlib.as_os_str().is_empty() {
         bail!("cargo built no rlib of qlora_nb from {}", source.display());
     }
+    built.documented = ["qlora-nb", "candle-core"].map(|name| documented(name, &metadata, &artifacts)).into();
     Ok(built)
+}
+
+/// What rustdoc needs for a package, from what cargo has built.
+fn documented(package: &str, metadata: &Value, artifacts: &HashMap<String, PathBuf>) -> api::Documented {
+    let list = |value: &'_ Value| value.as_array().cloned().unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let found = list(&metadata["packages"]).into_iter().find(|found| found["name"] == package).unwrap_or_default();
+    let node = list(&metadata["resolve"]["nodes"]).into_iter().find(|node| node["id"] == found["id"]);
+    let node = node.unwrap_or_default();
+    let is_library = |target: &&Value| list(&target["kind"]).iter().any(|kind| kind == "lib" || kind == "rlib");
+    let targets = list(&found["targets"]);
+    let target = targets.iter().find(is_library).cloned().unwrap_or_default();
+    let externs = list(&node["deps"]).into_iter();
+    let externs = externs.filter_map(|dep| Some((text(&dep["name"]), artifacts.get(dep["pkg"].as_str()?)?.clone())));
+    api::Documented {
+        name: text(&target["name"]).replace('-', "_"),
+        root: PathBuf::from(text(&target["src_path"])),
+        edition: text(&target["edition"]),
+        version: text(&found["version"]),
+        features: list(&node["features"]).iter().map(text).collect(),
+        externs: externs.collect(),
+        folders: artifacts.values().filter_map(|file| file.parent()).map(Path::to_owned).collect(),
+    }
 }
 
 fn cargo(source: &Path, args: &[&str]) -> Result<Vec<u8>> {
@@ -248,25 +241,20 @@ fn is_current(layout: &Layout, built: &Built, rustc: &str) -> bool {
         && layout.check().is_ok()
 }
 
-fn copy_metadata(layout: &Layout, built: &Built) -> Result<(usize, u64)> {
-    let deps = layout.deps();
-    if deps.exists() {
-        fs::remove_dir_all(&deps).with_context(|| format!("cannot empty {}", deps.display()))?;
-    }
-    fs::create_dir_all(&deps).with_context(|| format!("cannot create {}", deps.display()))?;
+fn copy_metadata(deps: &Path, built: &Built) -> Result<(usize, u64)> {
+    create_folder(deps)?;
     let mut bytes = 0;
     for file in built.metadata.iter().chain([&built.rlib]) {
-        let name = file.file_name().context("a library without a name")?;
-        bytes += fs::copy(file, deps.join(name)).with_context(|| format!("cannot copy {}", file.display()))?;
+        let copy = deps.join(file.file_name().context("a library without a name")?);
+        bytes += fs::copy(file, &copy).map_err(|error| cannot("copy a library to", &copy, error))?;
     }
     Ok((built.metadata.len() + 1, bytes))
 }
 
 /// Links the library and all its dependencies, but not std, into one dylib of the same name.
-fn link_dylib(layout: &Layout, built: &Built) -> Result<()> {
-    let folder = layout.prefix.join("lib");
+fn link_dylib(folder: &Path, built: &Built) -> Result<()> {
     let facade = folder.join("qlora_nb.rs");
-    fs::write(&facade, "pub use library::*;\n")?;
+    write_if_changed(&facade, b"pub use library::*;\n")?;
     let rlib_deps = built.rlib.parent().context("an rlib without a folder")?;
     let mut rustc = Command::new("rustc");
     rustc.args(["--edition=2024", "--crate-name=qlora_nb", "--crate-type=dylib", "-Cprefer-dynamic"]);
@@ -278,15 +266,19 @@ fn link_dylib(layout: &Layout, built: &Built) -> Result<()> {
     for path in &built.native {
         rustc.arg("-L").arg(path);
     }
-    // rustc puts the dylib beside its final name first, so a running notebook keeps the old one.
-    let new = folder.join("new");
-    fs::create_dir_all(&new)?;
-    let output = rustc.arg("--out-dir").arg(&new).arg(&facade).output().context("cannot run rustc")?;
+    let output = rustc.arg("--out-dir").arg(folder).arg(&facade).output().context("cannot run rustc")?;
     if !output.status.success() {
-        bail!("the dylib does not link:\n{}", String::from_utf8_lossy(&output.stderr));
+        let said = String::from_utf8_lossy(&output.stderr);
+        // The linker writes through mapped memory, where a full disk is a bus error.
+        let remedy = if ["No space left", "Bus error"].iter().any(|sign| said.contains(sign)) {
+            "\nremedy: free about 1 GiB there, or install elsewhere with --prefix DIR"
+        } else if said.contains("linker `cc` not found") {
+            "\nremedy: install a C compiler (Debian: apt-get install build-essential)"
+        } else {
+            ""
+        };
+        bail!("the dylib does not link:\n{said}{remedy}");
     }
-    fs::rename(new.join("libqlora_nb.so"), layout.dylib())?;
-    fs::remove_dir_all(&new)?;
     Ok(())
 }
 

@@ -2,36 +2,46 @@
 //!
 //! The same binary plays four parts, and reads top to bottom in this order:
 //!
-//! 1. [`install`] links the library as one dylib and writes where cells find it;
-//! 2. [`batch`] runs notebooks, and [`testing`] holds them to what they promise ([`check`], [`diff`], [`junit`]): each
-//!    in a process in which [`runner`] takes a [`notebook`] cell by cell through a [`session`], which loses no
-//!    variable ([`keep`]);
+//! 1. [`install`] links the library as one dylib and writes where cells find it ([`layout`]), the [`kernelspec`], and
+//!    an index of the library ([`api`]) for completion and inspection ([`complete`], [`inspect`]);
+//! 2. a [`session`] runs cells and loses no variable ([`keep`]), and says what they show while they run ([`outputs`]):
+//!    to Jupyter ([`kernel`]), to a terminal ([`repl`]), or to a notebook file: [`batch`] runs notebooks, and
+//!    [`testing`] holds them to what they promise ([`check`], [`diff`], [`junit`]), each in a process of its own
+//!    ([`runner`]);
 //! 3. [`supervisor`] is the process that evcxr believes to run the cells. It starts the one that does, and
 //!    reports what evcxr hides: panics, `Err` through `?`, a death;
 //! 4. [`types`] stands before rustc and asks it for the types of a cell's variables.
 
+mod api;
 mod assistance;
 mod batch;
 mod check;
+mod complete;
 mod diagnostics;
 mod diff;
 mod doctor;
 mod highlight;
 mod history;
+mod inspect;
 mod install;
 mod junit;
 mod keep;
 mod kernel;
+mod kernelspec;
+mod layout;
 mod notebook;
 mod outputs;
 mod processes;
 mod repl;
 mod runner;
+mod scope;
 mod session;
+mod std_names;
 mod supervisor;
 mod syntax;
 mod testing;
 mod types;
+mod uninstall;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,12 +49,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::layout::Target;
+
 const USAGE: &str = "\
 qlora-nb: Rust notebooks against the qlora-nb library
 
 usage:
-  qlora-nb install [--prefix DIR] [--source DIR]
-      build the library, link it as a dylib for this rustc, and lay it out for notebooks
+  qlora-nb install [--user | --sys-prefix | --prefix DIR] [--source DIR]
+      build the library, link it as a dylib for this rustc, lay it out for notebooks, and tell Jupyter
+      of the kernel; what is there already and still fits stays
+  qlora-nb uninstall [--user | --sys-prefix | --prefix DIR]
+      remove what install wrote, and nothing else
   qlora-nb run NOTEBOOK... [-o OUT] [options]
       execute notebooks cell by cell and write the outputs into them (or into OUT: a file, or a
       folder for several); a failing cell ends its notebook, and the exit status is 1
@@ -58,8 +73,10 @@ usage:
   qlora-nb doctor [--prefix DIR]
       say what is missing or does not match, and the remedy
 
-  --prefix DIR      where the library is laid out for notebooks
-                    (default: $QLORA_NB_PREFIX, else $XDG_DATA_HOME/qlora-nb, else ~/.local/share/qlora-nb)
+  --user            install for this user (the default): $XDG_DATA_HOME/qlora-nb or ~/.local/share/qlora-nb
+  --sys-prefix      install into the active Python environment: share/qlora-nb in it
+  --prefix DIR      install: into DIR/share/qlora-nb; otherwise: use what is there, or DIR itself
+                    (without a flag $QLORA_NB_PREFIX names the installation's own folder)
   --source DIR      the qlora-nb sources (default: where this binary was built)
   --timeout SECONDS give up on a cell after so long (default: 3600)
   --jobs N          run at most so many notebooks at once (default: the number of cores)
@@ -91,7 +108,8 @@ fn main() -> ExitCode {
 }
 
 fn command_line(args: Vec<String>) -> Result<ExitCode> {
-    let mut prefix = None;
+    let mut prefix: Option<PathBuf> = None;
+    let mut target = Target::Unsaid;
     let mut source = None;
     let mut output = None;
     let mut timeout = Duration::from_secs(3600);
@@ -103,6 +121,8 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value\n\n{USAGE}"));
         match arg.as_str() {
             "--prefix" => prefix = Some(PathBuf::from(value()?)),
+            "--user" => target = Target::User,
+            "--sys-prefix" => target = Target::SysPrefix,
             "--source" => source = Some(PathBuf::from(value()?)),
             "-o" | "--output" => output = Some(PathBuf::from(value()?)),
             "--timeout" => {
@@ -127,23 +147,29 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
             _ => words.push(arg),
         }
     }
-    let prefix = match prefix {
-        Some(dir) => std::path::absolute(dir)?,
-        None => install::default_prefix()?,
-    };
-    let options = batch::Options { timeout, prefix: prefix.clone(), jobs, memory_mib };
+    if let Some(prefix) = &prefix {
+        if target != Target::Unsaid {
+            bail!("--prefix, --user and --sys-prefix exclude each other");
+        }
+        target = Target::Prefix(prefix.clone());
+    }
+    let prefix = || layout::find(prefix.as_deref()).map(|layout| layout.prefix);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let options = || -> Result<batch::Options> { Ok(batch::Options { timeout, prefix: prefix()?, jobs, memory_mib }) };
     match words.as_slice() {
-        ["install"] => install::install(&prefix, source.as_deref()).map(|()| ExitCode::SUCCESS),
-        ["run", notebooks @ ..] if !notebooks.is_empty() => batch::run(notebooks, output.as_deref(), &options),
+        ["install"] => install::install(&target, source.as_deref()).map(|()| ExitCode::SUCCESS),
+        ["uninstall"] => uninstall::uninstall(&target).map(|()| ExitCode::SUCCESS),
+        ["run", notebooks @ ..] if !notebooks.is_empty() => batch::run(notebooks, output.as_deref(), &options()?),
         ["test", ..] if output.is_some() => {
             bail!("test writes no other notebook\nremedy: --update, or qlora-nb run -o")
         }
-        ["test", notebooks @ ..] if !notebooks.is_empty() => testing::test(notebooks, &test, &options),
-        [batch::CELLS, notebook] => runner::run_cells(notebook.as_ref(), timeout, &prefix).map(|()| ExitCode::SUCCESS),
-        ["kernel", connection_file] => kernel::run(connection_file.as_ref(), &prefix),
-        ["repl"] => repl::run(&prefix),
-        ["doctor"] => doctor::doctor(&prefix),
+        ["test", notebooks @ ..] if !notebooks.is_empty() => testing::test(notebooks, &test, &options()?),
+        [batch::CELLS, notebook] => {
+            runner::run_cells(notebook.as_ref(), timeout, &prefix()?).map(|()| ExitCode::SUCCESS)
+        }
+        ["kernel", connection_file] => kernel::run(connection_file.as_ref(), &prefix()?),
+        ["repl"] => repl::run(&prefix()?),
+        ["doctor"] => doctor::doctor(&prefix()?),
         [] => bail!("no command\n\n{USAGE}"),
         other => bail!("cannot make sense of `{}`\n\n{USAGE}", other.join(" ")),
     }

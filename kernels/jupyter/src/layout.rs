@@ -1,0 +1,418 @@
+//! Where the library lies for notebooks, and where Jupyter finds the kernel.
+//!
+//! ```text
+//! LAYOUT/qlora-nb.json     our stamp: the folder is ours, and which kernelspec belongs to it
+//! LAYOUT/rustc             what `rustc -vV` said: the dylib serves this compiler only
+//! LAYOUT/built             which build of the library it was linked from
+//! LAYOUT/lib/              libqlora_nb.so
+//! LAYOUT/deps/             metadata of qlora_nb and all that it depends on
+//! LAYOUT/evcxr/            init.evcxr: how cells are compiled
+//! LAYOUT/bin/qlora-nb      the kernel that Jupyter starts
+//! LAYOUT/api.json          what completion and inspection know of the library
+//! KERNELSPEC/              kernel.json and logos
+//! ```
+//!
+//! | | LAYOUT | KERNELSPEC |
+//! |---|---|---|
+//! | `--user` | `$XDG_DATA_HOME/qlora-nb` | `$JUPYTER_DATA_DIR/kernels/qlora-nb` |
+//! | `--sys-prefix`, `--prefix DIR` | `DIR/share/qlora-nb` | `DIR/share/jupyter/kernels/qlora-nb` |
+//! | `QLORA_NB_PREFIX=DIR`, no flag | `DIR` | `DIR/share/jupyter/kernels/qlora-nb` |
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Error, Result, anyhow, bail};
+use serde_json::{Value, json};
+
+/// All that an installation puts into its layout. The stamps of the library are the last of its own entries: an
+/// install that is cut short never passes for a whole one.
+pub const LIBRARY_ENTRIES: [&str; 5] = ["lib", "deps", "evcxr", "built", "rustc"];
+pub const BINARY_ENTRY: &str = "bin";
+pub const API_ENTRY: &str = "api.json";
+const STAMP: &str = "qlora-nb.json";
+
+/// Where notebooks find the library.
+pub struct Layout {
+    pub prefix: PathBuf,
+}
+
+impl Layout {
+    pub fn new(prefix: &Path) -> Layout {
+        Layout { prefix: prefix.to_owned() }
+    }
+
+    pub fn dylib(&self) -> PathBuf {
+        self.prefix.join("lib/libqlora_nb.so")
+    }
+
+    pub fn deps(&self) -> PathBuf {
+        self.prefix.join("deps")
+    }
+
+    pub fn evcxr_config(&self) -> PathBuf {
+        self.prefix.join("evcxr")
+    }
+
+    pub fn binary(&self) -> PathBuf {
+        self.prefix.join(BINARY_ENTRY).join("qlora-nb")
+    }
+
+    pub fn api(&self) -> PathBuf {
+        self.prefix.join(API_ENTRY)
+    }
+
+    pub fn rustc_stamp(&self) -> PathBuf {
+        self.prefix.join("rustc")
+    }
+
+    pub fn built_stamp(&self) -> PathBuf {
+        self.prefix.join("built")
+    }
+
+    pub fn stamp(&self) -> PathBuf {
+        self.prefix.join(STAMP)
+    }
+
+    /// Whether an installation of ours lies there, whole or not. One of before the stamp is known by its init.evcxr.
+    pub fn is_ours(&self) -> bool {
+        let init = || fs::read_to_string(self.evcxr_config().join("init.evcxr"));
+        self.stamp().is_file() || init().is_ok_and(|text| text.contains("--extern=qlora_nb="))
+    }
+
+    /// The kernelspec that was installed for this layout, as its stamp says.
+    pub fn kernelspec(&self) -> Option<PathBuf> {
+        let stamp: Value = serde_json::from_slice(&fs::read(self.stamp()).ok()?).ok()?;
+        stamp["kernelspec"].as_str().map(PathBuf::from)
+    }
+
+    /// Whether notebooks can use what is there; else what is wrong and the remedy.
+    pub fn check(&self) -> Result<()> {
+        let prefix = self.prefix.display();
+        let Ok(installed_for) = fs::read_to_string(self.rustc_stamp()) else {
+            bail!("no library for notebooks in {prefix}\nremedy: qlora-nb install (or --prefix DIR, where it is)");
+        };
+        for needed in [self.dylib(), self.deps(), self.evcxr_config().join("init.evcxr")] {
+            if !needed.exists() {
+                bail!("{} is missing\nremedy: qlora-nb install", needed.display());
+            }
+        }
+        let rustc = rustc_version()?;
+        if installed_for.trim() != rustc.trim() {
+            bail!(
+                "the library in {prefix} was built by {}, and a notebook's cells would be built by {}\n\
+                 remedy: qlora-nb install",
+                first_line(&installed_for),
+                first_line(&rustc)
+            );
+        }
+        let init = fs::read_to_string(self.evcxr_config().join("init.evcxr"))?;
+        if !init.contains(&*self.dylib().to_string_lossy()) {
+            bail!("{prefix} was moved after it was installed\nremedy: qlora-nb install, for the new place");
+        }
+        Ok(())
+    }
+
+    /// Makes the folder ours, with its stamp as the lock that keeps a second install out until the claim is dropped.
+    /// Refuses a folder with other people's files: `uninstall` could not tell them from ours.
+    pub fn claim(&self, kernelspec: &Path) -> Result<Claim<'_>> {
+        let folder = &self.prefix;
+        let is_empty = || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+        if folder.exists() && !self.is_ours() && !is_empty() {
+            bail!(
+                "{} is not empty and holds no installation of qlora-nb\n\
+                 remedy: choose another folder (--prefix DIR or QLORA_NB_PREFIX), or empty this one",
+                folder.display()
+            );
+        }
+        create_folder(folder)?;
+        let stamp = self.stamp();
+        let open = File::options().read(true).write(true).create(true).truncate(false).open(&stamp);
+        let mut file = open.map_err(|error| cannot("write", &stamp, error))?;
+        file.lock().map_err(|error| cannot("lock", &stamp, error))?;
+        let text = format!("{:#}\n", json!({ "kernelspec": kernelspec, "version": env!("CARGO_PKG_VERSION") }));
+        let mut before = String::new();
+        file.read_to_string(&mut before).map_err(|error| cannot("read", &stamp, error))?;
+        if before != text {
+            let write = file.rewind().and_then(|()| file.set_len(0)).and_then(|()| file.write_all(text.as_bytes()));
+            write.map_err(|error| cannot("write", &stamp, error))?;
+        }
+        Ok(Claim { layout: self, _lock: file })
+    }
+}
+
+/// A layout that this process is installing. Takes the stamp away again where nothing came of it.
+pub struct Claim<'a> {
+    layout: &'a Layout,
+    _lock: File,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if !LIBRARY_ENTRIES.iter().any(|entry| self.layout.prefix.join(entry).exists()) {
+            let _ = fs::remove_file(self.layout.stamp());
+            let _ = fs::remove_dir(&self.layout.prefix);
+        }
+    }
+}
+
+/// Where `install` writes.
+pub struct Place {
+    pub layout: Layout,
+    pub kernelspec: PathBuf,
+}
+
+/// For whom to install.
+#[derive(Debug, Default, PartialEq)]
+pub enum Target {
+    /// `QLORA_NB_PREFIX` if that is set, else the user.
+    #[default]
+    Unsaid,
+    User,
+    /// The Python environment that is active.
+    SysPrefix,
+    Prefix(PathBuf),
+}
+
+impl Target {
+    pub fn place(&self) -> Result<Place> {
+        let user = || -> Result<Place> {
+            let kernels = variable("JUPYTER_DATA_DIR").or_else(|| Some(data_home()?.join("jupyter")));
+            let kernels =
+                kernels.context("neither JUPYTER_DATA_DIR, XDG_DATA_HOME nor HOME is set: pass --prefix DIR")?;
+            Place::new(&user_layout()?, &kernels.join("kernels/qlora-nb"))
+        };
+        let kernelspec_in = |prefix: &Path| prefix.join("share/jupyter/kernels/qlora-nb");
+        match self {
+            Target::Unsaid => match variable("QLORA_NB_PREFIX") {
+                Some(prefix) => Place::new(&prefix, &kernelspec_in(&prefix)),
+                None => user(),
+            },
+            Target::User => user(),
+            Target::SysPrefix => {
+                let prefix = python_prefix()?;
+                Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(&prefix))
+            }
+            Target::Prefix(prefix) => Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(prefix)),
+        }
+    }
+}
+
+impl Place {
+    fn new(layout: &Path, kernelspec: &Path) -> Result<Place> {
+        Ok(Place { layout: Layout::new(&std::path::absolute(layout)?), kernelspec: std::path::absolute(kernelspec)? })
+    }
+}
+
+/// The layout that notebooks use: of a prefix, if one is given, the layout under it or the prefix itself; else
+/// `QLORA_NB_PREFIX`; else the first that exists of the one to which this binary belongs, the user's, and the one in
+/// the active Python environment.
+pub fn find(prefix: Option<&Path>) -> Result<Layout> {
+    let absolute = |path: &Path| std::path::absolute(path).map(|path| Layout::new(&path));
+    if let Some(prefix) = prefix {
+        let under = absolute(&prefix.join("share/qlora-nb"))?;
+        return if under.is_ours() { Ok(under) } else { Ok(absolute(prefix)?) };
+    }
+    if let Some(prefix) = variable("QLORA_NB_PREFIX") {
+        return Ok(absolute(&prefix)?);
+    }
+    let own = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.to_owned()));
+    let python = variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX")).map(|dir| dir.join("share/qlora-nb"));
+    let candidates = own.into_iter().chain(user_layout()).chain(python);
+    match candidates.map(|path| Layout::new(&path)).find(Layout::is_ours) {
+        Some(layout) => Ok(absolute(&layout.prefix)?),
+        None => Ok(absolute(&user_layout()?)?),
+    }
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+fn data_home() -> Option<PathBuf> {
+    variable("XDG_DATA_HOME").or_else(|| Some(variable("HOME")?.join(".local/share")))
+}
+
+fn user_layout() -> Result<PathBuf> {
+    let home = data_home().context("neither QLORA_NB_PREFIX, XDG_DATA_HOME nor HOME is set: pass --prefix DIR")?;
+    Ok(home.join("qlora-nb"))
+}
+
+/// The folder of the active Python environment.
+fn python_prefix() -> Result<PathBuf> {
+    if let Some(prefix) = variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX")) {
+        return Ok(prefix);
+    }
+    let remedy = "remedy: activate the environment, or pass its folder with --prefix DIR";
+    match Command::new("python3").args(["-c", "import sys; print(sys.prefix)"]).output() {
+        Ok(output) if output.status.success() => {
+            Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim().to_owned()))
+        }
+        Ok(output) => bail!("python3 fails: {}\n{remedy}", String::from_utf8_lossy(&output.stderr).trim()),
+        Err(error) => bail!("--sys-prefix needs python3, to ask it for its prefix: {error}\n{remedy}"),
+    }
+}
+
+/// `rustc -vV`, which names compiler, commit and host.
+pub fn rustc_version() -> Result<String> {
+    let needed = env!("CARGO_PKG_RUST_VERSION");
+    let remedy = format!("remedy: install Rust {needed} or newer with rustup, and have ~/.cargo/bin on PATH");
+    let version = match Command::new("rustc").arg("-vV").output() {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(output) => bail!("rustc -vV failed: {}\n{remedy}", String::from_utf8_lossy(&output.stderr).trim()),
+        Err(error) => bail!("cannot run rustc, which compiles the cells: {error}\n{remedy}"),
+    };
+    let numbers = |text: &str| -> Vec<u32> { text.split(['.', '-']).map_while(|part| part.parse().ok()).collect() };
+    let release = version.lines().find_map(|line| line.strip_prefix("release: ")).unwrap_or_default();
+    if numbers(release) < numbers(needed) {
+        bail!("{} is too old: Rust {needed} or newer is needed\nremedy: rustup update", first_line(&version));
+    }
+    Ok(version)
+}
+
+/// Where this rustc's toolchain lies.
+pub fn sysroot() -> Result<PathBuf> {
+    let output = Command::new("rustc").args(["--print", "sysroot"]).output().context("cannot run rustc")?;
+    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+}
+
+pub fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+/// An error of the file system, with what helps against it.
+pub fn cannot(verb: &str, path: &Path, error: io::Error) -> Error {
+    let remedy = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            "\nremedy: free about 1 GiB there, or install elsewhere with --prefix DIR"
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::NotADirectory => {
+            "\nremedy: install into a folder that you may write, with --prefix DIR (or QLORA_NB_PREFIX)"
+        }
+        ErrorKind::NotFound => "\nremedy: name a folder that can exist, with --prefix DIR (or QLORA_NB_PREFIX)",
+        _ => "",
+    };
+    anyhow!("cannot {verb} {}: {error}{remedy}", path.display())
+}
+
+pub fn create_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|error| cannot("create", path, error))
+}
+
+/// A folder in the layout in which entries are made, before they take their places at once.
+pub struct Staging {
+    folder: tempfile::TempDir,
+    layout: PathBuf,
+}
+
+impl Staging {
+    pub fn new(layout: &Layout) -> Result<Staging> {
+        let folder = tempfile::Builder::new().prefix(".new-").tempdir_in(&layout.prefix);
+        let folder = folder.map_err(|error| cannot("write in", &layout.prefix, error))?;
+        Ok(Staging { folder, layout: layout.prefix.clone() })
+    }
+
+    pub fn path(&self, entry: &str) -> PathBuf {
+        self.folder.path().join(entry)
+    }
+
+    /// Moves the entries into the layout; what they replace goes with the staging folder. The last entry is taken
+    /// away first and comes last: while it is there, all are.
+    pub fn commit(self, entries: &[&str]) -> Result<()> {
+        let old = self.path("old");
+        create_folder(&old)?;
+        let retire = |entry: &str| match fs::rename(self.layout.join(entry), old.join(entry)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(cannot("replace", &self.layout.join(entry), error))
+            }
+            _ => Ok(()),
+        };
+        if let Some(last) = entries.last() {
+            retire(last)?;
+        }
+        for entry in entries {
+            retire(entry)?;
+            let place = self.layout.join(entry);
+            fs::rename(self.path(entry), &place).map_err(|error| cannot("write", &place, error))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a file by way of a sibling, unless it holds the same already. Returns whether it did.
+pub fn write_if_changed(path: &Path, content: &[u8]) -> Result<bool> {
+    if fs::read(path).is_ok_and(|old| old == content) {
+        return Ok(false);
+    }
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    create_folder(folder)?;
+    let write = || -> io::Result<()> {
+        // Others than the owner may read it: a Python environment is often shared.
+        let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
+        file.write_all(content)?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(|error| cannot("write", path, error))?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> (tempfile::TempDir, Layout) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let layout = Layout::new(&folder.path().join("layout"));
+        (folder, layout)
+    }
+
+    #[test]
+    fn a_claim_that_came_to_nothing_leaves_nothing() {
+        let (_folder, layout) = layout();
+        drop(layout.claim(Path::new("/spec")).expect("claimed"));
+        assert!(!layout.prefix.exists());
+        let claim = layout.claim(Path::new("/spec")).expect("claimed");
+        fs::write(layout.rustc_stamp(), "x").expect("written");
+        drop(claim);
+        assert_eq!(layout.kernelspec(), Some(PathBuf::from("/spec")));
+    }
+
+    #[test]
+    fn a_folder_of_others_is_not_claimed() {
+        let (_folder, layout) = layout();
+        fs::create_dir_all(layout.prefix.join("lib")).expect("made");
+        let error = layout.claim(Path::new("/spec")).err().expect("refused").to_string();
+        assert!(error.contains("holds no installation") && error.contains("remedy"), "{error}");
+        assert!(!layout.stamp().exists());
+    }
+
+    #[test]
+    fn staged_entries_replace_old_ones() {
+        let (_folder, layout) = layout();
+        for (entry, text) in [("lib", "old"), ("rustc", "old")] {
+            fs::create_dir_all(layout.prefix.join(entry)).expect("made");
+            fs::write(layout.prefix.join(entry).join(text), "").expect("written");
+        }
+        let staging = Staging::new(&layout).expect("staged");
+        fs::create_dir(staging.path("lib")).expect("made");
+        fs::write(staging.path("rustc"), "new").expect("written");
+        staging.commit(&["lib", "rustc"]).expect("committed");
+        assert_eq!(fs::read_to_string(layout.rustc_stamp()).expect("read"), "new");
+        let names = |folder: &Path| fs::read_dir(folder).expect("read").count();
+        assert_eq!((names(&layout.prefix), names(&layout.prefix.join("lib"))), (2, 0));
+    }
+
+    #[test]
+    fn errors_of_the_file_system_carry_their_remedy() {
+        let text = |kind: ErrorKind| cannot("write", Path::new("/x"), kind.into()).to_string();
+        assert!(text(ErrorKind::StorageFull).contains("remedy: free"));
+        assert!(text(ErrorKind::ReadOnlyFilesystem).contains("a folder that you may write"));
+        let (_folder, layout) = layout();
+        fs::write(&layout.prefix, "a file").expect("written");
+        let error = create_folder(&layout.prefix.join("in")).expect_err("no folder in a file").to_string();
+        assert!(error.contains("remedy"), "{error}");
+    }
+}
