@@ -13,6 +13,8 @@
 //! by `.show()`.
 mod bar;
 pub mod format;
+#[cfg(test)]
+mod gallery;
 mod input;
 mod live;
 mod loss_curve;

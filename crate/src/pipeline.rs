@@ -413,6 +413,12 @@ mod tests {
         GeneratedText { prompt: prompt.into(), new_text: new_text.into(), ids: vec![7], finish_reason }
     }
 
+    impl GeneratedText {
+        pub(crate) fn example() -> Self {
+            generated("Human: 写一首七言绝句\n\nAssistant: ", "江上秋夜月如霜，\n孤舟一夜梦潇湘。")
+        }
+    }
+
     #[test]
     fn text_grows_in_one_output_which_the_result_replaces() {
         let (result, sent) = capture::messages(|| {

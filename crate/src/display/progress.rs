@@ -65,6 +65,19 @@ struct State {
     pace: Pace,
 }
 
+impl State {
+    /// Whether the next line is due, which is then taken as printed.
+    fn line_is_due(&mut self, elapsed: Duration) -> bool {
+        let due = elapsed >= self.next_line;
+        if due {
+            self.lines += 1;
+            self.silence = (self.silence * 2).min(LONGEST_SILENCE);
+            self.next_line = elapsed + self.silence;
+        }
+        due
+    }
+}
+
 impl Progress {
     /// `what` names the call ("Map"), `unit` what is counted ("rows").
     pub fn new(what: &str, total: usize, unit: &'static str) -> Self {
@@ -173,10 +186,7 @@ impl Progress {
                 bar.set_position(state.done as u64);
                 bar.set_message(self.bar(&state).text());
             }
-            Place::Lines if elapsed >= state.next_line && state.done < self.total => {
-                state.lines += 1;
-                state.silence = (state.silence * 2).min(LONGEST_SILENCE);
-                state.next_line = elapsed + state.silence;
+            Place::Lines if state.done < self.total && state.line_is_due(elapsed) => {
                 eprintln_quietly(&self.bar(&state).text());
             }
             Place::Lines => {}
@@ -242,18 +252,11 @@ mod tests {
     #[test]
     fn a_quick_call_says_nothing_and_a_slow_one_ever_more_rarely() {
         let progress = Progress::at(Place::Lines, "Map", 0, 1_000, "rows");
-        progress.inc(10);
-        assert_eq!(progress.state().lines, 0);
-        let mut at = Vec::new();
-        for second in 1..120 {
-            progress.state().started = Instant::now() - Duration::from_secs(second);
-            let before = progress.state().lines;
-            progress.inc(1);
-            if progress.state().lines > before {
-                at.push(second);
-            }
-        }
-        assert_eq!(at, [3, 10, 23, 48, 79, 110]);
+        let mut state = progress.state();
+        let mut due = |tenths: u64| state.line_is_due(Duration::from_millis(100 * tenths));
+        let at: Vec<u64> = (0..1200).filter(|tenths| due(*tenths)).collect();
+        assert_eq!(at, [30, 90, 210, 450, 750, 1050]);
+        assert_eq!(state.lines, 6);
     }
 
     /// What a cell shows of a call that has run for so many seconds.

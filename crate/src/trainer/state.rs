@@ -318,6 +318,20 @@ mod tests {
         }
     }
 
+    impl TrainOutput {
+        pub(crate) fn example() -> Self {
+            TrainOutput {
+                global_step: 1200,
+                training_loss: 2.19154,
+                metrics: state().log_history[2].clone(),
+                interrupted: true,
+                finished: false,
+                curve: state().loss_curve(),
+                curve_is_above: true,
+            }
+        }
+    }
+
     #[test]
     fn the_state_reads_back_bit_for_bit() {
         let text = serde_json::to_string_pretty(&state().to_json(&TrainerControl::default())).unwrap();

@@ -66,13 +66,13 @@ fn a_run_that_was_stopped_says_where() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let model = Double::new();
-        // Two passes an update: the eighth belongs to the fourth.
+        // Two passes an update: the seventh belongs to the fourth.
         model.before_pass(move |n| match n {
-            7 if interrupted => {
+            6 if interrupted => {
                 interrupt::request();
                 0.0
             }
-            7 => f64::NAN,
+            6 => f64::NAN,
             _ => 0.0,
         });
         let mut trainer = trainer(&model, seen_args(dir.path()));
