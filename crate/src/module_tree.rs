@@ -154,9 +154,11 @@ impl ModuleNode {
             return;
         }
         let state = if open > 0 { " open" } else { "" };
-        html.push_str(&format!(
-            "<details{state}><summary style=\"cursor:pointer;{style}\">{title}<b>{label}</b></summary>"
-        ));
+        let line = match style {
+            "" => format!("{title}<b>{label}</b>"),
+            style => format!("<span style=\"{style}\">{title}<b>{label}</b></span>"),
+        };
+        html.push_str(&format!("<details{state}><summary style=\"cursor:pointer\">{line}</summary>"));
         html.push_str("<div style=\"margin-left:1.5em\">");
         for (child, title) in self.groups() {
             child.write_html(html, &escape_html(&title), open.saturating_sub(1));

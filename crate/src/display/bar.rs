@@ -56,15 +56,18 @@ impl Bar<'_> {
             Stage::Running => format!("{}, {}", self.speed(), self.left()),
             _ => self.speed(),
         };
-        let (what, counts, message) = (escape_html(self.what), escape_html(&self.counts()), escape_html(self.message));
+        let message = match self.message {
+            "" => String::new(),
+            message => format!("<div style=\"{FAINT}\">{}</div>", escape_html(message)),
+        };
+        let (what, counts) = (escape_html(self.what), escape_html(&self.counts()));
         format!(
             "<div style=\"{TEXT};max-width:640px;padding:.25em 0\">\
              <div style=\"display:flex;justify-content:space-between;gap:1em;font-variant-numeric:tabular-nums\">\
              <span><b>{what}</b>&ensp;{counts}</span><span style=\"{FAINT}\">{right}</span></div>\
              <div role=\"progressbar\" aria-label=\"{what}\" aria-valuemin=\"0\" aria-valuemax=\"{}\" \
              aria-valuenow=\"{}\" style=\"{TRACK};height:8px;margin:4px 0\">\
-             <div style=\"width:{percent:.1}%;height:100%;background:{color}\"></div></div>\
-             <div style=\"{FAINT};min-height:1.5em\">{message}</div></div>",
+             <div style=\"width:{percent:.1}%;height:100%;background:{color}\"></div></div>{message}</div>",
             self.total, self.done,
         )
     }

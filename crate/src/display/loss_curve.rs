@@ -219,14 +219,4 @@ mod tests {
         assert_eq!(tick(2.0, 4.0), "2");
         assert_eq!(tick(0.0125, 0.04), "0.0125");
     }
-
-    #[test]
-    #[ignore = "writes a picture to look at: LOSS_CURVE_OUT=/tmp/loss.svg"]
-    fn write_a_picture() {
-        let mut evaluation = curve(150);
-        evaluation.name = "evaluation".into();
-        evaluation.points = evaluation.points.into_iter().step_by(25).map(|(x, y)| (x, y + 0.2)).collect();
-        let svg = line_chart("Training loss", "optimizer step", "loss (nats per token)", &[curve(150), evaluation]);
-        svg.save(std::env::var("LOSS_CURVE_OUT").unwrap()).unwrap();
-    }
 }
