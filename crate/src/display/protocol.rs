@@ -44,9 +44,13 @@ fn send(message: &Value) {
         return;
     }
     // One write of the whole line: threads that print cannot cut it apart.
-    let line = format!("{MARKER}{message}\n");
     let mut out = io::stdout().lock();
-    let _ = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+    let _ = out.write_all(line(message).as_bytes()).and_then(|()| out.flush());
+}
+
+fn line(message: &Value) -> String {
+    // JSON escapes line breaks, so that this is one line.
+    format!("{MARKER}{message}\n")
 }
 
 /// Lets tests read what the kernel would be told.
@@ -84,20 +88,20 @@ mod tests {
     fn messages_have_the_agreed_form() {
         let ((), sent) = capture::messages(|| {
             output("display", Some("7-1"), &[("text/html", "<b>\n</b>"), ("text/plain", "b")], true);
-            output("update", Some("7-1"), &[("text/plain", "c")], false);
+            output("update", Some("7-1"), &[("text/plain", "c\n")], false);
             output("display", None, &[("text/plain", "d")], false);
             clear(true);
         });
         let expected = [
             json!({"op": "display", "id": "7-1", "data": {"text/html": "<b>\n</b>", "text/plain": "b"},
                    "metadata": {"qlora_nb": {"volatile": true}}}),
-            json!({"op": "update", "id": "7-1", "data": {"text/plain": "c"}, "metadata": {}}),
+            json!({"op": "update", "id": "7-1", "data": {"text/plain": "c\n"}, "metadata": {}}),
             json!({"op": "display", "data": {"text/plain": "d"}, "metadata": {}}),
             json!({"op": "clear", "wait": true}),
         ];
         assert_eq!(sent, expected);
-        // JSON escapes line breaks, so that a message is one line.
-        assert!(sent.iter().all(|message| !message.to_string().contains('\n')));
+        let expected = r#"EVCXR_QLORA_NB {"op":"update","id":"7-1","data":{"text/plain":"c\n"},"metadata":{}}"#;
+        assert_eq!(line(&sent[1]), format!("{expected}\n"));
     }
 
     #[test]
