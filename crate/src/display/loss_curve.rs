@@ -147,8 +147,11 @@ fn thin(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
 
 /// `Loss: training 6.4 -> 4.2 in 3 points`, for screen readers and plain text.
 fn describe(title: &str, series: &[Series]) -> String {
-    let one = |s: &Series| match (s.points.first(), s.points.last()) {
-        (Some(first), Some(last)) => format!("{} {:.4} to {:.4}, {} points", s.name, first.1, last.1, s.points.len()),
+    let one = |s: &Series| match (s.points.as_slice(), s.points.last()) {
+        ([only], _) => format!("{} {:.4}, 1 point", s.name, only.1),
+        ([first, ..], Some(last)) => {
+            format!("{} {:.4} to {:.4}, {} points", s.name, first.1, last.1, s.points.len())
+        }
         _ => s.name.clone(),
     };
     match series {
@@ -210,6 +213,15 @@ mod tests {
             let svg = line_chart("Loss", "step", "loss", &s);
             assert!(svg.source().contains("</svg>") && !svg.source().contains("could not be drawn"), "{s:?}");
         }
+    }
+
+    #[test]
+    fn a_chart_says_in_words_what_it_shows() {
+        let series = |points: &[(f64, f64)]| [Series { name: "training".into(), points: points.to_vec() }];
+        let text = |points: &[(f64, f64)]| describe("Loss", &series(points));
+        assert_eq!(text(&[(20.0, 4.0617)]), "Loss: training 4.0617, 1 point");
+        assert_eq!(text(&[(20.0, 4.0617), (40.0, 2.6)]), "Loss: training 4.0617 to 2.6000, 2 points");
+        assert_eq!(describe("Loss", &[]), "Loss: no points yet");
     }
 
     #[test]
