@@ -1,21 +1,43 @@
 //! Everything that the library shows, and the only module that prints.
 //!
 //! Results go to stdout; progress and notices go to stderr, so that a program's output can
-//! be piped. Inside a notebook cell both become the cell's output. [`Html`] and [`Svg`] are
-//! values that a notebook shows when they end a cell.
+//! be piped. Inside a notebook cell both become the cell's output.
+//!
+//! There are three places, and each value has a form for each:
+//! - our own kernel and runner: outputs in several forms (HTML, SVG, plain text) that change while
+//!   the cell runs ([`Live`], [`Progress`], the loss curve, text as it is generated);
+//! - stock evcxr_jupyter: the same forms at the end of a cell, whole lines before;
+//! - a terminal or a log: plain text, a bar that overwrites itself, or whole lines.
+//!
+//! [`Html`] and [`Svg`] are values that a notebook shows when they end a cell, and in its middle
+//! by `.show()`.
+mod bar;
 pub mod format;
+#[cfg(test)]
+mod gallery;
+mod input;
+mod live;
 mod loss_curve;
+mod memory;
 mod progress;
+mod protocol;
 mod rich;
+pub(crate) mod theme;
 
 use std::{
     io::{self, IsTerminal, Write},
     sync::Mutex,
 };
 
+pub use input::{input, input_password};
+pub(crate) use live::Pace;
+pub use live::{Live, clear};
 pub use loss_curve::{Series, line_chart};
 pub use progress::Progress;
-pub use rich::{Html, Svg, emit};
+#[cfg(test)]
+pub(crate) use protocol::capture;
+pub(crate) use rich::shown_by_forms;
+pub use rich::{Forms, Html, Svg, emit, emit_value};
 
 /// Prints one line of a result to stdout.
 pub fn line(text: &str) {
@@ -52,8 +74,13 @@ pub fn notice_once(text: &str) {
 
 /// Whether somebody sees the output as it comes: at a terminal, or in a notebook's cell.
 pub fn interactive() -> bool {
+    io::stdout().is_terminal() || in_cell()
+}
+
+/// Whether this is a notebook's cell, of our kernel or of stock evcxr.
+fn in_cell() -> bool {
     // evcxr sets the variable in the process that runs the cells.
-    io::stdout().is_terminal() || std::env::var_os("EVCXR_IS_RUNTIME").is_some()
+    protocol::is_spoken() || std::env::var_os("EVCXR_IS_RUNTIME").is_some()
 }
 
 /// Whether progress is drawn as a bar that overwrites itself.

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::{
     batch::Batch,
+    display::{Forms, shown_by_forms},
     error::{Error, Result},
     hub::Snapshot,
     json_file::read_json,
@@ -259,12 +260,14 @@ impl Model {
         }))
     }
 
-    /// A notebook shows the tree with foldable branches.
-    pub fn evcxr_display(&self) {
+    /// What a notebook shows: the tree with foldable branches.
+    pub fn forms(&self) -> Forms {
         let tree = self.module_tree();
-        crate::display::emit(&[("text/plain", &tree.to_string()), ("text/html", &tree.to_html(3))]);
+        vec![("text/html", tree.to_html(3)), ("text/plain", tree.to_string())]
     }
 }
+
+shown_by_forms!(Model);
 
 /// The tree of a network, its adapters included.
 pub(crate) fn module_tree(decoder: &Decoder) -> ModuleNode {

@@ -6,7 +6,10 @@
 use std::fmt;
 
 use crate::{
-    display::format::{escape_html, thousands},
+    display::{
+        format::{escape_html, thousands},
+        theme::{FAINT, LEARNED},
+    },
     py_repr::{py_bool, py_float},
 };
 
@@ -113,23 +116,50 @@ impl ModuleNode {
         self
     }
 
-    /// The tree as HTML whose branches fold; the first `open` levels are unfolded.
+    /// The tree as HTML whose branches fold; the first `open` levels are unfolded. What LoRA
+    /// learns is marked.
     pub fn to_html(&self, open: usize) -> String {
-        let mut html = String::from("<div style=\"font-family: monospace; line-height: 1.5\">");
+        let mut html = format!("<div style=\"font-family:{MONOSPACE};line-height:1.6\">");
         self.write_html(&mut html, "", open);
+        if self.has_lora() {
+            html.push_str(&format!("<small><span style=\"{LEARNED};padding:0 .3em\">learned by LoRA</span></small>"));
+        }
         html.push_str("</div>");
         html
     }
 
+    fn has_lora(&self) -> bool {
+        self.is_lora() || self.children.iter().any(Self::has_lora)
+    }
+
+    /// Whether it holds the numbers of an adapter.
+    fn is_lora(&self) -> bool {
+        self.name.starts_with("lora_") && self.label.starts_with("ModuleDict") && self.name.ends_with(['A', 'B'])
+    }
+
+    /// A highlighted adapter, a faint placeholder, or nothing special.
+    fn html_style(&self) -> &'static str {
+        match () {
+            () if self.is_lora() => LEARNED,
+            () if self.children.is_empty() && self.label.ends_with("Dict()") => FAINT,
+            () => "",
+        }
+    }
+
     fn write_html(&self, html: &mut String, title: &str, open: usize) {
-        let label = escape_html(&self.label);
+        let (label, style) = (escape_html(&self.label), self.html_style());
         if self.children.is_empty() {
-            html.push_str(&format!("<div>{title}{label}</div>"));
+            // As far to the right as a branch's own title, which has a triangle before it.
+            html.push_str(&format!("<div style=\"margin-left:1.1em;{style}\">{title}{label}</div>"));
             return;
         }
         let state = if open > 0 { " open" } else { "" };
-        html.push_str(&format!("<details{state}><summary>{title}<b>{label}</b></summary>"));
-        html.push_str("<div style=\"margin-left: 1.5em\">");
+        let line = match style {
+            "" => format!("{title}<b>{label}</b>"),
+            style => format!("<span style=\"{style}\">{title}<b>{label}</b></span>"),
+        };
+        html.push_str(&format!("<details{state}><summary style=\"cursor:pointer\">{line}</summary>"));
+        html.push_str("<div style=\"margin-left:1.5em\">");
         for (child, title) in self.groups() {
             child.write_html(html, &escape_html(&title), open.saturating_sub(1));
         }
@@ -183,6 +213,8 @@ pub fn trainable_parameters_text(trainable: usize, all: usize) -> String {
     let (trainable, all) = (thousands(trainable), thousands(all));
     format!("trainable params: {trainable} || all params: {all} || trainable%: {percent:.4}")
 }
+
+const MONOSPACE: &str = "var(--jp-code-font-family,monospace)";
 
 fn alike(a: &ModuleNode, b: &ModuleNode) -> bool {
     a.label == b.label && a.children == b.children
@@ -266,7 +298,19 @@ ModuleList(
         assert_eq!(html.matches("<details open>").count(), 2);
         assert_eq!(html.matches("<details").count(), html.matches("</details>").count());
         assert!(html.contains("(0-1): 2 x <b>BloomBlock</b>"), "{html}");
+        assert!(!html.contains(LEARNED), "nothing learns here");
         assert!(ModuleNode::leaf("", "a<b>").to_html(0).contains("a&lt;b&gt;"));
+    }
+
+    #[test]
+    fn the_html_form_marks_what_lora_learns() {
+        let base = ModuleNode::linear("query_key_value", "Linear4bit", 64, 192, true);
+        let html = ModuleNode::lora_linear(base, 64, 192, 8, 0.0).to_html(5);
+        // A, B and the legend; not the base, the dropout or the empty dictionaries.
+        assert_eq!(html.matches(LEARNED).count(), 3, "{html}");
+        assert!(html.contains(&format!("{LEARNED}\">(lora_A): <b>ModuleDict</b>")), "{html}");
+        assert!(html.contains(&format!("{FAINT}\">(lora_embedding_A): ParameterDict()")), "{html}");
+        assert_eq!(html.matches("<div").count(), html.matches("</div>").count());
     }
 
     #[test]

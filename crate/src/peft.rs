@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::{
     batch::Batch,
+    display::{Forms, shown_by_forms},
     error::{Error, Result},
     hub::Snapshot,
     layers::{
@@ -274,12 +275,14 @@ impl PeftModel {
         ModuleNode::peft_model(module_tree(&self.0.decoder))
     }
 
-    /// A notebook shows the tree with foldable branches.
-    pub fn evcxr_display(&self) {
+    /// What a notebook shows: the tree with foldable branches, the adapters marked.
+    pub fn forms(&self) -> Forms {
         let tree = self.module_tree();
-        crate::display::emit(&[("text/plain", &tree.to_string()), ("text/html", &tree.to_html(5))]);
+        vec![("text/html", tree.to_html(5)), ("text/plain", tree.to_string())]
     }
 }
+
+shown_by_forms!(PeftModel);
 
 impl fmt::Display for PeftModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

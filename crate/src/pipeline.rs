@@ -3,7 +3,12 @@
 use std::{fmt, ops::Deref, sync::Arc};
 
 use crate::{
-    display,
+    display::{
+        self, Forms, Live, Pace,
+        format::escape_html,
+        shown_by_forms,
+        theme::{FAINT, TEXT},
+    },
     error::{Error, Result},
     generation::{FinishReason, GenerationConfig, generate},
     models::causal_lm::CausalLM,
@@ -56,7 +61,8 @@ pub struct TextGenerationPipeline {
 
 impl TextGenerationPipeline {
     /// Continues one prompt. In a notebook or a terminal the text appears as it is made, unless
-    /// [`streaming(false)`](Self::streaming) was asked for or there are several sequences.
+    /// [`streaming(false)`](Self::streaming) was asked for or there are several sequences. In a
+    /// cell of our kernel the result, when it is shown, takes the place of that text.
     ///
     /// Settings that `config` leaves open come from the checkpoint, then from the tokenizer
     /// (`eos_token_id`), then from the defaults of the reference's pipeline: 256 new tokens and,
@@ -70,13 +76,12 @@ impl TextGenerationPipeline {
         let prompt = prompt.as_ref();
         let config = self.complete(config)?;
         if self.live && config.num_return_sequences.unwrap_or(1) == 1 && display::interactive() {
-            let mut live = LiveText::default();
-            live.push(prompt);
-            let text = self.run_streaming(prompt, &config, &mut |piece| live.push(piece))?;
-            return Ok(Generations(vec![text]));
+            let mut screen = LiveText::new(prompt);
+            let text = self.run_streaming(prompt, &config, &mut |piece| screen.push(piece))?;
+            return Ok(Generations { texts: vec![text], live: screen.finish() });
         }
         let mut out = self.run(&[prompt], &config)?;
-        Ok(out.pop().unwrap_or(Generations(Vec::new())))
+        Ok(out.pop().unwrap_or_default())
     }
 
     /// Continues several prompts as one batch; the result is in their order.
@@ -150,7 +155,7 @@ impl TextGenerationPipeline {
                 let new_text = self.tokenizer.decode(&g.ids, true)?;
                 Ok(GeneratedText { prompt: (*prompt).into(), new_text, ids: g.ids, finish_reason: g.finish_reason })
             });
-            Ok(Generations(texts.collect::<Result<_>>()?))
+            Ok(Generations { texts: texts.collect::<Result<_>>()?, live: None })
         };
         let generations = prompts.iter().map(of_prompt).collect::<Result<Vec<_>>>()?;
         tell_if_interrupted(generations.iter().flat_map(|g| g.iter()));
@@ -199,28 +204,63 @@ fn tell_if_interrupted<'a>(texts: impl IntoIterator<Item = &'a GeneratedText>) {
     }
 }
 
-/// Text on its way to the screen. However it ends, the line is finished: a front end that reads
-/// whole lines would wait for the rest.
-#[derive(Default)]
+const TEXTS_PER_SECOND: u32 = 20;
+
+/// Text on its way to the screen: an output that grows where outputs can change, else stdout.
 struct LiveText {
-    open_line: bool,
+    prompt: String,
+    new_text: String,
+    live: Option<Live>,
+    pace: Pace,
 }
 
 impl LiveText {
+    fn new(prompt: &str) -> Self {
+        let live = Live::is_possible().then(|| Live::show(&text_forms(prompt, ""), false));
+        if live.is_none() {
+            display::stream(prompt);
+        }
+        Self { prompt: prompt.into(), new_text: String::new(), live, pace: Pace::per_second(TEXTS_PER_SECOND) }
+    }
+
     fn push(&mut self, piece: &str) {
-        if !piece.is_empty() {
-            self.open_line = !piece.ends_with('\n');
-            display::stream(piece);
+        self.new_text.push_str(piece);
+        match &self.live {
+            Some(live) if self.pace.is_due() => live.update(&text_forms(&self.prompt, &self.new_text)),
+            Some(_) => {}
+            None => display::stream(piece),
+        }
+    }
+
+    /// The output that has the whole text, where there is one.
+    fn finish(self) -> Option<Live> {
+        self.live.clone()
+    }
+}
+
+/// However the text ends, what there is of it is shown whole, and its line is finished: a front
+/// end that reads whole lines would wait for the rest.
+impl Drop for LiveText {
+    fn drop(&mut self) {
+        match &self.live {
+            Some(live) => live.update(&text_forms(&self.prompt, &self.new_text)),
+            None if !format!("{}{}", self.prompt, self.new_text).ends_with('\n') => display::stream("\n"),
+            None => {}
         }
     }
 }
 
-impl Drop for LiveText {
-    fn drop(&mut self) {
-        if self.open_line {
-            display::stream("\n");
-        }
-    }
+/// A text as a notebook shows it: the prompt faint, what was written after it in full.
+fn text_html(prompt: &str, new_text: &str) -> String {
+    let (prompt, new_text) = (escape_html(prompt), escape_html(new_text));
+    format!(
+        "<div style=\"{TEXT};white-space:pre-wrap;overflow-wrap:anywhere\">\
+         <span style=\"{FAINT}\">{prompt}</span>{new_text}</div>"
+    )
+}
+
+fn text_forms(prompt: &str, new_text: &str) -> Forms {
+    vec![("text/html", text_html(prompt, new_text)), ("text/plain", format!("{prompt}{new_text}"))]
 }
 
 /// One text that a pipeline wrote.
@@ -257,6 +297,11 @@ impl GeneratedText {
     pub fn finish_reason(&self) -> FinishReason {
         self.finish_reason
     }
+
+    /// What a notebook shows: the text with its line breaks, the prompt faint.
+    pub fn forms(&self) -> Forms {
+        vec![("text/html", text_html(&self.prompt, &self.new_text)), ("text/plain", self.to_string())]
+    }
 }
 
 /// As the reference's pipeline prints one: `{'generated_text': '...'}`.
@@ -274,18 +319,53 @@ impl fmt::Debug for GeneratedText {
 
 /// What one prompt became: one text, or `num_return_sequences` of them. It is a slice of
 /// [`GeneratedText`], and has the first one's texts as its own.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Generations(Vec<GeneratedText>);
+#[derive(Clone, Default)]
+pub struct Generations {
+    texts: Vec<GeneratedText>,
+    /// The output in which the text appeared as it was made.
+    live: Option<Live>,
+}
+
+impl PartialEq for Generations {
+    fn eq(&self, other: &Self) -> bool {
+        self.texts == other.texts
+    }
+}
+
+impl Eq for Generations {}
+
+shown_by_forms!(GeneratedText);
 
 impl Generations {
     /// The prompt and what was written after it, of the first sequence.
     pub fn text(&self) -> String {
-        self.0.first().map(GeneratedText::text).unwrap_or_default()
+        self.texts.first().map(GeneratedText::text).unwrap_or_default()
     }
 
     /// What was written, of the first sequence.
     pub fn new_text(&self) -> &str {
-        self.0.first().map(GeneratedText::new_text).unwrap_or_default()
+        self.texts.first().map(GeneratedText::new_text).unwrap_or_default()
+    }
+
+    /// What a notebook shows: each text with its line breaks, the prompts faint.
+    pub fn forms(&self) -> Forms {
+        let one = |text: &GeneratedText| text_html(text.prompt(), text.new_text());
+        let html: Vec<String> = self.texts.iter().map(one).collect();
+        let rule = "<hr style=\"border:0;border-top:1px solid rgba(128,128,128,.35)\">";
+        vec![("text/html", html.join(rule)), ("text/plain", self.to_string())]
+    }
+
+    /// Called by evcxr to show the value that ends a cell. It replaces the text that appeared as
+    /// it was made, which would be there twice.
+    pub fn evcxr_display(&self) {
+        self.live.iter().for_each(Live::blank);
+        display::emit_value(&self.forms());
+    }
+
+    /// Shows it now, in the middle of a cell; the same holds.
+    pub fn show(&self) {
+        self.live.iter().for_each(Live::blank);
+        display::emit(&self.forms());
     }
 }
 
@@ -293,7 +373,7 @@ impl Deref for Generations {
     type Target = [GeneratedText];
 
     fn deref(&self) -> &[GeneratedText] {
-        &self.0
+        &self.texts
     }
 }
 
@@ -302,7 +382,7 @@ impl IntoIterator for Generations {
     type IntoIter = std::vec::IntoIter<GeneratedText>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
+        self.texts.into_iter()
     }
 }
 
@@ -310,7 +390,7 @@ impl IntoIterator for Generations {
 impl fmt::Display for Generations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("[")?;
-        for (i, text) in self.0.iter().enumerate() {
+        for (i, text) in self.texts.iter().enumerate() {
             write!(f, "{}{text}", if i == 0 { "" } else { ", " })?;
         }
         f.write_str("]")
@@ -320,5 +400,58 @@ impl fmt::Display for Generations {
 impl fmt::Debug for Generations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::display::capture;
+
+    fn generated(prompt: &str, new_text: &str) -> GeneratedText {
+        let finish_reason = FinishReason::Interrupted;
+        GeneratedText { prompt: prompt.into(), new_text: new_text.into(), ids: vec![7], finish_reason }
+    }
+
+    impl GeneratedText {
+        pub(crate) fn example() -> Self {
+            generated("Human: 写一首七言绝句\n\nAssistant: ", "江上秋夜月如霜，\n孤舟一夜梦潇湘。")
+        }
+    }
+
+    #[test]
+    fn text_grows_in_one_output_which_the_result_replaces() {
+        let (result, sent) = capture::messages(|| {
+            let mut screen = LiveText::new("Human: <a>\n");
+            // Most of these come too soon to be drawn; the last state is drawn all the same.
+            ["江", "上", "秋夜"].iter().for_each(|piece| screen.push(piece));
+            Generations { texts: vec![generated("Human: <a>\n", "江上秋夜")], live: screen.finish() }
+        });
+        let last = sent.last().unwrap();
+        assert!(sent.len() >= 2 && sent.iter().all(|m| m["id"] == sent[0]["id"]), "{sent:?}");
+        assert_eq!((&sent[0]["op"], &last["op"]), (&"display".into(), &"update".into()));
+        assert_eq!(last["data"]["text/plain"], "Human: <a>\n江上秋夜");
+        assert_eq!(last["metadata"], serde_json::json!({}), "the text is the seed's");
+
+        let ((), shown) = capture::messages(|| result.evcxr_display());
+        assert_eq!(shown.len(), 1, "the value itself is evcxr's: {shown:?}");
+        assert_eq!((&shown[0]["id"], &shown[0]["data"]["text/plain"]), (&sent[0]["id"], &"".into()));
+    }
+
+    #[test]
+    fn an_error_leaves_the_text_so_far() {
+        let ((), sent) = capture::messages(|| {
+            let mut screen = LiveText::new("a");
+            ["b", "c", "d"].iter().for_each(|piece| screen.push(piece));
+        });
+        assert_eq!(sent.last().unwrap()["data"]["text/plain"], "abcd");
+    }
+
+    #[test]
+    fn texts_show_with_their_line_breaks_and_print_as_in_the_reference() {
+        let texts = vec![generated("a\n", "<b>"), generated("a\n", "c")];
+        let forms = Generations { texts, live: None }.forms();
+        assert!(forms[0].1.contains("a\n</span>&lt;b&gt;</div><hr"), "{forms:?}");
+        assert_eq!(forms[1].1, "[{'generated_text': 'a\\n<b>'}, {'generated_text': 'a\\nc'}]");
     }
 }

@@ -14,6 +14,7 @@ mod memory;
 mod rows;
 mod run;
 mod sampler;
+mod screen;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ use self::{
     checkpoint::Progress,
     rows::Rows,
     sampler::{Plan, Sampler},
+    screen::Screen,
 };
 use crate::{
     collator::DataCollatorForSeq2Seq,
@@ -237,7 +239,7 @@ impl Trainer {
     /// Without an evaluation dataset; [`Error::Interrupted`]; [`Error::NotFinite`].
     pub fn evaluate(&mut self) -> Result<LogEntry> {
         let _guard = crate::interrupt::Guard::new()?;
-        self.evaluate_and_log(&display::Progress::silent())
+        self.evaluate_and_log(&mut Screen::silent())
     }
 
     /// Saves a `checkpoint-N` in `output_dir` now, and gives its folder.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{Dataset, did_you_mean, show};
 use crate::{
-    display::emit,
+    display::Forms,
     error::{Error, Result},
 };
 
@@ -54,9 +54,9 @@ impl DatasetDict {
         self.0.iter().map(|(name, dataset)| (name.as_str(), dataset))
     }
 
-    /// Shows the splits in a notebook.
-    pub fn evcxr_display(&self) {
-        emit(&[("text/html", &show::dict_html(self)), ("text/plain", &self.to_string())]);
+    /// What a notebook shows: a table a split.
+    pub fn forms(&self) -> Forms {
+        vec![("text/html", show::dict_html(self)), ("text/plain", self.to_string())]
     }
 }
 

@@ -4,7 +4,12 @@ use std::fmt;
 
 use super::{Dataset, DatasetDict, Value};
 use crate::{
-    display::{emit, format::escape_html},
+    display::{
+        Forms,
+        format::escape_html,
+        shown_by_forms,
+        theme::{CELL, FAINT, TABLE},
+    },
     py_repr::py_str,
 };
 
@@ -32,10 +37,10 @@ impl fmt::Display for Dataset {
 }
 
 impl Dataset {
-    /// Shows the first rows as a table in a notebook.
-    pub fn evcxr_display(&self) {
+    /// What a notebook shows: the first rows as a table.
+    pub fn forms(&self) -> Forms {
         let text = if self.len() > MAX_ROWS { summary(self) } else { self.to_string() };
-        emit(&[("text/html", &self.to_html()), ("text/plain", &text)]);
+        vec![("text/html", self.to_html()), ("text/plain", text)]
     }
 
     /// The first rows as an HTML table, readable on a light and on a dark page.
@@ -46,14 +51,14 @@ impl Dataset {
         for name in &names {
             let dtype = self.features().get(name).unwrap_or_default();
             html += &format!(
-                "<th style=\"{CELL}\">{}<br><small style=\"opacity:.6\">{}</small></th>",
+                "<th style=\"{CELL}\">{}<br><small style=\"{FAINT}\">{}</small></th>",
                 escape_html(name),
                 escape_html(&dtype)
             );
         }
         html += "</tr>";
         for (row, example) in self.iter().take(MAX_ROWS).enumerate() {
-            html += &format!("<tr><td style=\"{CELL};opacity:.6\">{row}</td>");
+            html += &format!("<tr><td style=\"{CELL};{FAINT}\">{row}</td>");
             for name in &names {
                 html += &cell(&example.value(name).unwrap_or_default());
             }
@@ -65,27 +70,25 @@ impl Dataset {
             n => format!("{n} rows"),
         };
         let shown = if self.len() > MAX_ROWS { format!(", the first {MAX_ROWS} shown") } else { String::new() };
-        html + &format!("<small style=\"opacity:.6\">{rows}{shown}</small></div>")
+        html + &format!("<small style=\"{FAINT}\">{rows}{shown}</small></div>")
     }
 }
 
-const TABLE: &str = "border-collapse:collapse;color:inherit;background:transparent";
-const CELL: &str = "border:1px solid rgba(128,128,128,.35);padding:.25em .6em;text-align:left;vertical-align:top;\
-                    max-width:32em;white-space:pre-wrap;overflow-wrap:anywhere";
+shown_by_forms!(Dataset, DatasetDict);
 
 fn cell(value: &Value) -> String {
-    let (text, faint) = match value {
+    let (text, more_style) = match value {
         Value::Text(text) => (text.clone(), ""),
-        Value::Null => ("None".into(), ";opacity:.6"),
+        Value::Null => ("None".into(), FAINT),
         other => (other.to_string(), ""),
     };
     let mut chars = text.chars();
     let start: String = chars.by_ref().take(MAX_CHARS).collect();
     let more = match chars.count() {
         0 => String::new(),
-        n => format!("<span style=\"opacity:.6\"> … +{n} characters</span>"),
+        n => format!("<span style=\"{FAINT}\"> … +{n} characters</span>"),
     };
-    format!("<td style=\"{CELL}{faint}\">{}{more}</td>", escape_html(&start))
+    format!("<td style=\"{CELL};{more_style}\">{}{more}</td>", escape_html(&start))
 }
 
 pub(super) fn dict_html(dict: &DatasetDict) -> String {

@@ -147,8 +147,11 @@ fn thin(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
 
 /// `Loss: training 6.4 -> 4.2 in 3 points`, for screen readers and plain text.
 fn describe(title: &str, series: &[Series]) -> String {
-    let one = |s: &Series| match (s.points.first(), s.points.last()) {
-        (Some(first), Some(last)) => format!("{} {:.4} to {:.4}, {} points", s.name, first.1, last.1, s.points.len()),
+    let one = |s: &Series| match (s.points.as_slice(), s.points.last()) {
+        ([only], _) => format!("{} {:.4}, 1 point", s.name, only.1),
+        ([first, ..], Some(last)) => {
+            format!("{} {:.4} to {:.4}, {} points", s.name, first.1, last.1, s.points.len())
+        }
         _ => s.name.clone(),
     };
     match series {
@@ -213,20 +216,19 @@ mod tests {
     }
 
     #[test]
+    fn a_chart_says_in_words_what_it_shows() {
+        let series = |points: &[(f64, f64)]| [Series { name: "training".into(), points: points.to_vec() }];
+        let text = |points: &[(f64, f64)]| describe("Loss", &series(points));
+        assert_eq!(text(&[(20.0, 4.0617)]), "Loss: training 4.0617, 1 point");
+        assert_eq!(text(&[(20.0, 4.0617), (40.0, 2.6)]), "Loss: training 4.0617 to 2.6000, 2 points");
+        assert_eq!(describe("Loss", &[]), "Loss: no points yet");
+    }
+
+    #[test]
     fn ticks_have_as_many_decimals_as_they_need() {
         assert_eq!(tick(50.0, 150.0), "50");
         assert_eq!(tick(2.5, 4.0), "2.5");
         assert_eq!(tick(2.0, 4.0), "2");
         assert_eq!(tick(0.0125, 0.04), "0.0125");
-    }
-
-    #[test]
-    #[ignore = "writes a picture to look at: LOSS_CURVE_OUT=/tmp/loss.svg"]
-    fn write_a_picture() {
-        let mut evaluation = curve(150);
-        evaluation.name = "evaluation".into();
-        evaluation.points = evaluation.points.into_iter().step_by(25).map(|(x, y)| (x, y + 0.2)).collect();
-        let svg = line_chart("Training loss", "optimizer step", "loss (nats per token)", &[curve(150), evaluation]);
-        svg.save(std::env::var("LOSS_CURVE_OUT").unwrap()).unwrap();
     }
 }

@@ -1,20 +1,29 @@
-//! Progress of a long call: a bar in a terminal, whole lines elsewhere.
+//! Progress of a long call: a bar in a terminal and in a cell of our kernel, whole lines elsewhere.
 
 use std::{
-    sync::Mutex,
+    io::Write,
+    sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::format::{duration, rate, thousands};
+use super::{
+    Live,
+    bar::{Bar, Stage},
+    live::Pace,
+};
+use crate::interrupt;
 
-/// In a log or a notebook: the first line comes late, so that a quick call says nothing, and
-/// each later one after twice the time, up to half a minute.
+/// In a log: the first line comes late, so that a quick call says nothing, and each later one
+/// after twice the time, up to half a minute.
 const FIRST_LINE: Duration = Duration::from_secs(3);
 const LONGEST_SILENCE: Duration = Duration::from_secs(30);
+/// In a cell: a call as quick as this shows no bar; a longer one moves its bar so often.
+const FIRST_BAR: Duration = Duration::from_millis(300);
+const BARS_PER_SECOND: u32 = 10;
 
-/// How far a long call has come, with the rate and the time left.
+/// How far a long call has come, with the rate and the time left. In a cell the last state stays.
 ///
 /// ```
 /// use qlora_nb::display::Progress;
@@ -29,21 +38,44 @@ pub struct Progress {
     what: String,
     unit: &'static str,
     total: usize,
-    bar: Option<ProgressBar>,
-    silent: bool,
+    place: Place,
     state: Mutex<State>,
+}
+
+/// Where progress is shown.
+#[derive(Debug)]
+enum Place {
+    Nowhere,
+    Terminal(ProgressBar),
+    Lines,
+    Cell,
 }
 
 #[derive(Debug)]
 struct State {
-    /// Where this call began: a resumed one does not count what was done before.
     first: usize,
     done: usize,
     started: Instant,
+    message: String,
+    stage: Stage,
+    lines: usize,
     next_line: Duration,
     silence: Duration,
-    lines: usize,
-    message: String,
+    live: Option<Live>,
+    pace: Pace,
+}
+
+impl State {
+    /// Whether the next line is due, which is then taken as printed.
+    fn line_is_due(&mut self, elapsed: Duration) -> bool {
+        let due = elapsed >= self.next_line;
+        if due {
+            self.lines += 1;
+            self.silence = (self.silence * 2).min(LONGEST_SILENCE);
+            self.next_line = elapsed + self.silence;
+        }
+        due
+    }
 }
 
 impl Progress {
@@ -54,162 +86,232 @@ impl Progress {
 
     /// Progress of a call that goes on where an earlier one stopped.
     pub fn starting_at(what: &str, first: usize, total: usize, unit: &'static str) -> Self {
-        let bar = super::live_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
-            // The template is a constant; were it wrong, indicatif's own style is good enough.
-            if let Ok(style) = ProgressStyle::with_template("{wide_bar:.cyan} {msg}") {
-                bar.set_style(style.progress_chars("━━╌"));
-            }
-            bar.set_position(first as u64);
-            bar
-        });
-        let mut progress = Self::with(what, first, total, unit, false);
-        progress.bar = bar;
-        progress
+        let place = match () {
+            () if Live::is_possible() => Place::Cell,
+            () if super::live_terminal() => Place::Terminal(terminal_bar(first, total)),
+            () => Place::Lines,
+        };
+        Self::at(place, what, first, total, unit)
     }
 
     /// Shows nothing.
     pub fn silent() -> Self {
-        Self::with("", 0, 0, "", true)
+        Self::at(Place::Nowhere, "", 0, 0, "")
     }
 
-    fn with(what: &str, first: usize, total: usize, unit: &'static str, silent: bool) -> Self {
+    fn at(place: Place, what: &str, first: usize, total: usize, unit: &'static str) -> Self {
         let state = State {
             first,
             done: first,
             started: Instant::now(),
+            message: String::new(),
+            stage: Stage::Running,
+            lines: 0,
             next_line: FIRST_LINE,
             silence: FIRST_LINE,
-            lines: 0,
-            message: String::new(),
+            live: None,
+            pace: Pace::per_second(BARS_PER_SECOND),
         };
-        Self { what: what.into(), unit, total, bar: None, silent, state: Mutex::new(state) }
+        Self { what: what.into(), unit, total, place, state: Mutex::new(state) }
     }
 
     /// Counts `n` more as done.
     pub fn inc(&self, n: usize) {
-        self.update(|state| state.done += n);
+        self.change(|state| state.done += n);
     }
 
     /// Sets how much is done, and what else is worth a look ("loss 2.10, 1,234 tokens/s").
     pub fn set(&self, done: usize, message: impl Into<String>) {
-        self.update(|state| {
+        self.change(|state| {
             state.done = done;
             state.message = message.into();
         });
     }
 
-    /// Prints a whole line, above the bar where there is one.
+    /// Moves the clock on while one step takes long.
+    pub fn tick(&self) {
+        self.change(|_| {});
+    }
+
+    /// Shows the bar of a cell now, before an output that belongs beneath it.
+    pub fn show(&self) {
+        let mut state = self.state();
+        if matches!(self.place, Place::Cell) && state.live.is_none() {
+            self.draw_in_cell(&mut state);
+        }
+    }
+
+    /// Prints a whole line, above the bar where there is one. In a cell the bar says it all.
     pub fn line(&self, text: &str) {
-        match &self.bar {
-            _ if self.silent => {}
-            Some(bar) => bar.suspend(|| eprintln_quietly(text)),
-            None => eprintln_quietly(text),
+        match &self.place {
+            Place::Nowhere | Place::Cell => {}
+            Place::Terminal(bar) => bar.suspend(|| eprintln_quietly(text)),
+            Place::Lines => eprintln_quietly(text),
         }
     }
 
-    /// Takes the bar away; where lines were printed, prints the last one.
+    /// The call is over. The bar of a terminal goes; where lines were printed there is a last one.
     pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-        let state = self.state();
-        if state.lines > 0 {
-            eprintln_quietly(&self.describe(&state));
-        }
+        self.end(Stage::Finished);
     }
 
-    fn update(&self, change: impl FnOnce(&mut State)) {
-        if self.silent {
+    /// Like [`finish`](Self::finish), when the user stopped the call; what is shown says so.
+    pub fn interrupted(&self) {
+        self.end(Stage::Interrupted);
+    }
+
+    fn end(&self, stage: Stage) {
+        let mut state = self.state();
+        if state.stage != Stage::Running {
             return;
         }
-        let mut state = self.state();
-        change(&mut state);
-        if let Some(bar) = &self.bar {
-            bar.set_position(state.done as u64);
-            bar.set_message(self.describe(&state));
-        } else if state.started.elapsed() >= state.next_line && state.done < self.total {
-            state.lines += 1;
-            state.silence = (state.silence * 2).min(LONGEST_SILENCE);
-            state.next_line = state.started.elapsed() + state.silence;
-            eprintln_quietly(&self.describe(&state));
+        state.stage = stage;
+        match &self.place {
+            Place::Nowhere => {}
+            Place::Terminal(bar) => bar.finish_and_clear(),
+            Place::Lines if state.lines > 0 => eprintln_quietly(&self.bar(&state).text()),
+            Place::Lines => {}
+            Place::Cell if state.live.is_some() => self.draw_in_cell(&mut state),
+            Place::Cell => {}
         }
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state();
+        change(&mut state);
+        let elapsed = state.started.elapsed();
+        match &self.place {
+            Place::Nowhere => {}
+            Place::Terminal(bar) => {
+                bar.set_position(state.done as u64);
+                bar.set_message(self.bar(&state).text());
+            }
+            Place::Lines if state.done < self.total && state.line_is_due(elapsed) => {
+                eprintln_quietly(&self.bar(&state).text());
+            }
+            Place::Lines => {}
+            Place::Cell if elapsed >= FIRST_BAR && state.pace.is_due() => self.draw_in_cell(&mut state),
+            Place::Cell => {}
+        }
     }
 
-    /// `Map: 1,000 of 5,000 rows, 1,234 rows/s, 0:03 left`.
-    fn describe(&self, state: &State) -> String {
-        let elapsed = state.started.elapsed();
-        let per_second = (state.done - state.first.min(state.done)) as f64 / elapsed.as_secs_f64().max(1e-9);
-        let left = self.total.saturating_sub(state.done) as f64 / per_second;
-        let time = match Duration::try_from_secs_f64(left) {
-            _ if state.done >= self.total => format!("in {}", duration(elapsed)),
-            Ok(left) => format!("{} left", duration(left)),
-            Err(_) => "? left".into(),
-        };
-        let (what, unit) = (&self.what, self.unit);
-        let (done, total) = (thousands(state.done), thousands(self.total));
-        let comma = if state.message.is_empty() { "" } else { ", " };
-        format!("{what}: {done} of {total} {unit}{comma}{}, {} {unit}/s, {time}", state.message, rate(per_second))
+    fn draw_in_cell(&self, state: &mut State) {
+        let bar = self.bar(state);
+        let forms = [("text/html", bar.html()), ("text/plain", bar.text())];
+        match &state.live {
+            Some(live) => live.update(&forms),
+            None => state.live = Some(Live::show(&forms, true)),
+        }
+    }
+
+    fn bar<'a>(&'a self, state: &'a State) -> Bar<'a> {
+        Bar {
+            what: &self.what,
+            unit: self.unit,
+            first: state.first,
+            done: state.done,
+            total: self.total,
+            elapsed: state.started.elapsed(),
+            message: &state.message,
+            stage: state.stage,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
+/// A call that ends without saying so was ended by an interrupt or an error.
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+        self.end(if interrupt::requested() { Stage::Interrupted } else { Stage::Stopped });
     }
+}
+
+fn terminal_bar(first: usize, total: usize) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
+    // The template is a constant; were it wrong, indicatif's own style is good enough.
+    if let Ok(style) = ProgressStyle::with_template("{wide_bar:.cyan} {msg}") {
+        bar.set_style(style.progress_chars("━━╌"));
+    }
+    bar.set_position(first as u64);
+    bar
 }
 
 fn eprintln_quietly(text: &str) {
-    use std::io::Write;
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use serde_json::Value;
 
-    fn described(first: usize, done: usize, total: usize, seconds: u64, message: &str) -> String {
-        let progress = Progress::with("Training", first, total, "steps", false);
-        let mut state = progress.state();
-        state.done = done;
-        state.message = message.into();
-        state.started = Instant::now() - Duration::from_secs(seconds);
-        progress.describe(&state)
-    }
-
-    #[test]
-    fn a_line_says_rate_and_time_left() {
-        let line = described(0, 100, 400, 50, "loss 2.10, 1,234 tokens/s");
-        assert_eq!(line, "Training: 100 of 400 steps, loss 2.10, 1,234 tokens/s, 2.00 steps/s, 2:30 left");
-        assert_eq!(described(0, 400, 400, 50, ""), "Training: 400 of 400 steps, 8.00 steps/s, in 0:50");
-        assert_eq!(described(0, 0, 400, 5, ""), "Training: 0 of 400 steps, 0.00 steps/s, ? left");
-    }
-
-    #[test]
-    fn a_resumed_call_counts_its_own_work_only() {
-        assert_eq!(described(300, 350, 400, 50, ""), "Training: 350 of 400 steps, 1.00 steps/s, 0:50 left");
-    }
+    use super::{super::protocol::capture, *};
 
     #[test]
     fn a_quick_call_says_nothing_and_a_slow_one_ever_more_rarely() {
-        let progress = Progress::with("Map", 0, 1_000, "rows", false);
-        progress.inc(10);
-        assert_eq!(progress.state().lines, 0);
-        let mut at = Vec::new();
-        for second in 1..120 {
-            progress.state().started = Instant::now() - Duration::from_secs(second);
-            let before = progress.state().lines;
-            progress.inc(1);
-            if progress.state().lines > before {
-                at.push(second);
-            }
-        }
-        assert_eq!(at, [3, 10, 23, 48, 79, 110]);
+        let progress = Progress::at(Place::Lines, "Map", 0, 1_000, "rows");
+        let mut state = progress.state();
+        let mut due = |tenths: u64| state.line_is_due(Duration::from_millis(100 * tenths));
+        let at: Vec<u64> = (0..1200).filter(|tenths| due(*tenths)).collect();
+        assert_eq!(at, [30, 90, 210, 450, 750, 1050]);
+        assert_eq!(state.lines, 6);
+    }
+
+    /// What a cell shows of a call that has run for so many seconds.
+    fn shown(seconds: u64, call: impl FnOnce(&Progress)) -> Vec<Value> {
+        let ((), sent) = capture::messages(|| {
+            let progress = Progress::new("Training", 200, "steps");
+            progress.state().started -= Duration::from_secs(seconds);
+            call(&progress);
+        });
+        sent
+    }
+
+    fn text(message: &Value) -> &str {
+        message["data"]["text/plain"].as_str().unwrap()
+    }
+
+    #[test]
+    fn a_cell_shows_one_bar_that_keeps_its_last_state() {
+        let sent = shown(21, |progress| {
+            progress.set(57, "loss 2.10");
+            // Too soon for another drawing, but the last one must come.
+            progress.set(200, "loss 1.50");
+            progress.finish();
+        });
+        assert_eq!(sent.len(), 2, "{sent:?}");
+        assert_eq!((&sent[0]["op"], &sent[1]["op"]), (&"display".into(), &"update".into()));
+        assert_eq!(sent[0]["id"], sent[1]["id"]);
+        assert!(text(&sent[0]).starts_with("Training: 57 of 200 steps, loss 2.10, "), "{sent:?}");
+        assert!(text(&sent[1]).starts_with("Training: 200 of 200 steps in 0:21, loss 1.50"), "{sent:?}");
+        assert!(sent.iter().all(|m| m["metadata"]["qlora_nb"]["volatile"] == true));
+        assert!(sent.iter().all(|m| m["data"]["text/html"].as_str().unwrap().contains("progressbar")));
+    }
+
+    #[test]
+    fn a_quick_call_in_a_cell_shows_nothing() {
+        let sent = shown(0, |progress| {
+            // A machine may be so slow that this takes long; the clock is set back again.
+            progress.state().started = Instant::now() + Duration::from_secs(100);
+            progress.set(200, "");
+            progress.line("a line");
+            progress.finish();
+        });
+        assert_eq!(sent, [] as [Value; 0]);
+    }
+
+    #[test]
+    fn a_bar_says_that_its_call_was_stopped() {
+        let sent = shown(9, |progress| {
+            progress.set(57, "");
+            progress.interrupted();
+        });
+        assert!(text(&sent[1]).starts_with("Training: interrupted at 57 of 200 steps after 0:09"), "{sent:?}");
+        // An error leaves the call without a word.
+        let sent = shown(9, |progress| progress.set(57, ""));
+        assert!(text(&sent[1]).starts_with("Training: stopped at 57 of 200 steps"), "{sent:?}");
+        assert_eq!(sent.len(), 2);
     }
 }

@@ -4,7 +4,12 @@ use std::fmt;
 
 use super::Tokenizer;
 use crate::{
-    display::{emit, format::escape_html},
+    display::{
+        Forms, emit_value,
+        format::escape_html,
+        shown_by_forms,
+        theme::{FAINT, LEARNED},
+    },
     features::{Features, IGNORE_INDEX},
     py_repr::{py_bool, py_str},
 };
@@ -40,23 +45,38 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Shows the tokenizer in a notebook.
-    pub fn evcxr_display(&self) {
-        emit(&[("text/plain", &self.to_string())]);
+    /// What a notebook shows.
+    pub fn forms(&self) -> Forms {
+        vec![("text/plain", self.to_string())]
     }
 }
 
+shown_by_forms!(Tokenizer, LabelledTokens);
+
 impl Features {
+    /// Called by evcxr to show the value that ends a cell: the ids, with those that the loss
+    /// counts marked. [`show`](Self::show) knows their text.
+    pub fn evcxr_display(&self) {
+        let piece = |i: usize, id: u32| Piece { kind: self.kind(i), text: id.to_string(), ids: vec![id] };
+        let pieces = self.input_ids.iter().enumerate().map(|(i, &id)| piece(i, id)).collect();
+        let ids = LabelledTokens { pieces, tokens: self.len() };
+        emit_value(&[("text/html", ids.to_html()), ("text/plain", format!("{self:?}"))]);
+    }
+
     /// The tokens as text, with those that the loss counts marked.
+    ///
+    /// ```no_run
+    /// # use qlora_nb::{dataset::Dataset, tokenizer::Tokenizer};
+    /// # fn f(tokenized_ds: Dataset, tokenizer: Tokenizer) -> qlora_nb::error::Result<()> {
+    /// tokenized_ds.get(0)?.features()?.show(&tokenizer) // ends a cell: coloured tokens
+    /// # ; Ok(())
+    /// # }
+    /// ```
     pub fn show(&self, tokenizer: &Tokenizer) -> LabelledTokens {
         let mut pieces: Vec<Piece> = Vec::new();
         let mut ids: Vec<u32> = Vec::new();
         for (i, &id) in self.input_ids.iter().enumerate() {
-            let kind = match (self.attention_mask.get(i), self.labels.get(i)) {
-                (Some(0), _) => Kind::Padding,
-                (_, Some(&label)) if label != IGNORE_INDEX => Kind::Learned,
-                _ => Kind::Prompt,
-            };
+            let kind = self.kind(i);
             let text = |ids: &[u32]| tokenizer.decode(ids, false).unwrap_or_default();
             // A character that several tokens share is one piece.
             match pieces.last_mut() {
@@ -74,6 +94,14 @@ impl Features {
             }
         }
         LabelledTokens { pieces, tokens: self.len() }
+    }
+
+    fn kind(&self, i: usize) -> Kind {
+        match (self.attention_mask.get(i), self.labels.get(i)) {
+            (Some(0), _) => Kind::Padding,
+            (_, Some(&label)) if label != IGNORE_INDEX => Kind::Learned,
+            _ => Kind::Prompt,
+        }
     }
 }
 
@@ -99,36 +127,46 @@ enum Kind {
 }
 
 impl LabelledTokens {
-    fn learned(&self) -> usize {
-        self.pieces.iter().filter(|p| p.kind == Kind::Learned).map(|p| p.ids.len()).sum()
-    }
-
-    /// Shows the coloured tokens in a notebook.
-    pub fn evcxr_display(&self) {
-        emit(&[("text/html", &self.to_html()), ("text/plain", &self.to_string())]);
+    fn count(&self, kind: Kind) -> usize {
+        self.pieces.iter().filter(|p| p.kind == kind).map(|p| p.ids.len()).sum()
     }
 
     /// The tokens as coloured HTML, readable on a light and on a dark page; ids in the tooltips.
     pub fn to_html(&self) -> String {
         let mut html = String::from("<div style=\"line-height:2;white-space:pre-wrap;overflow-wrap:anywhere\">");
         for piece in &self.pieces {
-            let style = match piece.kind {
-                Kind::Prompt => "background:rgba(128,128,128,.18)",
-                Kind::Learned => "background:rgba(46,160,67,.35)",
-                Kind::Padding => "opacity:.4",
-            };
             let text = escape_html(&piece.text.replace('\n', "⏎\n"));
+            let style = piece.kind.style();
             html += &format!("<span title=\"{:?}\" style=\"{style};{TOKEN}\">{text}</span>", piece.ids);
         }
-        html + &format!(
-            "</div><small style=\"opacity:.6\">{} tokens, {} of them learned (green)</small>",
-            self.tokens,
-            self.learned()
-        )
+        html += &format!("</div><small><span style=\"{FAINT}\">{} tokens: </span>", self.tokens);
+        for (kind, name) in [(Kind::Prompt, "read"), (Kind::Learned, "learned"), (Kind::Padding, "padding")] {
+            match self.count(kind) {
+                0 if kind == Kind::Padding => {}
+                n => html += &format!("<span style=\"{};{TOKEN}\">{n} {name}</span> ", kind.style()),
+            }
+        }
+        html + "</small>"
+    }
+
+    /// What a notebook shows: the coloured tokens.
+    pub fn forms(&self) -> Forms {
+        vec![("text/html", self.to_html()), ("text/plain", self.to_string())]
     }
 }
 
-const TOKEN: &str = "border-radius:.25em;padding:.1em .15em;margin-right:1px";
+const TOKEN: &str = "padding:.1em .15em;margin-right:1px";
+
+impl Kind {
+    fn style(self) -> &'static str {
+        match self {
+            Kind::Prompt => "background:rgba(128,128,128,.18);border-radius:.2em",
+            // Not by colour alone: it is underlined, too.
+            Kind::Learned => LEARNED,
+            Kind::Padding => "opacity:.45",
+        }
+    }
+}
 
 /// Tokens divided by `|`; those that the loss counts stand in brackets.
 impl fmt::Display for LabelledTokens {
@@ -140,6 +178,45 @@ impl fmt::Display for LabelledTokens {
                 _ => write!(f, "{}{text}", if i == 0 { "" } else { "|" })?,
             }
         }
-        write!(f, "\n{} tokens, {} of them learned [in brackets]", self.tokens, self.learned())
+        write!(f, "\n{} tokens, {} of them learned [in brackets]", self.tokens, self.count(Kind::Learned))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(kind: Kind, text: &str, ids: &[u32]) -> Piece {
+        Piece { kind, text: text.into(), ids: ids.to_vec() }
+    }
+
+    #[test]
+    fn tokens_are_marked_by_what_the_loss_counts() {
+        let pieces = vec![
+            piece(Kind::Prompt, "题<b>", &[5]),
+            piece(Kind::Prompt, "\n", &[6]),
+            piece(Kind::Learned, "夜", &[7, 8]),
+            piece(Kind::Padding, "<pad>", &[3]),
+        ];
+        let tokens = LabelledTokens { pieces, tokens: 5 };
+        assert_eq!(tokens.to_string(), "题<b>|\\n[夜]|<pad>\n5 tokens, 2 of them learned [in brackets]");
+        let html = tokens.to_html();
+        for part in ["题&lt;b&gt;", "⏎\n", "title=\"[7, 8]\"", "2 read", "2 learned", "1 padding"] {
+            assert!(html.contains(part), "{part} is missing from {html}");
+        }
+        // The token and the legend.
+        assert_eq!(html.matches(LEARNED).count(), 2);
+        assert_eq!(html.matches("<span").count(), html.matches("</span>").count());
+    }
+
+    #[test]
+    fn the_kind_of_a_token_is_its_masks() {
+        let features = Features {
+            input_ids: vec![1, 2, 3, 4],
+            attention_mask: vec![1, 1, 1, 0],
+            labels: vec![IGNORE_INDEX, 2, 3, IGNORE_INDEX],
+        };
+        let kinds = [Kind::Prompt, Kind::Learned, Kind::Learned, Kind::Padding];
+        assert_eq!([0, 1, 2, 3].map(|i| features.kind(i)), kinds);
     }
 }

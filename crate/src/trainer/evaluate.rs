@@ -2,9 +2,8 @@
 
 use std::time::Instant;
 
-use super::{Trainer, run::speed_metrics, state::LogEntry};
+use super::{Trainer, run::speed_metrics, screen::Screen, state::LogEntry};
 use crate::{
-    display,
     error::{Error, Result},
     interrupt,
     training_args::SaveStrategy,
@@ -13,7 +12,7 @@ use crate::{
 impl Trainer {
     /// `eval_loss` is transformers': each batch's mean loss a token, weighted by its rows.
     /// Batches without a label have no mean and are left out.
-    pub(super) fn evaluate_and_log(&mut self, bar: &display::Progress) -> Result<LogEntry> {
+    pub(super) fn evaluate_and_log(&mut self, screen: &mut Screen) -> Result<LogEntry> {
         let Some(rows) = &self.eval_rows else {
             let remedy = "add .with_eval_dataset(&ds)? to the trainer";
             return Err(Error::argument("eval_dataset", "none", "a dataset to evaluate on", remedy));
@@ -41,7 +40,7 @@ impl Trainer {
         for (name, value) in speed_metrics("eval", begin, rows.len() as f64, steps as f64).iter() {
             metrics.push(name, value);
         }
-        self.log(metrics.clone(), bar);
+        self.log(metrics.clone(), screen);
         metrics.push("epoch", self.state.epoch);
         for c in &mut self.callbacks {
             c.on_evaluate(&self.args, &self.state, &mut self.control, &metrics);
@@ -50,8 +49,8 @@ impl Trainer {
     }
 
     /// Evaluates, and says whether the loss is the lowest so far where the arguments ask for the best.
-    pub(super) fn evaluate_and_compare(&mut self, bar: &display::Progress) -> Result<bool> {
-        let metrics = self.evaluate_and_log(bar)?;
+    pub(super) fn evaluate_and_compare(&mut self, screen: &mut Screen) -> Result<bool> {
+        let metrics = self.evaluate_and_log(screen)?;
         if !self.args.load_best_model_at_end && self.args.save_strategy != SaveStrategy::Best {
             return Ok(false);
         }

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::{
     Trainer, callback,
+    screen::{End, Screen},
     state::{LogEntry, TrainOutput},
 };
 use crate::{
@@ -55,27 +56,33 @@ impl Trainer {
         }
         let never_evaluated = self.state.global_step == 0 && self.state.curve("eval_loss").is_empty();
         self.control.should_evaluate |= self.args.eval_on_start && never_evaluated;
-        let bar = match self.args.disable_tqdm {
-            true => display::Progress::silent(),
-            false => display::Progress::starting_at("Training", begin.step, self.state.max_steps, "steps"),
+        let mut screen = match self.args.disable_tqdm {
+            true => Screen::silent(),
+            false => Screen::new(&self.state),
         };
-        let stop = match self.advance(limit, &begin, &bar) {
-            Err(Error::Interrupted { .. }) => Stop::Interrupted,
-            other => other?,
+        let stop = match self.advance(limit, &begin, &mut screen) {
+            Err(Error::Interrupted { .. }) => Ok(Stop::Interrupted),
+            other => other,
         };
-        bar.finish();
-        let output = self.conclude(stop, limit.is_none(), &begin)?;
+        let end = match stop {
+            Ok(Stop::Complete | Stop::Limit) => End::Done,
+            Ok(Stop::Interrupted) => End::Interrupted,
+            Err(_) => End::Failed,
+        };
+        screen.end(end, &self.state);
+        let mut output = self.conclude(stop?, limit.is_none(), &begin)?;
+        output.curve_is_above = screen.has_curve();
         for c in &mut self.callbacks {
             c.on_train_end(&self.args, &self.state, &mut self.control);
         }
         Ok(output)
     }
 
-    fn advance(&mut self, limit: Option<usize>, begin: &Begin, bar: &display::Progress) -> Result<Stop> {
+    fn advance(&mut self, limit: Option<usize>, begin: &Begin, screen: &mut Screen) -> Result<Stop> {
         loop {
             // First what an earlier call may have left undone: a save that found the disk full,
             // an evaluation that was interrupted.
-            self.settle(bar)?;
+            self.settle(screen)?;
             let done = self.state.global_step;
             let stopping = self.control.should_training_stop || done >= self.state.max_steps;
             // A stop ends the epoch, too, as in transformers.
@@ -93,14 +100,14 @@ impl Trainer {
             if limit.is_some_and(|n| done - begin.step >= n) {
                 return Ok(Stop::Limit);
             }
-            if !self.update()? {
+            if !self.update(screen)? {
                 return Ok(Stop::Interrupted);
             }
             callback::after_step(&self.args, &self.state, &mut self.control);
             for c in &mut self.callbacks {
                 c.on_step_end(&self.args, &self.state, &mut self.control);
             }
-            bar.set(self.state.global_step, self.message(begin));
+            screen.step(self.state.global_step, self.message(begin));
         }
     }
 
@@ -117,8 +124,8 @@ impl Trainer {
     }
 
     /// One update. False if an interrupt came first: then nothing has changed.
-    fn update(&mut self) -> Result<bool> {
-        let result = self.accumulate_and_step();
+    fn update(&mut self, screen: &Screen) -> Result<bool> {
+        let result = self.accumulate_and_step(screen);
         if !matches!(result, Ok(true)) {
             // Gradients of a window that is not finished would be counted twice.
             self.params.iter().try_for_each(|p| p.zero_grad())?;
@@ -126,7 +133,7 @@ impl Trainer {
         result
     }
 
-    fn accumulate_and_step(&mut self) -> Result<bool> {
+    fn accumulate_and_step(&mut self, screen: &Screen) -> Result<bool> {
         let step = self.state.global_step;
         let learning_rate = self.learning_rate(step)?;
         let window = self.sampler.update(&self.plan, step);
@@ -145,6 +152,7 @@ impl Trainer {
             };
             loss += self.model.forward_backward(batch, &options)?.loss_sum / options.num_items;
             self.check_finite("the loss", loss)?;
+            screen.tick();
         }
         let max_norm = if self.args.max_grad_norm > 0.0 { self.args.max_grad_norm } else { f64::INFINITY };
         let norm = clip_grad_norm(&self.params, max_norm)?;
@@ -174,13 +182,13 @@ impl Trainer {
     }
 
     /// Logs, evaluates and saves if asked; each request is cleared when it is done.
-    fn settle(&mut self, bar: &display::Progress) -> Result<()> {
+    fn settle(&mut self, screen: &mut Screen) -> Result<()> {
         if self.control.should_log {
             self.control.should_log = false;
-            self.log_training_loss(bar);
+            self.log_training_loss(screen);
         }
         if self.control.should_evaluate {
-            let is_best = self.evaluate_and_compare(bar)?;
+            let is_best = self.evaluate_and_compare(screen)?;
             self.control.should_evaluate = false;
             if self.args.save_strategy == SaveStrategy::Best {
                 self.control.should_save = is_best;
@@ -196,7 +204,7 @@ impl Trainer {
         Ok(())
     }
 
-    fn log_training_loss(&mut self, bar: &display::Progress) {
+    fn log_training_loss(&mut self, screen: &mut Screen) {
         let updates = self.state.global_step - self.progress.step_logged;
         if updates == 0 {
             return;
@@ -208,15 +216,16 @@ impl Trainer {
         ]);
         self.progress.loss_since_log = 0.0;
         self.progress.step_logged = self.state.global_step;
-        self.log(entry, bar);
+        self.log(entry, screen);
     }
 
     /// Adds epoch and step to `entry` and the whole to the history.
-    pub(super) fn log(&mut self, mut entry: LogEntry, bar: &display::Progress) {
+    pub(super) fn log(&mut self, mut entry: LogEntry, screen: &mut Screen) {
         entry.push("epoch", self.state.epoch);
-        bar.line(&entry.brief());
+        screen.line(&entry.brief());
         entry.push("step", self.state.global_step as f64);
         self.state.log_history.push(entry.clone());
+        screen.logged(&self.state);
         for c in &mut self.callbacks {
             c.on_log(&self.args, &self.state, &mut self.control, &entry);
         }
@@ -235,7 +244,7 @@ impl Trainer {
         metrics.push("train_loss", training_loss);
         if stop == Stop::Complete {
             // The summary is for the reader of the returned value; no second copy on the screen.
-            self.log(metrics.clone(), &display::Progress::silent());
+            self.log(metrics.clone(), &mut Screen::silent());
         }
         metrics.push("epoch", self.state.epoch);
         let finished = self.state.global_step >= self.state.max_steps && stop == Stop::Complete;
@@ -249,6 +258,7 @@ impl Trainer {
             interrupted: stop == Stop::Interrupted,
             finished,
             curve: self.state.loss_curve(),
+            curve_is_above: false,
         };
         if finished {
             self.output = Some(output.clone());

@@ -5,7 +5,15 @@ use std::fmt;
 use serde_json::{Map, Value, json};
 
 use super::callback::TrainerControl;
-use crate::{display, py_repr::py_float};
+use crate::{
+    display::{
+        self, Forms,
+        format::{escape_html, thousands},
+        shown_by_forms,
+        theme::{CELL, FAINT, NUMBER, TABLE, TEXT},
+    },
+    py_repr::py_float,
+};
 
 /// Where a training run stands.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -100,9 +108,18 @@ impl TrainerState {
 
     /// Training and evaluation loss over the updates, as a picture.
     pub fn loss_curve(&self) -> display::Svg {
+        self.loss_curve_with("Loss")
+    }
+
+    pub(super) fn loss_curve_with(&self, title: &str) -> display::Svg {
         let series = [("training", "loss"), ("evaluation", "eval_loss")]
             .map(|(name, key)| display::Series { name: name.into(), points: self.curve(key) });
-        display::line_chart("Loss", "optimizer step", "loss (nats per token)", &series)
+        display::line_chart(title, "optimizer step", "loss (nats per token)", &series)
+    }
+
+    /// Whether the curve would have a point.
+    pub(super) fn has_losses(&self) -> bool {
+        self.log_history.iter().any(|entry| entry.get("loss").or(entry.get("eval_loss")).is_some())
     }
 }
 
@@ -191,6 +208,8 @@ pub struct TrainOutput {
     /// Whether the run is complete.
     pub finished: bool,
     pub(super) curve: display::Svg,
+    /// The call's own output has the curve: at the end of the same cell one click away is enough.
+    pub(super) curve_is_above: bool,
 }
 
 impl TrainOutput {
@@ -199,24 +218,49 @@ impl TrainOutput {
         &self.curve
     }
 
-    /// Called by evcxr to show the value that ends a cell: numbers and loss curve.
-    pub fn evcxr_display(&self) {
-        let text = self.to_string();
-        let html = format!(
-            "<pre style=\"white-space:pre-wrap\">{}</pre>\n{}",
-            display::format::escape_html(&text),
-            self.curve.source()
-        );
-        display::emit(&[("text/html", &html), ("text/plain", &text)]);
+    /// The numbers as an HTML table, and the loss curve.
+    pub fn to_html(&self) -> String {
+        let row = |name: &str, value: String| {
+            format!(
+                "<tr style=\"background:transparent\"><td style=\"{CELL}\">{}</td><td style=\"{NUMBER}\">{}</td></tr>",
+                escape_html(name),
+                escape_html(&value)
+            )
+        };
+        let heading = match (self.interrupted, self.finished) {
+            (true, _) => INTERRUPTED,
+            (_, true) => "trained to the end",
+            _ => "the run goes on with trainer.train()",
+        };
+        let metrics: String = self.metrics.iter().map(|(name, value)| row(name, py_float(value))).collect();
+        let curve = match self.curve_is_above {
+            true => format!("<details><summary>loss curve</summary>{}</details>", self.curve.source()),
+            false => self.curve.source().to_owned(),
+        };
+        format!(
+            "<div style=\"{TEXT}\"><div><b>TrainOutput</b>&ensp;<span style=\"{FAINT}\">{heading}</span></div>\
+             <table style=\"{TABLE};margin:.3em 0\">{}{}{metrics}</table>{curve}</div>",
+            row("global_step", thousands(self.global_step)),
+            row("training_loss", py_float(self.training_loss)),
+        )
+    }
+
+    /// What a notebook shows: numbers and loss curve.
+    pub fn forms(&self) -> Forms {
+        vec![("text/html", self.to_html()), ("text/plain", self.to_string())]
     }
 }
+
+shown_by_forms!(TrainOutput);
+
+const INTERRUPTED: &str = "interrupted; nothing was lost: trainer.train() goes on from here";
 
 impl fmt::Display for TrainOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (step, loss, metrics) = (self.global_step, py_float(self.training_loss), &self.metrics);
         write!(f, "TrainOutput(global_step={step}, training_loss={loss}, metrics={metrics})")?;
         match self.interrupted {
-            true => f.write_str("\ninterrupted; nothing was lost: trainer.train() goes on from here"),
+            true => write!(f, "\n{INTERRUPTED}"),
             false => Ok(()),
         }
     }
@@ -271,6 +315,20 @@ mod tests {
             best_metric: None,
             best_global_step: Some(2),
             best_model_checkpoint: None,
+        }
+    }
+
+    impl TrainOutput {
+        pub(crate) fn example() -> Self {
+            TrainOutput {
+                global_step: 1200,
+                training_loss: 2.19154,
+                metrics: state().log_history[2].clone(),
+                interrupted: true,
+                finished: false,
+                curve: state().loss_curve(),
+                curve_is_above: true,
+            }
         }
     }
 

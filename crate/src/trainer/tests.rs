@@ -13,6 +13,7 @@ use super::{
 use crate::{interrupt, optim::SchedulerType};
 
 mod faults;
+mod screen;
 
 /// A log's names and numbers, entry by entry.
 type Log = Vec<Vec<(String, f64)>>;
