@@ -1,37 +1,84 @@
-//! Completion and inspection in the words of the Jupyter protocol.
+//! Completion and inspection in the words of the Jupyter protocol, which counts in characters and not in bytes.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::api::Api;
+use crate::complete::{self, Completions};
+use crate::inspect;
+use crate::layout::Layout;
+use crate::scope::Scope;
 use crate::session::Names;
 
-pub struct Assistance;
+/// What is known of the library.
+pub struct Assistance {
+    api: Api,
+}
+
+/// Tells the type of an expression.
+pub type Ask<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl Assistance {
-    pub fn new(_prefix: &Path) -> Assistance {
-        Assistance
+    pub fn new(prefix: &Path) -> Assistance {
+        Assistance { api: Api::load(&Layout::new(prefix).api()) }
+    }
+
+    fn scope<'a>(&'a self, names: &'a Names, ask: Ask<'a>) -> Scope<'a> {
+        Scope { api: &self.api, variables: &names.variables, items: &names.items, ask }
     }
 
     /// Where the completed word begins, in bytes, and what may stand there.
-    pub fn matches(&self, code: &str, at: usize, names: &Names, _ask: &dyn Fn(&str) -> Option<String>) -> (usize, Vec<String>) {
-        let before = &code[..at];
-        let start = before.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |at| at + 1);
-        let all = names.variables.iter().map(|(name, _)| name).chain(&names.items);
-        (start, all.filter(|name| name.starts_with(&before[start..])).cloned().collect())
+    pub fn matches(&self, code: &str, at: usize, names: &Names, ask: Ask) -> Completions {
+        complete::complete(&self.scope(names, ask), code, at)
     }
 
-    pub fn complete(&self, code: &str, cursor: usize, names: &Names, _ask: &dyn Fn(&str) -> Option<String>) -> Value {
-        let before: String = code.chars().take(cursor).collect();
-        let start = before.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |at| at + 1);
-        let prefix = &before[start..];
-        let all = names.variables.iter().map(|(name, _)| name).chain(&names.items);
-        let matches: Vec<&String> = all.filter(|name| name.starts_with(prefix)).collect();
-        json!({ "status": "ok", "matches": matches, "metadata": {},
-                "cursor_start": before[..start].chars().count(), "cursor_end": cursor })
+    /// The content of a `complete_reply`.
+    pub fn complete(&self, code: &str, cursor: usize, names: &Names, ask: Ask) -> Value {
+        let found = self.matches(code, byte_offset(code, cursor), names, ask);
+        let (start, end) = (character(code, found.start), character(code, found.end));
+        let typed = |m: &complete::Match| {
+            json!({ "text": m.text, "type": m.kind, "signature": m.signature, "start": start, "end": end })
+        };
+        json!({
+            "status": "ok",
+            "matches": found.matches.iter().map(|m| &m.text).collect::<Vec<_>>(),
+            "cursor_start": start,
+            "cursor_end": end,
+            "metadata": { "_jupyter_types_experimental": found.matches.iter().map(typed).collect::<Vec<_>>() },
+        })
     }
 
-    pub fn inspect(&self, _code: &str, _cursor: usize, _names: &Names, _ask: &dyn Fn(&str) -> Option<String>) -> Value {
-        json!({ "status": "ok", "found": false, "data": {}, "metadata": {} })
+    /// The content of an `inspect_reply`.
+    pub fn inspect(&self, code: &str, cursor: usize, names: &Names, ask: Ask) -> Value {
+        let found = inspect::inspect(&self.scope(names, ask), code, byte_offset(code, cursor));
+        let data = found.as_ref().map_or(json!({}), |found| {
+            json!({ "text/plain": found.plain, "text/markdown": found.markdown, "text/html": found.html })
+        });
+        json!({ "status": "ok", "found": found.is_some(), "data": data, "metadata": {} })
+    }
+}
+
+/// The byte at which a character begins; the end for what lies beyond it.
+fn byte_offset(code: &str, character: usize) -> usize {
+    code.char_indices().nth(character).map_or(code.len(), |(byte, _)| byte)
+}
+
+fn character(code: &str, byte: usize) -> usize {
+    code[..byte].chars().count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_are_counted_and_not_bytes() {
+        let api = Api::load(Path::new("/nowhere"));
+        let names = Names { variables: vec![("model".into(), "u8".into())], items: Vec::new() };
+        let reply = Assistance { api }.complete("\"诗\"; mod", 8, &names, &|_| None);
+        assert_eq!((reply["cursor_start"].as_u64(), reply["cursor_end"].as_u64()), (Some(5), Some(8)));
+        assert_eq!(reply["matches"][0], "model");
+        assert_eq!((byte_offset("诗a", 1), byte_offset("诗a", 9), character("诗a", 3)), (3, 4, 1));
     }
 }

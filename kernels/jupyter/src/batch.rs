@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use crossbeam_channel::{Sender, unbounded};
 
 use crate::check;
-use crate::install::Layout;
+use crate::layout::Layout;
 use crate::notebook::Notebook;
 use crate::runner::{CellFailure, CellRun, Report};
 use crate::supervisor;

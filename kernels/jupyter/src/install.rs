@@ -18,7 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-pub use crate::layout::{Layout, first_line, rustc_version, sysroot};
+use crate::layout::{Layout, first_line, rustc_version};
 
 use crate::layout::{BINARY_ENTRY, LIBRARY_ENTRIES, Place, Staging, Target, cannot, create_folder, write_if_changed};
 use crate::{api, kernelspec};

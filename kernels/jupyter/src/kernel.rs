@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::assistance::Assistance;
-use crate::install::Layout;
+use crate::layout::Layout;
 use crate::outputs::{Client, Output, Update, error};
 use crate::session::{Controls, Ending, Failure, FailureKind, Names, Options, Session};
 use crate::{highlight, history::History, syntax};
@@ -319,7 +319,7 @@ fn kernel_info() -> Value {
 fn rustc_release() -> &'static str {
     static RELEASE: std::sync::OnceLock<String> = std::sync::OnceLock::new();
     RELEASE.get_or_init(|| {
-        let version = crate::install::rustc_version().unwrap_or_default();
+        let version = crate::layout::rustc_version().unwrap_or_default();
         let release = version.lines().find_map(|line| line.strip_prefix("release: "));
         release.unwrap_or("unknown").to_owned()
     })

@@ -230,7 +230,7 @@ fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-fn data_home() -> Option<PathBuf> {
+pub fn data_home() -> Option<PathBuf> {
     variable("XDG_DATA_HOME").or_else(|| Some(variable("HOME")?.join(".local/share")))
 }
 

@@ -15,7 +15,7 @@ use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{Config, Editor, Helper};
 
 use crate::assistance::Assistance;
-use crate::install::{self, Layout};
+use crate::layout::{self, Layout};
 use crate::outputs::{Client, Output, Update};
 use crate::session::{Controls, Names, Options, Session};
 use crate::syntax::{self, Completeness};
@@ -37,7 +37,7 @@ pub fn run(prefix: &Path) -> Result<ExitCode> {
     let config = Config::builder().auto_add_history(true).build();
     let mut editor: Editor<Assistant, _> = Editor::with_config(config).context("the terminal cannot be used")?;
     editor.set_helper(Some(Assistant { assistance: Assistance::new(prefix), names: session.names(), session: session.clone() }));
-    let history = install::default_prefix()?.join("repl_history");
+    let history = layout::data_home().context("HOME is not set")?.join("qlora-nb/repl_history");
     // None yet, the first time.
     let _ = editor.load_history(&history);
     loop {
@@ -219,6 +219,7 @@ impl Completer for Assistant {
     fn complete(&self, line: &str, at: usize, _: &rustyline::Context<'_>) -> rustyline::Result<(usize, Vec<String>)> {
         let names = self.names.lock().map(|names| names.clone()).unwrap_or_default();
         let ask = |expression: &str| self.session.type_of(expression);
-        Ok(self.assistance.matches(line, at, &names, &ask))
+        let found = self.assistance.matches(line, at, &names, &ask);
+        Ok((found.start, found.matches.into_iter().map(|m| m.text).collect()))
     }
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::install::Layout;
+use crate::layout::Layout;
 use crate::notebook::Notebook;
 use crate::outputs::{Client, Output, Recorder, Update, error};
 use crate::session::{Ending, Failure, FailureKind, Options, Session};
@@ -103,7 +103,8 @@ impl Displays {
         let mut changed = Vec::new();
         for (cell, count, outputs) in &mut self.0 {
             let before = outputs.clone();
-            let mut earlier = Recorder { outputs: std::mem::take(outputs), ..Default::default() };
+            let mut earlier = Recorder::default();
+            earlier.outputs = std::mem::take(outputs);
             recorder.of_earlier_cells.iter().for_each(|update| earlier.show(update.clone()));
             *outputs = earlier.outputs;
             if *outputs != before {

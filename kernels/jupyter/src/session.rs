@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 use evcxr::CommandContext;
 
 use crate::diagnostics;
-use crate::install::{self, Layout};
+use crate::layout::{self, Layout};
 use crate::keep::{self, Replaced};
 use crate::outputs::{self, Client, Forms, Outputs, Update};
 use crate::processes;
@@ -384,7 +384,7 @@ fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
     };
     let libraries = before(layout.prefix.join("lib"), "LD_LIBRARY_PATH")?;
     // Past rustup's proxies, which cost more time than compiling a small cell.
-    let path = before(install::sysroot()?.join("bin"), "PATH")?;
+    let path = before(layout::sysroot()?.join("bin"), "PATH")?;
     // SAFETY: called before the session's first thread is started.
     unsafe {
         std::env::set_var("EVCXR_TMPDIR", folder);
@@ -494,12 +494,13 @@ impl Evcxr {
         self.replaced = replaced_by(&bindings, context);
         let prepared = prepare(context, &self.question, code, &bindings, &self.replaced)?;
         let (ask, answered) = (&self.ask, &self.answered);
-        let read_line = |request: evcxr::InputRequest| {
-            let prompt = request.prompt.replace(supervisor::COLON, ":");
-            let _ = ask.send((prompt, request.is_password));
-            answered.recv().unwrap_or_default()
+        let mut callbacks = evcxr::EvalCallbacks {
+            input_reader: &|request| {
+                let prompt = request.prompt.replace(supervisor::COLON, ":");
+                let _ = ask.send((prompt, request.is_password));
+                answered.recv().unwrap_or_default()
+            },
         };
-        let mut callbacks = evcxr::EvalCallbacks { input_reader: &read_line };
         let result = match context.execute_with_callbacks(&prepared, &mut callbacks) {
             // The cell as it was written makes for better messages. That it could compile after all is no harm.
             Err(evcxr::Error::CompilationErrors(_)) if !self.stopping.load(SeqCst) => {

@@ -1,7 +1,7 @@
 //! Whether code is whole, for clients that decide by it what the Enter key does.
 
 use ra_ap_syntax::ast::AstToken;
-use ra_ap_syntax::{AstNode, Edition, SourceFile, SyntaxKind, ast};
+use ra_ap_syntax::{Edition, SourceFile, SyntaxKind, ast};
 use serde_json::{Value, json};
 
 use crate::types;
