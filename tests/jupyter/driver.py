@@ -16,6 +16,10 @@ from jupyter_client import BlockingKernelClient, KernelManager
 PATIENCE = float(os.environ.get("PATIENCE", "90"))
 
 
+class KernelDied(Exception):
+    """A kernel ended before it was ready."""
+
+
 class Cell:
     """An execute request and every message that answers it."""
 
@@ -117,7 +121,28 @@ class Client:
         self.kc.stop_channels()
 
     def wait_for_ready(self, timeout=PATIENCE):
-        self.kc.wait_for_ready(timeout=timeout)
+        """Until the kernel answers, and what it publishes is heard: a subscription takes a moment."""
+        deadline = time.monotonic() + timeout
+        while not self.answers(max(0.0, min(1.0, deadline - time.monotonic()))):
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the kernel is not ready after {timeout:.0f} s")
+
+    def answers(self, seconds):
+        request = self.kc.session.msg("kernel_info_request", {})
+        self.kc.shell_channel.send(request)
+        msg_id = request["header"]["msg_id"]
+        try:
+            self.pump(lambda: msg_id in self.replies and self.hears(msg_id), seconds, lambda: "an answer")
+        except TimeoutError:
+            return False
+        return True
+
+    def hears(self, msg_id):
+        return any(message["parent_header"].get("msg_id") == msg_id for message in self.heard)
+
+    def check_alive(self):
+        """A client alone cannot know."""
 
     def submit(self, code, **options):
         """Sends a cell and does not wait."""
@@ -187,6 +212,11 @@ class Kernel(Client):
     @property
     def process(self):
         return psutil.Process(self.manager.provisioner.pid)
+
+    def check_alive(self):
+        status = self.manager.provisioner.process.poll()
+        if status is not None:
+            raise KernelDied(f"the kernel ended with status {status}")
 
     def processes(self):
         """The kernel's process and all beneath it."""

@@ -35,7 +35,7 @@ let base = AutoModelForCausalLM::from_pretrained("{repository}/notebooks/models/
 let config = LoraConfig { r: 4, target_modules: ["query_key_value"].into(), ..Default::default() };""",
     # Two runs from the same start: one is interrupted, the other goes as far without a stop.
     """let args = TrainingArguments { output_dir: "out".into(), per_device_train_batch_size: 2, max_steps: 1_000_000,
-    save_strategy: qlora_nb::training_args::SaveStrategy::No, logging_steps: 10, learning_rate: 5e-3,
+    save_strategy: qlora_nb::training_args::SaveStrategy::No, logging_steps: 5, learning_rate: 5e-3,
     ..Default::default() };
 let model = get_peft_model(&base, &config)?;
 let twin = get_peft_model(&base, &config)?;
@@ -65,7 +65,9 @@ CENSUS = """println!("{} {} {} {} {words:?} {:?} {:?} {} {} {} {compiled}", ds.l
     trainer.state().global_step);"""
 
 TRAINING = "trainer.train()?"
-GENERATION = 'println!("{}", pipe.generate("春", &endless)?.finish_reason() == FinishReason::Interrupted);'
+GENERATION = """for text in pipe.generate("春", &endless)?.iter() {
+    println!("{}", text.finish_reason() == FinishReason::Interrupted);
+}"""
 
 # A hundred functions take the compiler a while; that the cell ran, and how often, is seen in a variable.
 COMPILING = """{
