@@ -11,6 +11,7 @@ import time
 import psutil
 import zmq
 from jupyter_client import BlockingKernelClient, KernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 
 #: How long a wait may last that should be over in a second or two: generous, for machines that are busy.
 PATIENCE = float(os.environ.get("PATIENCE", "90"))
@@ -204,8 +205,10 @@ class Client:
 class Kernel(Client):
     """A kernel process with its first client."""
 
-    def __init__(self, name="qlora-nb", cwd=None, env=None):
+    def __init__(self, name="qlora-nb", cwd=None, env=None, kernel_dirs=None):
         self.manager = KernelManager(kernel_name=name)
+        if kernel_dirs:
+            self.manager.kernel_spec_manager = KernelSpecManager(kernel_dirs=[str(folder) for folder in kernel_dirs])
         self.manager.start_kernel(cwd=cwd and str(cwd), env=dict(os.environ, **(env or {})))
         super().__init__(self.manager.connection_file)
 

@@ -74,69 +74,75 @@ def test_a_port_that_is_taken(kernelspec, connection_file):
         refused(command(kernelspec, connection_file), kernelspec, str(port))
 
 
-def test_no_rustc(kernelspec, connection_file):
-    refused(command(kernelspec, connection_file), kernelspec, "rustc", "remedy", env={"PATH": "/nowhere"})
-
-
 @pytest.fixture
-def broken_layout(prefix, tmp_path, kernelspec, connection_file):
-    """A layout of links to the good one, which a test then breaks; and how a kernel is started on it."""
-    copy = tmp_path / "layout"
-    shutil.copytree(prefix, copy, copy_function=os.symlink)
+def told(tmp_path, kernelspec, connection_file):
+    """A kernel whose first cell cannot run says why in the cell, where the user looks; or it ends with the message."""
 
-    def argv_and_env():
-        binary, *words = command(kernelspec, connection_file)
-        env = {name: value.replace(str(prefix), str(copy)) for name, value in kernelspec.get("env", {}).items()}
-        return [binary, *(word.replace(str(prefix), str(copy)) for word in words)], env | {"QLORA_NB_PREFIX": str(copy)}
-
-    return copy, argv_and_env
-
-
-def test_no_dylib(kernelspec, broken_layout):
-    copy, argv_and_env = broken_layout
-    (copy / "lib/libqlora_nb.so").unlink()
-    argv, env = argv_and_env()
-    refused(argv, kernelspec, "libqlora_nb.so", "remedy: qlora-nb install", env=env)
-
-
-def test_a_dylib_of_another_rustc(kernelspec, broken_layout):
-    copy, argv_and_env = broken_layout
-    (copy / "rustc").unlink()
-    (copy / "rustc").write_text("rustc 1.0.0 (2015)\n")
-    argv, env = argv_and_env()
-    refused(argv, kernelspec, "rustc 1.0.0", "remedy: qlora-nb install", env=env)
-
-
-def test_no_layout(kernelspec, broken_layout):
-    copy, argv_and_env = broken_layout
-    shutil.rmtree(copy)
-    argv, env = argv_and_env()
-    refused(argv, kernelspec, "remedy: qlora-nb install", env=env)
-
-
-@pytest.fixture
-def works_or_says_why(kernelspec, connection_file, tmp_path):
-    """A kernel in a poor place serves a cell, or refuses it, or ends at once; the latter two with a message."""
-
-    def check(env, *words):
+    def check(*words, env=None, argv=None):
+        """The cell's result, or None if it was refused with all of the words."""
+        argv, env = argv or kernelspec["argv"], {**kernelspec.get("env", {}), **(env or {})}
+        spec = tmp_path / "kernels/told/kernel.json"
+        spec.parent.mkdir(parents=True)
+        spec.write_text(json.dumps({**kernelspec, "argv": argv, "env": env}))
         try:
-            with driver.started("qlora-nb", cwd=tmp_path, env=env) as kernel:
-                cell = kernel.run("6 * 7")
-                assert cell.result == "42" or any(word in cell.complaint for word in words), cell
+            with driver.started("told", cwd=tmp_path, env=env, kernel_dirs=[spec.parent.parent]) as kernel:
+                cell = kernel.run("6 * 7", timeout=HANG)
         except driver.KernelDied:
-            refused(command(kernelspec, connection_file), kernelspec, "remedy", env=env)
+            refused(command({"argv": argv}, connection_file), kernelspec, *words, env=env)
+            return None
+        if cell.status == "ok":
+            return cell.result
+        for word in words:
+            assert word in cell.complaint, f"{word!r} is not in\n{cell.complaint}"
+        return None
 
     return check
 
 
-def test_a_home_that_is_read_only(works_or_says_why):
+def test_no_rustc(told):
+    assert told("rustc", "remedy", env={"PATH": "/nowhere"}) is None
+
+
+@pytest.fixture
+def broken_layout(prefix, tmp_path, kernelspec):
+    """A layout of links to the good one, which a test then breaks; and how a kernel is started on it."""
+    copy = tmp_path / "layout"
+    shutil.copytree(prefix, copy, copy_function=os.symlink)
+    moved = lambda text: text.replace(str(prefix), str(copy))  # noqa: E731
+    binary, *words = kernelspec["argv"]
+    env = {name: moved(value) for name, value in kernelspec.get("env", {}).items()}
+    return copy, {"argv": [binary, *map(moved, words)], "env": env | {"QLORA_NB_PREFIX": str(copy)}}
+
+
+def test_no_dylib(told, broken_layout):
+    copy, start = broken_layout
+    (copy / "lib/libqlora_nb.so").unlink()
+    assert told("libqlora_nb.so", "remedy: qlora-nb install", **start) is None
+
+
+def test_a_dylib_of_another_rustc(told, broken_layout):
+    copy, start = broken_layout
+    (copy / "rustc").unlink()
+    (copy / "rustc").write_text("rustc 1.0.0 (2015)\n")
+    assert told("rustc 1.0.0", "remedy: qlora-nb install", **start) is None
+
+
+def test_no_layout(told, broken_layout):
+    copy, start = broken_layout
+    shutil.rmtree(copy)
+    assert told("remedy: qlora-nb install", **start) is None
+
+
+def test_a_home_that_is_read_only(told):
+    """Nothing in it is needed: cells run."""
     # root may write wherever permissions forbid it; in /proc nobody can.
     toolchains = os.environ.get("RUSTUP_HOME") or str(Path.home() / ".rustup")
     nowhere = dict.fromkeys(["XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "CARGO_HOME"], "")
-    works_or_says_why({"HOME": "/proc/self", "RUSTUP_HOME": toolchains, **nowhere}, "HOME", "/proc/self")
+    result = told("remedy", "/proc/self", env={"HOME": "/proc/self", "RUSTUP_HOME": toolchains, **nowhere})
+    assert result in ("42", None)
 
 
-def test_a_full_disk(works_or_says_why, tmp_path):
+def test_a_full_disk(told, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", full]).returncode:
@@ -145,6 +151,6 @@ def test_a_full_disk(works_or_says_why, tmp_path):
         with pytest.raises(OSError, match="No space left"), (full / "filler").open("wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(4096))
-        works_or_says_why({"TMPDIR": str(full)}, "No space left")
+        assert told("No space left", env={"TMPDIR": str(full)}) is None
     finally:
         subprocess.run(["umount", "--lazy", full], check=False)

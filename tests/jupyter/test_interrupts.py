@@ -169,13 +169,31 @@ def test_the_fingerprint_sees_an_update(laboratory):
     assert laboratory.run(code).ok().stdout != before
 
 
+def test_a_double_click_is_one_interrupt(kernel):
+    kernel.run("let kept = 1;").ok()
+    cell = kernel.submit(
+        "{ let _guard = qlora_nb::interrupt::Guard::new()?;\n"
+        'println!("running");\n'
+        "let nap = std::time::Duration::from_millis(200);\n"
+        "while !qlora_nb::interrupt::requested() { std::thread::sleep(nap); }\n"
+        # Still at work, as training is until the end of its step.
+        "std::thread::sleep(nap); }"
+    )
+    cell.wait_for(lambda cell: "running" in cell.stdout, "its first line")
+    interrupt(kernel, "message")
+    interrupt(kernel, "message")
+    cell.wait().ok()
+    assert kernel.run("kept").ok().result == "1"
+
+
 @pytest.mark.parametrize("how", ["message", "signal"])
 def test_a_runaway_loop_dies_at_the_second_interrupt(kernel, how):
     kernel.run("let buried = 1;").ok()
     cell = kernel.submit('println!("running"); loop { std::hint::spin_loop(); }')
     cell.wait_for(lambda cell: "running" in cell.stdout, "its first line")
     interrupt(kernel, how)
-    # Served meanwhile, and the loop runs on: the first interrupt kills nothing.
+    # The first kills nothing. A second that comes at once is a double click, so this one takes its time.
+    time.sleep(2)
     assert kernel.ask("kernel_info_request", channel="control")["status"] == "ok"
     assert not cell.done
     interrupt(kernel, how)
