@@ -32,7 +32,8 @@ WATCH = """cell => {
         if (!cell.querySelector('.jp-InputPrompt').textContent.includes('*')) return;
         const output = cell.querySelector('.jp-Cell-outputArea');
         const text = output ? output.innerText : '';
-        const pictures = output ? [...output.querySelectorAll('.jp-OutputArea-output :is(svg, img)')].map(p => p.src || p.outerHTML).join() : '';
+        const drawn = output ? [...output.querySelectorAll('.jp-OutputArea-output :is(svg, img)')] : [];
+        const pictures = drawn.map(picture => picture.src || picture.outerHTML).join();
         if (cell.texts.at(-1) !== text) cell.texts.push(text);
         if (pictures && cell.pictures.at(-1) !== pictures) cell.pictures.push(pictures);
     };

@@ -189,7 +189,7 @@ def test_completion_knows_the_library(kernel, code, match):
     assert any(m.rstrip("()").startswith(match) for m in matches), matches
 
 
-@pytest.mark.parametrize("code", ["", "fn f( {", "\"", "}}}}", "诗"])
+@pytest.mark.parametrize("code", ["", "fn f( {", '"', "}}}}", "诗"])
 def test_completion_of_nonsense_is_an_answer(kernel, code):
     assert complete(kernel, code)["status"] == "ok"
 
