@@ -77,10 +77,10 @@ def test_a_reader_works_through_the_walkthrough(opened):
     notebook.stop()
     notebook.wait(training)
     stopped = notebook.output(training).inner_text()
-    assert "interrupted" in stopped and "global_step=200" not in stopped, stopped
+    assert "interrupted" in stopped and "200 of 200 steps" not in stopped, stopped
     notebook.show(training, "stopped")
     notebook.run(training, timeout=600_000)
-    assert "global_step=200" in notebook.output(training).inner_text()
+    assert "200 of 200 steps" in notebook.output(training).inner_text()
     notebook.show(training, "trained")
 
     for n in range(training + 1, stream):

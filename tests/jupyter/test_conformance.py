@@ -43,6 +43,8 @@ class TestConformance(jupyter_kernel_test.KernelTests):
         {"code": f'qlora_nb::display::Svg::new("{SVG}", "the picture")', "result": "the picture"},
     ]
     code_display_data = [
+        {"code": 'qlora_nb::display::Html::new("<b>1</b>", "1").show();', "mime": "text/html"},
+        {"code": f'qlora_nb::display::Svg::new("{SVG}", "a picture").show();', "mime": "image/svg+xml"},
         {"code": 'qlora_nb::display::Html::new("<b>1</b>", "1").evcxr_display();', "mime": "text/html"},
         {"code": 'qlora_nb::display::Html::new("<b>1</b>", "1").evcxr_display();', "mime": "text/plain"},
         {"code": f'qlora_nb::display::Svg::new("{SVG}", "a picture").evcxr_display();', "mime": "image/svg+xml"},

@@ -61,8 +61,8 @@ fn fingerprint(model: &PeftModel) -> Result<u64> {
 
 # Every variable, in one line. Those that do not change while the test runs come first.
 CENSUS = """println!("{} {} {} {} {words:?} {:?} {:?} {} {} {} {compiled}", ds.len(), rows.len(),
-    tokenizer.vocab_size(), config.r, pipe.tokenizer().eos_token(), endless.seed, base.dtype(), twin_trainer.state().global_step,
-    trainer.state().global_step);"""
+    tokenizer.vocab_size(), config.r, pipe.tokenizer().eos_token(), endless.seed, base.dtype(),
+    twin_trainer.state().global_step, trainer.state().global_step);"""
 
 TRAINING = "trainer.train()?"
 GENERATION = """for text in pipe.generate("春", &endless)?.iter() {
