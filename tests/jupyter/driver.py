@@ -6,6 +6,7 @@ tells what has come instead.
 
 import contextlib
 import os
+import re
 import time
 
 import psutil
@@ -87,7 +88,8 @@ class Cell:
     @property
     def complaint(self):
         """All that the user reads of a failure."""
-        return "\n".join([self.reply["content"].get("evalue", ""), self.traceback, self.stderr])
+        text = "\n".join([self.reply["content"].get("evalue", ""), self.traceback, self.stderr])
+        return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
     def ok(self):
         """The cell, which must not have failed."""

@@ -515,7 +515,7 @@ def test_control_answers_while_a_cell_is_busy(kernel, gate):
 
 
 def test_cells_sent_at_once_run_in_order(kernel):
-    kernel.run("let mut order = Vec::new();").ok()
+    kernel.run("let mut order: Vec<i32> = Vec::new();").ok()
     cells = [kernel.submit(f"order.push({n});") for n in range(5)]
     for cell in cells:
         cell.wait().ok()

@@ -1,5 +1,29 @@
 //! What was executed, for clients that ask: consoles, and JupyterLab's history search.
 
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// What is asked for, in the protocol's words.
+#[derive(Deserialize)]
+#[serde(default)]
+pub struct Request {
+    hist_access_type: String,
+    output: bool,
+    session: Option<i32>,
+    start: Option<i32>,
+    stop: Option<i32>,
+    n: Option<i32>,
+    pattern: Option<String>,
+    unique: bool,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        let hist_access_type = "range".to_owned();
+        Request { hist_access_type, output: false, session: None, start: None, stop: None, n: None, pattern: None, unique: false }
+    }
+}
+
 /// One cell.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
@@ -18,6 +42,20 @@ pub struct History {
 impl History {
     pub fn add(&mut self, line: i32, input: &str, output: &str) {
         self.entries.push(Entry { session: 0, line, input: input.to_owned(), output: output.to_owned() });
+    }
+
+    /// The content of a `history_reply`.
+    pub fn answer(&self, asked: &Request) -> Value {
+        let entries = match asked.hist_access_type.as_str() {
+            "tail" => self.tail(asked.n.unwrap_or(i32::MAX)),
+            "search" => self.search(asked.pattern.as_deref().unwrap_or("*"), asked.unique, asked.n.unwrap_or(0)),
+            _ => self.range(asked.session.unwrap_or(0), asked.start.unwrap_or(0), asked.stop.unwrap_or(0)),
+        };
+        let line = |Entry { session, line, input, output }: &Entry| match asked.output {
+            true => json!([session, line, [input, output]]),
+            false => json!([session, line, input]),
+        };
+        json!({ "status": "ok", "history": entries.into_iter().map(line).collect::<Vec<_>>() })
     }
 
     /// The last `n`.

@@ -7,21 +7,22 @@
 //! After a failure, and after an interrupt, the cells that are queued are aborted: whoever runs all cells does not
 //! want the rest of them to work on what is not there.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use jupyter_protocol::messaging::{
-    ExecuteRequest, HistoryRequest, JupyterMessage, JupyterMessageContent, UnknownMessage,
-};
-use jupyter_zmq_client as zmq;
-use jupyter_zmq_client::ConnectionInfo;
+use anyhow::{Context, Result, bail};
+use chrono::SubsecRound;
+use jupyter_protocol::messaging::{JupyterMessage, JupyterMessageContent, UnknownMessage};
+use jupyter_zmq_client as jupyter;
+use jupyter_zmq_client::{ConnectionInfo, RawMessage};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use zeromq::{SocketRecv, SocketSend};
 
 use crate::assistance::Assistance;
 use crate::layout::Layout;
@@ -31,8 +32,6 @@ use crate::{highlight, history::History, syntax};
 
 /// How long text on stderr waits for a panic that may follow, and a rich output for the end of the cell.
 pub const HOLD: Duration = Duration::from_millis(40);
-/// Requests that come so soon after a failed cell were sent before their sender knew of it.
-const ABORT_WINDOW: Duration = Duration::from_millis(100);
 /// How often it is looked after whether the process that started us still lives.
 const PARENT_CHECK: Duration = Duration::from_secs(1);
 
@@ -52,8 +51,12 @@ fn read_connection_file(path: &Path) -> Result<ConnectionInfo> {
                   jupyter console --kernel qlora-nb";
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the connection file {shown}\n{remedy}"))?;
-    serde_json::from_str(&text)
-        .with_context(|| format!("{shown} is not a connection file, a JSON object with ip, ports and key\n{remedy}"))
+    let info: ConnectionInfo = serde_json::from_str(&text)
+        .with_context(|| format!("{shown} is not a connection file, a JSON object with ip, ports and key\n{remedy}"))?;
+    if info.signature_scheme != "hmac-sha256" {
+        bail!("{shown} wants the signature scheme {:?}, and only hmac-sha256 is known\n{remedy}", info.signature_scheme);
+    }
+    Ok(info)
 }
 
 /// What the threads share.
@@ -83,10 +86,13 @@ impl Shared {
     }
 }
 
+/// Contents are kept as JSON: a message with a field less than the protocol wants is not worth dropping.
 fn message(msg_type: &str, content: Value, parent: Option<&JupyterMessage>) -> JupyterMessage {
     let content = UnknownMessage { msg_type: msg_type.to_owned(), content };
     let mut message = JupyterMessage::new(JupyterMessageContent::UnknownMessage(content), parent);
     message.header.username = "qlora-nb".to_owned();
+    // jupyter_client takes a date with nanoseconds for no date.
+    message.header.date = message.header.date.trunc_subsecs(6);
     message
 }
 
@@ -94,14 +100,78 @@ fn reply_to(request: &JupyterMessage, content: Value) -> JupyterMessage {
     message(&request.header.msg_type.replace("_request", "_reply"), content, Some(request))
 }
 
+fn content(message: &JupyterMessage) -> &Value {
+    match &message.content {
+        JupyterMessageContent::UnknownMessage(message) => &message.content,
+        _ => &Value::Null,
+    }
+}
+
+/// The content as the type that the request's name promises.
+fn parsed<T: for<'a> Deserialize<'a>>(message: &JupyterMessage) -> Result<T> {
+    T::deserialize(content(message)).with_context(|| format!("a malformed {}", message.header.msg_type))
+}
+
+fn received(parts: zeromq::ZmqMessage, connection: &jupyter::RouterRecvConnection) -> Result<JupyterMessage> {
+    let raw = RawMessage::from_multipart(parts, &connection.mac)?;
+    // from_multipart sees to it that there are these four.
+    let [header, _, metadata, content] = [0, 1, 2, 3].map(|i| &raw.jparts[i]);
+    let header: jupyter_protocol::messaging::Header = serde_json::from_slice(header)?;
+    let content = UnknownMessage { msg_type: header.msg_type.clone(), content: serde_json::from_slice(content)? };
+    let mut message = JupyterMessage::new(JupyterMessageContent::UnknownMessage(content), None);
+    message.header = header;
+    message.metadata = serde_json::from_slice(metadata)?;
+    message.zmq_identities = raw.zmq_identities;
+    Ok(message)
+}
+
+/// Cells, as clients send them.
+#[derive(Deserialize)]
+struct ExecuteRequest {
+    code: String,
+    #[serde(default)]
+    silent: bool,
+    #[serde(default = "yes")]
+    store_history: bool,
+    #[serde(default)]
+    user_expressions: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    allow_stdin: bool,
+    #[serde(default = "yes")]
+    stop_on_error: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[derive(Deserialize)]
+struct Cursor {
+    code: String,
+    cursor_pos: usize,
+}
+
+#[derive(Deserialize)]
+struct Code {
+    code: String,
+}
+
 async fn serve(info: &ConnectionInfo, prefix: &Path) -> Result<()> {
     let id = uuid_of(info);
-    let busy = "is another kernel using the ports of this connection file?";
-    let mut heartbeat = zmq::create_kernel_heartbeat_connection(info).await.context(busy)?;
-    let mut iopub = zmq::create_kernel_iopub_connection(info, &id).await.context(busy)?;
-    let shell = zmq::create_kernel_shell_connection(info, &id).await.context(busy)?;
-    let control = zmq::create_kernel_control_connection(info, &id).await.context(busy)?;
-    let stdin = zmq::create_kernel_stdin_connection(info, &id).await.context(busy)?;
+    let cannot = |channel: &str, port: u16| {
+        let remedy = "remedy: start it from Jupyter, which chooses free ports; another kernel may be using this one";
+        format!("cannot listen at {} port {port}, the {channel} channel of the connection file\n{remedy}", info.ip)
+    };
+    let heartbeat = jupyter::create_kernel_heartbeat_connection(info).await;
+    let mut heartbeat = heartbeat.with_context(|| cannot("heartbeat", info.hb_port))?.socket;
+    let iopub = jupyter::create_kernel_iopub_connection(info, &id).await;
+    let mut iopub = iopub.with_context(|| cannot("iopub", info.iopub_port))?;
+    let shell = jupyter::create_kernel_shell_connection(info, &id).await;
+    let shell = shell.with_context(|| cannot("shell", info.shell_port))?;
+    let control = jupyter::create_kernel_control_connection(info, &id).await;
+    let control = control.with_context(|| cannot("control", info.control_port))?;
+    let stdin = jupyter::create_kernel_stdin_connection(info, &id).await;
+    let stdin = stdin.with_context(|| cannot("stdin", info.stdin_port))?;
 
     let (iopub_sender, mut iopub_queue) = unbounded_channel();
     let (shell_sender, shell_queue) = unbounded_channel();
@@ -116,7 +186,11 @@ async fn serve(info: &ConnectionInfo, prefix: &Path) -> Result<()> {
         assistance: Assistance::new(prefix),
     });
 
-    tokio::spawn(async move { while heartbeat.single_heartbeat().await.is_ok() {} });
+    tokio::spawn(async move {
+        while let Ok(beat) = heartbeat.recv().await {
+            let _ = heartbeat.send(beat).await;
+        }
+    });
     let published = tokio::spawn(async move {
         while let Some(message) = iopub_queue.recv().await {
             if let Err(error) = iopub.send(message).await {
@@ -157,10 +231,10 @@ async fn serve(info: &ConnectionInfo, prefix: &Path) -> Result<()> {
                 }
             }
             Some(reply) = stdin_replies.recv() => {
-                if let JupyterMessageContent::InputReply(reply) = reply.content
+                if let Some(line) = content(&reply)["value"].as_str()
                     && let Some((controls, _)) = &*lock(&shared.session)
                 {
-                    controls.answer(reply.value);
+                    controls.answer(line.to_owned());
                 }
             }
             _ = interrupted.recv() => interrupt(&shared),
@@ -168,11 +242,12 @@ async fn serve(info: &ConnectionInfo, prefix: &Path) -> Result<()> {
             _ = parent_check.tick() => if std::os::unix::process::parent_id() != parent { break },
         }
     }
-    // Ends the executor, and with it the session and what it left in /tmp; a running cell is interrupted for good.
+    // Ends the executor, and with it the session and what it left in /tmp; a running cell dies.
     let _ = jobs.send(Job::Stop);
-    interrupt(&shared);
-    drop(jobs);
-    let deadline = Instant::now() + Duration::from_secs(3);
+    if let Some((controls, _)) = &*lock(&shared.session) {
+        controls.kill();
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
     while !executor.is_finished() && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -193,7 +268,7 @@ fn complain(error: &dyn std::fmt::Display) {
     eprintln!("qlora-nb: a message was dropped: {error}");
 }
 
-async fn send_all(mut socket: zmq::RouterSendConnection, mut queue: UnboundedReceiver<JupyterMessage>) {
+async fn send_all(mut socket: jupyter::RouterSendConnection, mut queue: UnboundedReceiver<JupyterMessage>) {
     while let Some(message) = queue.recv().await {
         if let Err(error) = socket.send(message).await {
             complain(&error);
@@ -201,10 +276,17 @@ async fn send_all(mut socket: zmq::RouterSendConnection, mut queue: UnboundedRec
     }
 }
 
-async fn read_all(mut socket: zmq::RouterRecvConnection, queue: UnboundedSender<JupyterMessage>) {
+async fn read_all(mut socket: jupyter::RouterRecvConnection, queue: UnboundedSender<JupyterMessage>) {
     loop {
-        match socket.read().await {
-            Ok(message) => if queue.send(message).is_err() { return },
+        match socket.socket.recv().await {
+            Ok(parts) => match received(parts, &socket) {
+                Ok(message) => {
+                    if queue.send(message).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => complain(&error),
+            },
             Err(error) => {
                 complain(&error);
                 // So that a socket that is broken for good does not keep a core busy.
@@ -226,30 +308,37 @@ fn interrupt(shared: &Shared) {
 
 /// Answers a request on the shell channel, or hands it to whoever can.
 fn on_shell(shared: &Arc<Shared>, jobs: &Sender<Job>, request: JupyterMessage) {
-    let content = match &request.content {
-        JupyterMessageContent::ExecuteRequest(_) => {
+    let answer = match request.header.msg_type.as_str() {
+        "execute_request" => {
             let _ = jobs.send(Job::Execute(request));
             return;
         }
-        JupyterMessageContent::CompleteRequest(_) | JupyterMessageContent::InspectRequest(_) => {
+        "complete_request" | "inspect_request" => {
             let (shared, jobs) = (shared.clone(), jobs.clone());
             std::thread::spawn(move || assist(&shared, &jobs, &request));
             return;
         }
-        JupyterMessageContent::KernelInfoRequest(_) => kernel_info(),
-        JupyterMessageContent::IsCompleteRequest(asked) => syntax::is_complete(&asked.code).to_json(),
-        JupyterMessageContent::HistoryRequest(asked) => history(&lock(&shared.history), asked),
-        JupyterMessageContent::CommInfoRequest(_) => json!({ "status": "ok", "comms": {} }),
+        "kernel_info_request" => Ok(kernel_info()),
+        "is_complete_request" => parsed(&request).map(|Code { code }| syntax::is_complete(&code).to_json()),
+        "history_request" => parsed(&request).map(|asked| lock(&shared.history).answer(&asked)),
+        "comm_info_request" => Ok(json!({ "status": "ok", "comms": {} })),
         // Nobody here opens comms, so an opened one is closed again, as the protocol wants it.
-        JupyterMessageContent::CommOpen(comm) => {
-            shared.publish("comm_close", json!({ "comm_id": comm.comm_id, "data": {} }), &request);
+        "comm_open" => {
+            let comm_id = &content(&request)["comm_id"];
+            shared.publish("comm_close", json!({ "comm_id": comm_id, "data": {} }), &request);
             return;
         }
         _ => return,
     };
     shared.status("busy", &request);
-    shared.reply(&request, content);
+    shared.reply(&request, answer.unwrap_or_else(|error| refusal(&error)));
     shared.status("idle", &request);
+}
+
+/// The answer to a request that makes no sense.
+fn refusal(error: &anyhow::Error) -> Value {
+    let message = format!("{error:#}");
+    json!({ "status": "error", "ename": "ProtocolError", "evalue": message, "traceback": [message] })
 }
 
 /// Returns whether the kernel is to end.
@@ -260,18 +349,18 @@ fn on_control(
     request: JupyterMessage,
 ) -> bool {
     let mut is_end = false;
-    let content = match &request.content {
-        JupyterMessageContent::InterruptRequest(_) => {
+    let content = match request.header.msg_type.as_str() {
+        "interrupt_request" => {
             interrupt(shared);
             json!({ "status": "ok" })
         }
-        JupyterMessageContent::ShutdownRequest(asked) => {
+        "shutdown_request" => {
             is_end = true;
-            json!({ "status": "ok", "restart": asked.restart })
+            json!({ "status": "ok", "restart": content(&request)["restart"] == json!(true) })
         }
-        JupyterMessageContent::KernelInfoRequest(_) => kernel_info(),
+        "kernel_info_request" => kernel_info(),
         // Clients that do not know better execute here too.
-        JupyterMessageContent::ExecuteRequest(_) => {
+        "execute_request" => {
             let _ = jobs.send(Job::Execute(request));
             return false;
         }
@@ -325,21 +414,6 @@ fn rustc_release() -> &'static str {
     })
 }
 
-fn history(history: &History, asked: &HistoryRequest) -> Value {
-    let (entries, output) = match asked {
-        HistoryRequest::Tail { n, output, .. } => (history.tail(*n), output),
-        HistoryRequest::Range { session, start, stop, output, .. } => {
-            (history.range(session.unwrap_or(0), *start, *stop), output)
-        }
-        HistoryRequest::Search { pattern, unique, output, n, .. } => (history.search(pattern, *unique, *n), output),
-    };
-    let line = |entry: &crate::history::Entry| match output {
-        true => json!([entry.session, entry.line, [entry.input, entry.output]]),
-        false => json!([entry.session, entry.line, entry.input]),
-    };
-    json!({ "status": "ok", "history": entries.into_iter().map(line).collect::<Vec<_>>() })
-}
-
 /// Completion and inspection, on a thread of their own.
 fn assist(shared: &Shared, jobs: &Sender<Job>, request: &JupyterMessage) {
     let names = lock(&shared.session).as_ref().map(|(_, names)| lock(names).clone()).unwrap_or_default();
@@ -350,14 +424,12 @@ fn assist(shared: &Shared, jobs: &Sender<Job>, request: &JupyterMessage) {
         answered.recv_timeout(Duration::from_millis(1500)).ok()?
     };
     shared.status("busy", request);
-    let content = match &request.content {
-        JupyterMessageContent::CompleteRequest(asked) => {
-            shared.assistance.complete(&asked.code, asked.cursor_pos, &names, &ask)
+    let content = match parsed(request) {
+        Ok(Cursor { code, cursor_pos }) if request.header.msg_type == "complete_request" => {
+            shared.assistance.complete(&code, cursor_pos, &names, &ask)
         }
-        JupyterMessageContent::InspectRequest(asked) => {
-            shared.assistance.inspect(&asked.code, asked.cursor_pos, &names, &ask)
-        }
-        _ => json!({ "status": "error" }),
+        Ok(Cursor { code, cursor_pos }) => shared.assistance.inspect(&code, cursor_pos, &names, &ask),
+        Err(error) => refusal(&error),
     };
     shared.reply(request, content);
     shared.status("idle", request);
@@ -402,9 +474,9 @@ impl Executor {
                     let _ = answer.send(ty);
                 }
                 Job::Execute(request) => {
-                    let JupyterMessageContent::ExecuteRequest(asked) = request.content.clone() else { continue };
-                    if self.execute(&request, &asked) {
-                        self.abort(queue);
+                    match parsed(&request) {
+                        Ok(asked) => self.execute(&request, &asked, queue),
+                        Err(error) => self.shared.reply(&request, refusal(&error)),
                     }
                 }
             }
@@ -422,8 +494,8 @@ impl Executor {
         Ok(())
     }
 
-    /// Runs a cell and answers. Returns whether the cells behind it are to be aborted.
-    fn execute(&mut self, request: &JupyterMessage, asked: &ExecuteRequest) -> bool {
+    /// Runs a cell and answers; aborts the cells behind it if it failed.
+    fn execute(&mut self, request: &JupyterMessage, asked: &ExecuteRequest, queue: &Receiver<Job>) {
         if let Some(session) = &self.session {
             session.forget_interrupts();
         }
@@ -445,14 +517,24 @@ impl Executor {
                         "traceback": highlight::traceback(name, details) })
             }
         };
+        let is_failure = ending.failure.is_some();
         content["execution_count"] = json!(self.count);
         content["user_expressions"] = match ending.failure {
             None => self.user_expressions(asked),
             Some(_) => json!({}),
         };
+        // Whoever learns of the failure and then sends a cell means it: so this is what was sent before.
+        let aborted = match asked.stop_on_error && (is_failure || ending.interrupted) {
+            true => self.waiting_cells(queue),
+            false => Vec::new(),
+        };
         self.shared.reply(request, content);
         self.shared.status("idle", request);
-        (ending.failure.is_some() || ending.interrupted) && asked.stop_on_error
+        for request in aborted {
+            self.shared.status("busy", &request);
+            self.shared.reply(&request, json!({ "status": "aborted" }));
+            self.shared.status("idle", &request);
+        }
     }
 
     fn run_cell(&mut self, request: &JupyterMessage, asked: &ExecuteRequest) -> Ending {
@@ -508,20 +590,16 @@ impl Executor {
         Value::Object(values)
     }
 
-    /// Answers the cells that wait with "aborted"; other jobs stay.
-    fn abort(&mut self, queue: &Receiver<Job>) {
-        let deadline = Instant::now() + ABORT_WINDOW;
-        loop {
-            match queue.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Job::Execute(request)) => {
-                    self.shared.status("busy", &request);
-                    self.shared.reply(&request, json!({ "status": "aborted" }));
-                    self.shared.status("idle", &request);
-                }
-                Ok(job) => self.waiting.push_back(job),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+    /// Takes the cells that wait out of the queue; other jobs stay.
+    fn waiting_cells(&mut self, queue: &Receiver<Job>) -> Vec<JupyterMessage> {
+        let mut cells = Vec::new();
+        while let Ok(job) = queue.try_recv() {
+            match job {
+                Job::Execute(request) => cells.push(request),
+                job => self.waiting.push_back(job),
             }
         }
+        cells
     }
 }
 

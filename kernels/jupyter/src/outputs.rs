@@ -64,6 +64,13 @@ pub struct Recorder {
     clear_next: bool,
 }
 
+impl Recorder {
+    /// Goes on with a cell that was recorded before.
+    pub fn of(outputs: Vec<Output>) -> Recorder {
+        Recorder { outputs, ..Recorder::default() }
+    }
+}
+
 impl Client for Recorder {
     fn show(&mut self, update: Update) {
         match update {

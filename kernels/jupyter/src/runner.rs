@@ -103,8 +103,7 @@ impl Displays {
         let mut changed = Vec::new();
         for (cell, count, outputs) in &mut self.0 {
             let before = outputs.clone();
-            let mut earlier = Recorder::default();
-            earlier.outputs = std::mem::take(outputs);
+            let mut earlier = Recorder::of(std::mem::take(outputs));
             recorder.of_earlier_cells.iter().for_each(|update| earlier.show(update.clone()));
             *outputs = earlier.outputs;
             if *outputs != before {

@@ -34,7 +34,7 @@ pub struct Session {
     replies: Receiver<Reply>,
     events: Receiver<String>,
     questions: Receiver<(String, bool)>,
-    interrupts: Receiver<()>,
+    wishes: Receiver<Wish>,
     controls: Controls,
     process: Arc<Mutex<Child>>,
     /// Raised while the running cell is being interrupted.
@@ -47,15 +47,25 @@ pub struct Session {
 /// What may be done to a session while it runs a cell, from any thread.
 #[derive(Clone)]
 pub struct Controls {
-    interrupts: Sender<()>,
+    wishes: Sender<Wish>,
     answers: Sender<String>,
+}
+
+enum Wish {
+    Stop,
+    End,
 }
 
 impl Controls {
     /// Asks the running cell to stop: a compiler is killed, a training or a generation returns what it has. A cell
     /// that is asked again, a second later or more, loses its process and all variables.
     pub fn interrupt(&self) {
-        let _ = self.interrupts.send(());
+        let _ = self.wishes.send(Wish::Stop);
+    }
+
+    /// Kills the process of the running cell at once.
+    pub fn kill(&self) {
+        let _ = self.wishes.send(Wish::End);
     }
 
     /// The line that a cell asked for.
@@ -156,7 +166,7 @@ impl Session {
         let (started, start) = bounded(1);
         let (ask, questions) = unbounded();
         let (answers, answered) = unbounded();
-        let (interrupt, interrupts) = unbounded();
+        let (wish, wishes) = unbounded();
         let stopping = Arc::new(AtomicBool::new(false));
         let names = Arc::new(Mutex::new(Names::default()));
         let evcxr = Evcxr {
@@ -174,8 +184,8 @@ impl Session {
             Ok(started) => started?,
             Err(_) => bail!("evcxr has not started after {} s", START_TIMEOUT.as_secs()),
         };
-        let controls = Controls { interrupts: interrupt, answers };
-        Ok(Session { requests, replies, events, questions, interrupts, controls, process, stopping, names, folder })
+        let controls = Controls { wishes: wish, answers };
+        Ok(Session { requests, replies, events, questions, wishes, controls, process, stopping, names, folder })
     }
 
     pub fn controls(&self) -> Controls {
@@ -189,7 +199,7 @@ impl Session {
 
     /// Forgets interrupts that came while nothing ran.
     pub fn forget_interrupts(&self) {
-        while self.interrupts.try_recv().is_ok() {}
+        while self.wishes.try_recv().is_ok() {}
     }
 
     /// Runs a cell and shows the client what it does, the failure included.
@@ -226,7 +236,7 @@ impl Session {
     /// Has evcxr do something and passes on what cells do meanwhile. Returns also whether it was interrupted.
     fn wait_for(&self, request: Request, timeout: Option<Duration>, outputs: &mut Outputs) -> (Reply, bool) {
         // Giving variables back is not to be interrupted.
-        let interrupts = if let Request::Execute(_) = request { &self.interrupts } else { &never() };
+        let wishes = if let Request::Execute(_) = request { &self.wishes } else { &never() };
         let gone = || Reply {
             result: Err(Failure::new(FailureKind::Died, "evcxr itself stopped", "evcxr itself stopped")),
             compiled: String::new(),
@@ -257,9 +267,14 @@ impl Session {
                         self.controls.answer(String::new());
                     }
                 },
-                recv(interrupts) -> _ => match &mut interrupt {
-                    Some(interrupt) => interrupt.again = true,
-                    None => {
+                recv(wishes) -> wish => match (wish, &mut interrupt) {
+                    (Ok(Wish::End), _) => {
+                        end = Some(End::Killed);
+                        deadline = Some(Instant::now() + KILL_TIMEOUT);
+                        self.kill();
+                    }
+                    (_, Some(interrupt)) => interrupt.again = true,
+                    (_, None) => {
                         self.stopping.store(true, SeqCst);
                         // A cell that waits for a line gets an empty one.
                         self.controls.answer(String::new());
@@ -282,7 +297,6 @@ impl Session {
                 }
                 end = Some(End::OutOfTime);
                 deadline = Some(Instant::now() + KILL_TIMEOUT);
-                processes::kill_compilers(&[self.process_id()]);
                 self.kill();
             }
         };
@@ -299,7 +313,7 @@ impl Session {
                 Failure::new(FailureKind::Timeout, &message, &details)
             }
             (Some(End::Killed), Err(_)) => {
-                let message = "interrupted twice, so its process was killed";
+                let message = "interrupted again, so its process was killed";
                 Failure::new(FailureKind::Interrupted, message, &format!("{message}; all variables are gone"))
             }
             (None, Err(failure)) if interrupt.is_some() && failure.kind == FailureKind::Compile => {
@@ -311,19 +325,16 @@ impl Session {
         (Reply { result: Err(failure), ..reply }, interrupt.is_some())
     }
 
-    fn process_id(&self) -> i32 {
-        self.process.lock().map_or(0, |process| process.id() as i32)
-    }
-
+    /// Kills the cells' process, and compilers, for which evcxr may be waiting.
     fn kill(&self) {
         if let Ok(mut process) = self.process.lock() {
+            processes::kill_compilers(&[process.id() as i32]);
             let _ = process.kill();
         }
     }
 
     /// Removes what the session left in /tmp. It does not wait for evcxr, which may wait for a compiler.
     pub fn close(self) {
-        processes::kill_compilers(&[self.process_id()]);
         self.kill();
         let _ = self.folder.close();
     }
@@ -385,8 +396,16 @@ fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
     let libraries = before(layout.prefix.join("lib"), "LD_LIBRARY_PATH")?;
     // Past rustup's proxies, which cost more time than compiling a small cell.
     let path = before(layout::sysroot()?.join("bin"), "PATH")?;
+    // cargo locks its home though cells need nothing from it; where that cannot be written, another does as well.
+    let home = std::env::var_os("CARGO_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let is_writable = |home: PathBuf| tempfile::tempfile_in(home).is_ok();
+    let own_home = (!home.is_some_and(is_writable)).then(|| folder.join("cargo"));
     // SAFETY: called before the session's first thread is started.
     unsafe {
+        if let Some(home) = own_home {
+            std::env::set_var("CARGO_HOME", home);
+        }
         std::env::set_var("EVCXR_TMPDIR", folder);
         std::env::set_var("EVCXR_CONFIG_DIR", layout.evcxr_config());
         std::env::set_var("RUST_SRC_PATH", no_std);
@@ -416,7 +435,8 @@ struct Evcxr {
 }
 
 /// Brings text to the reader that a cell printed without a newline, which would stay in Rust's buffer.
-const FLUSH: &str = "::std::thread::spawn(|| loop {
+/// (It must not begin with a colon, as evcxr's commands do.)
+const FLUSH: &str = "let _ = ::std::thread::spawn(|| loop {
     ::std::thread::sleep(::std::time::Duration::from_millis(50));
     let _ = ::std::io::Write::flush(&mut ::std::io::stdout());
 });";

@@ -160,7 +160,7 @@ fn start_worker() -> std::io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     // A backtrace through generated code tells a notebook's reader nothing; whoever wants one sets it in a cell.
     command.env(WORKER, "1").env(DISPLAY_IS_UNDERSTOOD, "1").env("RUST_BACKTRACE", "0");
-    command.stdin(Stdio::inherit()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: prctl is async-signal-safe. It makes the worker die with us, for evcxr can only kill us.
     unsafe {
         command.pre_exec(|| {
@@ -176,14 +176,26 @@ fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
     let (Some(mut out), Some(mut err)) = (worker.stdout.take(), worker.stderr.take()) else {
         return worker.wait();
     };
+    let mut commands = worker.stdin.take();
     let (out_fd, err_fd) = (out.as_raw_fd(), err.as_raw_fd());
     let started = std::env::var_os("EVCXR_TMPDIR").is_some_and(|folder| Path::new(&folder).join(STARTED).exists());
     let mut relay = Relay { mute: !started, ..Default::default() };
+    let mut reading = Reading::default();
     let mut buffer = vec![0; 1 << 16];
     let (mut out_open, mut err_open) = (true, true);
     while out_open || err_open {
-        let fds = [if out_open { out_fd } else { -1 }, if err_open { err_fd } else { -1 }];
-        let ready = readable(fds, -1)?;
+        let open = |is_open: bool, fd: RawFd| if is_open { fd } else { -1 };
+        let fds = [open(out_open, out_fd), open(err_open, err_fd), open(commands.is_some(), libc::STDIN_FILENO)];
+        let ready = readable(&fds, if reading.is_possible() { Reading::LOOK_MS } else { -1 })?;
+        if ready[2] {
+            let n = std::io::stdin().read(&mut buffer)?;
+            reading.bytes_came();
+            // A worker that died between two cells is noticed by its pipes.
+            let is_written = commands.as_mut().is_some_and(|pipe| pipe.write_all(&buffer[..n]).is_ok());
+            if n == 0 || !is_written {
+                commands = None;
+            }
+        }
         let mut text = None;
         if ready[0] {
             let n = out.read(&mut buffer)?;
@@ -192,12 +204,17 @@ fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
         }
         // Whatever a cell wrote to stderr before a marker on stdout is in the pipe by now; it must precede the marker,
         // for a panic's message is there.
-        while err_open && readable([-1, err_fd], 0)?[1] {
+        while err_open && readable(&[err_fd], 0)?[0] {
             let n = err.read(&mut buffer)?;
             err_open = n > 0;
             relay.stderr(&buffer[..n]);
         }
         relay.stdout(&text.unwrap_or_default());
+        reading.marker_passed(relay.last_marker.take());
+        if !ready.contains(&true) && reading.is_noticed(worker.id()) {
+            relay.marker(None, &format!("{INPUT_REQUEST}:"));
+            reading.marker_passed(relay.last_marker.take());
+        }
         relay.send()?;
     }
     let status = worker.wait()?;
@@ -206,14 +223,62 @@ fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
     Ok(status)
 }
 
-/// Which of two pipes has something to read or was closed; a descriptor of -1 is passed over.
-fn readable(fds: [RawFd; 2], timeout_ms: i32) -> std::io::Result<[bool; 2]> {
-    let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+/// Notices a cell that reads its stdin as any program would, without the marker that asks for input. It would wait for
+/// ever, or read evcxr's next command; so it is asked for in its name.
+#[derive(Default)]
+struct Reading {
+    is_running: bool,
+    /// Input is on its way.
+    is_asked: bool,
+    /// How often in a row it was seen to wait.
+    seen: u32,
+}
+
+impl Reading {
+    const LOOK_MS: i32 = 100;
+
+    fn is_possible(&self) -> bool {
+        self.is_running && !self.is_asked
+    }
+
+    /// From evcxr: a command to run a cell, or the line that a running one asked for.
+    fn bytes_came(&mut self) {
+        self.is_running = true;
+        self.is_asked = false;
+        self.seen = 0;
+    }
+
+    fn marker_passed(&mut self, marker: Option<Marker>) {
+        match marker {
+            Some(Marker::Complete) => *self = Reading::default(),
+            Some(Marker::Input) => self.is_asked = true,
+            None => {}
+        }
+    }
+
+    /// Whether the worker waits for input, at the second look: a cell that has just begun waits for nothing.
+    fn is_noticed(&mut self, worker: u32) -> bool {
+        self.seen = if self.is_possible() && reads_stdin(worker) { self.seen + 1 } else { 0 };
+        self.seen >= 2
+    }
+}
+
+/// Whether a thread of the process is in read(0). Where the kernel does not tell, no.
+fn reads_stdin(process: u32) -> bool {
+    let read = format!("{} 0x0 ", libc::SYS_read);
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let mut calls = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("syscall")).ok());
+    calls.any(|call| call.starts_with(&read))
+}
+
+/// Which of some pipes has something to read or was closed; a descriptor of -1 is passed over.
+fn readable(fds: &[RawFd], timeout_ms: i32) -> std::io::Result<Vec<bool>> {
+    let mut polled: Vec<_> = fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
     loop {
         // SAFETY: the pointer and the count describe `polled`, which outlives the call.
         let n = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };
         if n >= 0 {
-            return Ok(polled.map(|p| p.revents != 0));
+            return Ok(polled.iter().map(|p| p.revents != 0).collect());
         }
         let error = std::io::Error::last_os_error();
         if error.kind() != std::io::ErrorKind::Interrupted {
@@ -247,7 +312,15 @@ struct Relay {
     errors: String,
     /// Whether events are dropped, up to the end of evcxr's first cell.
     mute: bool,
+    /// The last one that says what a cell does with its input.
+    last_marker: Option<Marker>,
     lines: String,
+}
+
+#[derive(Clone, Copy)]
+enum Marker {
+    Complete,
+    Input,
 }
 
 impl Relay {
@@ -331,7 +404,12 @@ impl Relay {
         if let Some(event) = event {
             self.event(event);
         }
-        self.mute &= line != EXECUTION_COMPLETE;
+        if line == EXECUTION_COMPLETE {
+            self.mute = false;
+            self.last_marker = Some(Marker::Complete);
+        } else if line.starts_with(INPUT_REQUEST) {
+            self.last_marker = Some(Marker::Input);
+        }
         self.lines.push_str(line);
         self.lines.push('\n');
     }
