@@ -37,6 +37,13 @@ pub enum Output {
     },
 }
 
+impl Output {
+    /// Whether nothing is left of it: text that streamed and then became the cell's value.
+    pub fn is_blank(&self) -> bool {
+        matches!(self, Output::Display { data, is_result: false, .. } if data.iter().all(|(_, data)| data.is_empty()))
+    }
+}
+
 /// What changes on a reader's screen.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Update {

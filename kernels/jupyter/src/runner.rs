@@ -69,6 +69,7 @@ pub fn run_cells(path: &Path, timeout: Duration, prefix: &Path) -> Result<()> {
         let ending = session.execute(&notebook.source(cell), &options, &mut recorder);
         let failure = judge(ending, notebook.must_fail(cell), &mut recorder);
         let seconds = step.elapsed().as_secs_f64();
+        recorder.outputs.retain(|output| !output.is_blank());
         let outputs = recorder.outputs.iter().map(|output| output.to_json(count)).collect();
         let failure = failure.map(|failure| CellFailure {
             kind: failure.kind.name().to_owned(),
