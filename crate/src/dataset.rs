@@ -263,6 +263,10 @@ impl Dataset {
     /// # Errors
     /// [`Error::Row`] with the first row on which `keep` failed.
     pub fn filter(&self, mut keep: impl FnMut(&Example) -> Result<bool>) -> Result<Self> {
+        self.filter_dyn(&mut keep)
+    }
+
+    fn filter_dyn(&self, keep: &mut dyn FnMut(&Example) -> Result<bool>) -> Result<Self> {
         let mut kept = Vec::new();
         self.each_row("Filter", |i, example| {
             if keep(example).map_err(|e| e.at_row(i))? {
@@ -281,6 +285,10 @@ impl Dataset {
     /// [`Error::Row`] with the first row on which `f` failed; [`Error::EmptySequence`] and
     /// [`Error::UnequalLengths`] for what cannot be trained on. This dataset stays as it was.
     pub fn map(&self, mut f: impl FnMut(&Example) -> Result<Features>) -> Result<Self> {
+        self.map_dyn(&mut f)
+    }
+
+    fn map_dyn(&self, f: &mut dyn FnMut(&Example) -> Result<Features>) -> Result<Self> {
         let mut columns = TokenColumns::default();
         let mut cut = HashSet::new();
         let mut answers_lost = 0;
@@ -309,6 +317,10 @@ impl Dataset {
     /// # Errors
     /// [`Error::Row`] with the first row on which `f` failed.
     pub fn map_examples(&self, mut f: impl FnMut(&Example) -> Result<Example>) -> Result<Self> {
+        self.map_examples_dyn(&mut f)
+    }
+
+    fn map_examples_dyn(&self, f: &mut dyn FnMut(&Example) -> Result<Example>) -> Result<Self> {
         let mut rows = Vec::with_capacity(self.len());
         self.each_row("Map", |i, example| {
             rows.push(f(example).map_err(|e| e.at_row(i))?);

@@ -56,8 +56,11 @@ impl AutoModelForCausalLM {
     /// # }
     /// ```
     pub fn from_pretrained(name_or_path: impl AsRef<Path>, options: ModelOptions) -> Result<Model> {
+        Self::from_pretrained_path(name_or_path.as_ref(), options)
+    }
+
+    fn from_pretrained_path(name_or_path: &Path, options: ModelOptions) -> Result<Model> {
         options.validate()?;
-        let name_or_path = name_or_path.as_ref();
         let files = Snapshot::open(&name_or_path.to_string_lossy())?;
         let config = read_config(&files.file("config.json")?)?;
         models::check_supported(&config)?;
@@ -192,7 +195,10 @@ impl Model {
     /// and [`AutoModelForCausalLM`] read; quantized weights as bitsandbytes writes them. Each
     /// file is written beside its place and then renamed.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let folder = folder.as_ref();
+        self.save_pretrained_path(folder.as_ref())
+    }
+
+    fn save_pretrained_path(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         let quantized: HashMap<String, &QuantizedTensor> = (self.0.decoder.linears().into_iter())
             .filter_map(|l| match &l.weight {

@@ -113,9 +113,13 @@ impl PeftModel {
     /// A missing folder or file, a damaged one, an adapter for another model: the keys that do
     /// not fit are named. An adapter never loads in part.
     pub fn from_pretrained(model: &Model, folder: impl AsRef<Path>) -> Result<Self> {
-        let files = Snapshot::open(&folder.as_ref().to_string_lossy())?;
+        Self::from_pretrained_path(model, folder.as_ref())
+    }
+
+    fn from_pretrained_path(model: &Model, folder: &Path) -> Result<Self> {
+        let files = Snapshot::open(&folder.to_string_lossy())?;
         let config = files.file("adapter_config.json")?;
-        let folder = config.parent().unwrap_or(folder.as_ref());
+        let folder = config.parent().unwrap_or(folder);
         let config = LoraConfig::from_pretrained(folder)?;
         files.file(WEIGHTS_FILE)?;
         let this = Self::build(model, &config, DEFAULT_SEED)?;
@@ -175,7 +179,10 @@ impl PeftModel {
     /// Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads. Each file
     /// is written beside its place and then renamed: what was there stays until then.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let folder = folder.as_ref();
+        self.save_pretrained_path(folder.as_ref())
+    }
+
+    fn save_pretrained_path(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         let params = self.trainable_parameters();
         let tensors: Vec<(&str, &Tensor)> = params.iter().map(|p| (p.name(), p.value())).collect();

@@ -73,7 +73,10 @@ impl TextGenerationPipeline {
     /// # Errors
     /// Those of [`generate`].
     pub fn generate(&self, prompt: impl AsRef<str>, config: &GenerationConfig) -> Result<Generations> {
-        let prompt = prompt.as_ref();
+        self.generate_one(prompt.as_ref(), config)
+    }
+
+    fn generate_one(&self, prompt: &str, config: &GenerationConfig) -> Result<Generations> {
         let config = self.complete(config)?;
         if self.live && config.num_return_sequences.unwrap_or(1) == 1 && display::interactive() {
             let mut screen = LiveText::new(prompt);
@@ -87,7 +90,11 @@ impl TextGenerationPipeline {
     /// Continues several prompts as one batch; the result is in their order.
     pub fn generate_batch(&self, prompts: &[impl AsRef<str>], config: &GenerationConfig) -> Result<Vec<Generations>> {
         let prompts: Vec<&str> = prompts.iter().map(AsRef::as_ref).collect();
-        self.run(&prompts, &self.complete(config)?)
+        self.generate_all(&prompts, config)
+    }
+
+    fn generate_all(&self, prompts: &[&str], config: &GenerationConfig) -> Result<Vec<Generations>> {
+        self.run(prompts, &self.complete(config)?)
     }
 
     /// Continues one prompt and hands each piece of new text over as soon as its characters are
@@ -106,12 +113,21 @@ impl TextGenerationPipeline {
         config: &GenerationConfig,
         mut on_text: impl FnMut(&str),
     ) -> Result<GeneratedText> {
+        self.stream_to(prompt.as_ref(), config, &mut on_text)
+    }
+
+    fn stream_to(
+        &self,
+        prompt: &str,
+        config: &GenerationConfig,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<GeneratedText> {
         let config = self.complete(config)?;
         if let Some(n) = config.num_return_sequences.filter(|n| *n != 1) {
             let remedy = "leave it out, or use generate";
             return Err(Error::argument("num_return_sequences", n, "1 when streaming", remedy));
         }
-        self.run_streaming(prompt.as_ref(), &config, &mut on_text)
+        self.run_streaming(prompt, &config, on_text)
     }
 
     /// The same pipeline; whether `generate` shows text as it is made.

@@ -53,7 +53,11 @@ impl AutoTokenizer {
     /// [`Error::NotFound`] for a folder or file that is not there, [`Error::Hub`] for what the hub
     /// refused, [`Error::Malformed`], naming the file, for what cannot be read.
     pub fn from_pretrained(name_or_path: impl AsRef<Path>) -> Result<Tokenizer> {
-        let snapshot = Snapshot::open(&name_or_path.as_ref().to_string_lossy())?;
+        Self::from_pretrained_path(name_or_path.as_ref())
+    }
+
+    fn from_pretrained_path(name_or_path: &Path) -> Result<Tokenizer> {
+        let snapshot = Snapshot::open(&name_or_path.to_string_lossy())?;
         let path = snapshot.file("tokenizer.json")?;
         let malformed = |detail: String| Error::Malformed {
             path: path.clone(),

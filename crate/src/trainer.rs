@@ -203,6 +203,10 @@ impl Trainer {
     /// # Errors
     /// Those of [`load_checkpoint`](Self::load_checkpoint) and [`train`](Self::train).
     pub fn resume_from_checkpoint(&mut self, checkpoint: impl AsRef<Path>) -> Result<TrainOutput> {
+        self.resume_from_checkpoint_path(checkpoint.as_ref())
+    }
+
+    fn resume_from_checkpoint_path(&mut self, checkpoint: &Path) -> Result<TrainOutput> {
         self.load_checkpoint(checkpoint)?;
         self.train()
     }
@@ -214,7 +218,10 @@ impl Trainer {
     /// run: other data, model, adapter configuration, or an argument that changes the numbers.
     /// The trainer and the model stay as they were.
     pub fn load_checkpoint(&mut self, checkpoint: impl AsRef<Path>) -> Result<()> {
-        let folder = checkpoint.as_ref();
+        self.load_checkpoint_path(checkpoint.as_ref())
+    }
+
+    fn load_checkpoint_path(&mut self, folder: &Path) -> Result<()> {
         let loaded = checkpoint::load(folder, &self.identity()?)?;
         let before = self.params.iter().map(|p| Ok(p.value().copy()?)).collect::<Result<Vec<_>>>()?;
         self.model.load_adapter(folder)?;
@@ -280,7 +287,11 @@ impl Trainer {
 
     /// Saves the adapter alone, as `PeftModel::save_pretrained` does.
     pub fn save_model(&self, folder: impl AsRef<Path>) -> Result<()> {
-        self.model.save_adapter(folder.as_ref())
+        self.save_model_path(folder.as_ref())
+    }
+
+    fn save_model_path(&self, folder: &Path) -> Result<()> {
+        self.model.save_adapter(folder)
     }
 
     /// Where the run stands.

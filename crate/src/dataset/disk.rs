@@ -43,7 +43,10 @@ impl Dataset {
     /// [`Error::NotFound`] for a folder or file that is not there; [`Error::Malformed`], naming
     /// the file, for one that is cut off or damaged, or for the folder of a [`DatasetDict`].
     pub fn load_from_disk(path: impl AsRef<Path>) -> Result<Self> {
-        let folder = path.as_ref();
+        Self::load_from_disk_path(path.as_ref())
+    }
+
+    fn load_from_disk_path(folder: &Path) -> Result<Self> {
         check_folder(folder)?;
         if folder.join("dataset_dict.json").exists() && !folder.join("state.json").exists() {
             let splits = split_names(folder)?;
@@ -107,7 +110,11 @@ impl Dataset {
     /// [`Error::Io`] when the disk is full or not writable; [`Error::InvalidArgument`] when `path`
     /// is a folder of other things. What was at `path` is then unchanged.
     pub fn save_to_disk(&self, path: impl AsRef<Path>) -> Result<()> {
-        replace_folder(path.as_ref(), |folder| self.write_into(folder))
+        self.save_to_disk_path(path.as_ref())
+    }
+
+    fn save_to_disk_path(&self, path: &Path) -> Result<()> {
+        replace_folder(path, |folder| self.write_into(folder))
     }
 
     fn write_into(&self, folder: &Path) -> Result<()> {
@@ -156,7 +163,10 @@ impl DatasetDict {
     /// # Errors
     /// As [`Dataset::load_from_disk`].
     pub fn load_from_disk(path: impl AsRef<Path>) -> Result<Self> {
-        let folder = path.as_ref();
+        Self::load_from_disk_path(path.as_ref())
+    }
+
+    fn load_from_disk_path(folder: &Path) -> Result<Self> {
         check_folder(folder)?;
         if folder.join("state.json").exists() {
             return Err(Error::Malformed {
@@ -176,7 +186,11 @@ impl DatasetDict {
 
     /// Saves all splits: one folder each, and `dataset_dict.json`. As [`Dataset::save_to_disk`].
     pub fn save_to_disk(&self, path: impl AsRef<Path>) -> Result<()> {
-        replace_folder(path.as_ref(), |folder| {
+        self.save_to_disk_path(path.as_ref())
+    }
+
+    fn save_to_disk_path(&self, path: &Path) -> Result<()> {
+        replace_folder(path, |folder| {
             for (name, dataset) in self.iter() {
                 let split = folder.join(name);
                 fs::create_dir(&split).map_err(Error::io("write", &split))?;

@@ -28,7 +28,10 @@ impl Dataset {
     /// # Errors
     /// [`Error::Malformed`], naming the file and the row.
     pub fn from_json(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::from_json_path(path.as_ref())
+    }
+
+    fn from_json_path(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
         if text.iter().all(u8::is_ascii_whitespace) {
@@ -54,7 +57,10 @@ impl Dataset {
     /// # Errors
     /// [`Error::Malformed`], naming the file.
     pub fn from_parquet(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::from_parquet_path(path.as_ref())
+    }
+
+    fn from_parquet_path(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let table = catch(|| {
             let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
@@ -72,7 +78,10 @@ impl Dataset {
     /// # Errors
     /// [`Error::Malformed`], naming the file and the line.
     pub fn from_csv(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::from_csv_path(path.as_ref())
+    }
+
+    fn from_csv_path(path: &Path) -> Result<Self> {
         let open = || File::open(path).map_err(Error::io("read", path));
         let wrong = |detail: String| malformed(path, "CSV file", detail);
         let format = Format::default().with_header(true);

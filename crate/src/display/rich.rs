@@ -80,7 +80,10 @@ impl Svg {
 
     /// Writes the SVG file, making its folder if need be.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
+        self.save_path(path.as_ref())
+    }
+
+    fn save_path(&self, path: &Path) -> Result<()> {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         }

@@ -22,7 +22,10 @@ const PEFT_VERSION: &str = "0.21.2";
 impl LoraConfig {
     /// Writes `adapter_config.json` into `dir`, which is made if need be, as PEFT 0.21 writes it.
     pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<()> {
-        let dir = dir.as_ref();
+        self.save_pretrained_path(dir.as_ref())
+    }
+
+    fn save_pretrained_path(&self, dir: &Path) -> Result<()> {
         fs::create_dir_all(dir).map_err(Error::io("write", dir))?;
         write_atomically(&dir.join(CONFIG_NAME), self.to_json_string().as_bytes())
     }
@@ -73,7 +76,11 @@ impl LoraConfig {
     /// with the field's name, for a feature of PEFT that this crate does not have: an adapter that
     /// was made with it would compute something else here.
     pub fn from_pretrained(dir: impl AsRef<Path>) -> Result<Self> {
-        let path = dir.as_ref().join(CONFIG_NAME);
+        Self::from_pretrained_path(dir.as_ref())
+    }
+
+    fn from_pretrained_path(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG_NAME);
         if !path.exists() {
             return Err(Error::NotFound {
                 what: CONFIG_NAME.into(),

@@ -37,9 +37,7 @@ impl Assistance {
     pub fn complete(&self, code: &str, cursor: usize, names: &Names, ask: Ask) -> Value {
         let found = self.matches(code, byte_offset(code, cursor), names, ask);
         let (start, end) = (character(code, found.start), character(code, found.end));
-        let typed = |m: &complete::Match| {
-            json!({ "text": m.text, "type": m.kind, "signature": m.signature, "start": start, "end": end })
-        };
+        let typed = |m: &complete::Match| json!({ "text": m.text, "type": m.kind, "signature": m.signature, "start": start, "end": end });
         json!({
             "status": "ok",
             "matches": found.matches.iter().map(|m| &m.text).collect::<Vec<_>>(),
@@ -52,9 +50,10 @@ impl Assistance {
     /// The content of an `inspect_reply`.
     pub fn inspect(&self, code: &str, cursor: usize, names: &Names, ask: Ask) -> Value {
         let found = inspect::inspect(&self.scope(names, ask), code, byte_offset(code, cursor));
-        let data = found.as_ref().map_or(json!({}), |found| {
-            json!({ "text/plain": found.plain, "text/markdown": found.markdown, "text/html": found.html })
-        });
+        let data = found.as_ref().map_or(
+            json!({}),
+            |found| json!({ "text/plain": found.plain, "text/markdown": found.markdown, "text/html": found.html }),
+        );
         json!({ "status": "ok", "found": found.is_some(), "data": data, "metadata": {} })
     }
 }

@@ -20,7 +20,16 @@ pub struct Request {
 impl Default for Request {
     fn default() -> Self {
         let hist_access_type = "range".to_owned();
-        Request { hist_access_type, output: false, session: None, start: None, stop: None, n: None, pattern: None, unique: false }
+        Request {
+            hist_access_type,
+            output: false,
+            session: None,
+            start: None,
+            stop: None,
+            n: None,
+            pattern: None,
+            unique: false,
+        }
     }
 }
 

@@ -49,12 +49,15 @@ fn read_connection_file(path: &Path) -> Result<ConnectionInfo> {
     let shown = path.display();
     let remedy = "remedy: Jupyter writes this file and starts the kernel with it: jupyter lab, or \
                   jupyter console --kernel qlora-nb";
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the connection file {shown}\n{remedy}"))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read the connection file {shown}\n{remedy}"))?;
     let info: ConnectionInfo = serde_json::from_str(&text)
         .with_context(|| format!("{shown} is not a connection file, a JSON object with ip, ports and key\n{remedy}"))?;
     if info.signature_scheme != "hmac-sha256" {
-        bail!("{shown} wants the signature scheme {:?}, and only hmac-sha256 is known\n{remedy}", info.signature_scheme);
+        bail!(
+            "{shown} wants the signature scheme {:?}, and only hmac-sha256 is known\n{remedy}",
+            info.signature_scheme
+        );
     }
     Ok(info)
 }
@@ -473,12 +476,10 @@ impl Executor {
                     let ty = self.session.as_ref().and_then(|session| session.type_of(&expression));
                     let _ = answer.send(ty);
                 }
-                Job::Execute(request) => {
-                    match parsed(&request) {
-                        Ok(asked) => self.execute(&request, &asked, queue),
-                        Err(error) => self.shared.reply(&request, refusal(&error)),
-                    }
-                }
+                Job::Execute(request) => match parsed(&request) {
+                    Ok(asked) => self.execute(&request, &asked, queue),
+                    Err(error) => self.shared.reply(&request, refusal(&error)),
+                },
             }
         }
         if let Some(session) = self.session.take() {

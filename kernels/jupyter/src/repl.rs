@@ -36,7 +36,11 @@ pub fn run(prefix: &Path) -> Result<ExitCode> {
     interrupt_on_ctrl_c(session.controls());
     let config = Config::builder().auto_add_history(true).build();
     let mut editor: Editor<Assistant, _> = Editor::with_config(config).context("the terminal cannot be used")?;
-    editor.set_helper(Some(Assistant { assistance: Assistance::new(prefix), names: session.names(), session: session.clone() }));
+    editor.set_helper(Some(Assistant {
+        assistance: Assistance::new(prefix),
+        names: session.names(),
+        session: session.clone(),
+    }));
     let history = layout::data_home().context("HOME is not set")?.join("qlora-nb/repl_history");
     // None yet, the first time.
     let _ = editor.load_history(&history);
@@ -75,7 +79,11 @@ pub fn run(prefix: &Path) -> Result<ExitCode> {
 pub fn interrupt_on_ctrl_c(controls: Controls) {
     std::thread::spawn(move || {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-        runtime.block_on(async { while tokio::signal::ctrl_c().await.is_ok() { controls.interrupt() } });
+        runtime.block_on(async {
+            while tokio::signal::ctrl_c().await.is_ok() {
+                controls.interrupt()
+            }
+        });
     });
 }
 

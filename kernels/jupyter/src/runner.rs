@@ -17,8 +17,12 @@ use crate::session::{Ending, Failure, FailureKind, Options, Session};
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Report {
-    Ready { seconds: f64 },
-    Skipped { cell: usize },
+    Ready {
+        seconds: f64,
+    },
+    Skipped {
+        cell: usize,
+    },
     Cell(CellRun),
     /// A later cell changed what this one shows.
     Changed {

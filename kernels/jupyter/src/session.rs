@@ -11,8 +11,8 @@ use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 use evcxr::CommandContext;
 
 use crate::diagnostics;
-use crate::layout::{self, Layout};
 use crate::keep::{self, Replaced};
+use crate::layout::{self, Layout};
 use crate::outputs::{self, Client, Forms, Outputs, Update};
 use crate::processes;
 use crate::supervisor::{self, Event};
@@ -214,7 +214,11 @@ impl Session {
                 failure.kind = FailureKind::Interrupted;
             }
             if let FailureKind::Panic | FailureKind::Error | FailureKind::Interrupted = failure.kind {
-                self.wait_for(Request::Restore, None, &mut Outputs::new(&mut outputs::Recorder::default(), false, None));
+                self.wait_for(
+                    Request::Restore,
+                    None,
+                    &mut Outputs::new(&mut outputs::Recorder::default(), false, None),
+                );
                 let kept = self.names.lock().map(|names| names.variables.clone()).unwrap_or_default();
                 let lost: Vec<_> = lost.into_iter().filter(|name| !kept.iter().any(|(kept, _)| kept == name)).collect();
                 if !lost.is_empty() {
@@ -484,8 +488,7 @@ impl Evcxr {
     }
 
     fn start(&mut self) -> Result<(CommandContext, evcxr::EvalContextOutputs)> {
-        let (mut context, outputs) =
-            CommandContext::new().map_err(|e| anyhow::anyhow!("evcxr does not start: {e}"))?;
+        let (mut context, outputs) = CommandContext::new().map_err(|e| anyhow::anyhow!("evcxr does not start: {e}"))?;
         std::fs::write(self.folder.join(supervisor::STARTED), "")?;
         let wrapper: PathBuf = std::env::current_exe()?;
         let setup = [
