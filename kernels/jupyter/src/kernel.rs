@@ -313,7 +313,7 @@ fn interrupt(shared: &Shared) {
 fn on_shell(shared: &Arc<Shared>, jobs: &Sender<Job>, request: JupyterMessage) {
     let answer = match request.header.msg_type.as_str() {
         "execute_request" => {
-            let _ = jobs.send(Job::Execute(request));
+            let _ = jobs.send(Job::Execute(Box::new(request)));
             return;
         }
         "complete_request" | "inspect_request" => {
@@ -364,7 +364,7 @@ fn on_control(
         "kernel_info_request" => kernel_info(),
         // Clients that do not know better execute here too.
         "execute_request" => {
-            let _ = jobs.send(Job::Execute(request));
+            let _ = jobs.send(Job::Execute(Box::new(request)));
             return false;
         }
         _ => return false,
@@ -440,7 +440,7 @@ fn assist(shared: &Shared, jobs: &Sender<Job>, request: &JupyterMessage) {
 
 /// What the executor's thread does next.
 enum Job {
-    Execute(JupyterMessage),
+    Execute(Box<JupyterMessage>),
     TypeOf(String, Sender<Option<String>>),
     Stop,
 }
@@ -596,7 +596,7 @@ impl Executor {
         let mut cells = Vec::new();
         while let Ok(job) = queue.try_recv() {
             match job {
-                Job::Execute(request) => cells.push(request),
+                Job::Execute(request) => cells.push(*request),
                 job => self.waiting.push_back(job),
             }
         }

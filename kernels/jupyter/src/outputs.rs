@@ -231,7 +231,7 @@ impl<'a> Outputs<'a> {
             more.into_iter().for_each(|(mime, data)| self.content(mime.clone(), data.clone()));
         }
         self.release_last(self.is_result && self.failed.is_none() && reply.result.is_ok());
-        let failure = match (self.failed, reply.result) {
+        match (self.failed, reply.result) {
             (Some(FailureKind::Panic), _) => Some(diagnostics::panic(&self.said, code, &reply.compiled)),
             (Some(kind), _) => {
                 let said = self.said.trim();
@@ -245,8 +245,7 @@ impl<'a> Outputs<'a> {
                 Some(failure)
             }
             (None, Ok(_)) => None,
-        };
-        failure
+        }
     }
 
     fn stream(&mut self, name: &'static str, text: String) {

@@ -155,7 +155,7 @@ impl Client for Terminal {
         print!("{prompt} ");
         let _ = std::io::stdout().flush();
         let Some(controls) = self.controls.clone() else { return false };
-        let echo = is_password.then(|| Echo::off());
+        let echo = is_password.then(Echo::off);
         std::thread::spawn(move || {
             let mut line = String::new();
             let _ = std::io::stdin().read_line(&mut line);
