@@ -6,6 +6,7 @@ tells what has come instead.
 
 import contextlib
 import os
+import re
 import time
 
 import psutil
@@ -15,6 +16,11 @@ from jupyter_client.kernelspec import KernelSpecManager
 
 #: How long a wait may last that should be over in a second or two: generous, for machines that are busy.
 PATIENCE = float(os.environ.get("PATIENCE", "90"))
+
+
+def plain(text):
+    """Without the escape sequences that colour it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 class KernelDied(Exception):
@@ -86,8 +92,8 @@ class Cell:
 
     @property
     def complaint(self):
-        """All that the user reads of a failure."""
-        return "\n".join([self.reply["content"].get("evalue", ""), self.traceback, self.stderr])
+        """All that the user reads of a failure, without colours."""
+        return plain("\n".join([self.reply["content"].get("evalue", ""), self.traceback, self.stderr]))
 
     def ok(self):
         """The cell, which must not have failed."""
