@@ -42,8 +42,10 @@ class Cell:
         return self.wait_for(lambda cell: cell.done, "its end", timeout)
 
     def wait_for(self, condition, what="a condition", timeout=PATIENCE):
-        """Until `condition(cell)` holds."""
-        self.client.pump(lambda: condition(self), timeout, lambda: f"{what} of the cell\n{self.code}\n{self}")
+        """Until `condition(cell)` holds; a cell that has ended will not come to it."""
+        ends = lambda: condition(self) or self.done  # noqa: E731
+        self.client.pump(ends, timeout, lambda: f"{what} of the cell\n{self.code}\n{self}")
+        assert condition(self), f"the cell ended without {what}:\n{self.code}\n{self}"
         return self
 
     @property
