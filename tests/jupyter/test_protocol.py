@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+from datetime import datetime
 
 import psutil
 import pytest
@@ -689,4 +690,5 @@ def test_messages_are_dated(kernel):
     """The kernel's messages carry dates that front ends show as the time a cell took."""
     cell = kernel.run('println!("a");\n1').ok()
     dates = [parse_date(m["header"]["date"]) for m in cell.messages]
-    assert all(d.tzinfo for d in dates) and dates == sorted(dates)
+    assert all(isinstance(d, datetime) and d.tzinfo for d in dates), f"jupyter_client cannot read {dates}"
+    assert dates == sorted(dates)
