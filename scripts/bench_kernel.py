@@ -124,7 +124,7 @@ def report(subject, what, text):
 
 def latencies(subject, repeats, folder):
     rows = {name: [] for name in ("kernel ready", "first cell", "start to first result", "first let", "warm cell")}
-    memory = []
+    memory, each = [], {code: [] for code in WARM}
     for _ in range(repeats):
         begin = time.perf_counter()
         with subject.start(folder) as kernel:
@@ -134,9 +134,13 @@ def latencies(subject, repeats, folder):
             rows["start to first result"].append(time.perf_counter() - begin)
             memory.append(resident_mb(kernel))
             rows["first let"].append(timed(kernel, subject.cell(FIRST_LET)))
-            rows["warm cell"] += [timed(kernel, subject.cell(code)) for code in WARM]
+            for code in WARM:
+                each[code].append(timed(kernel, subject.cell(code)))
+    rows["warm cell"] = [seconds for values in each.values() for seconds in values]
     for name, values in rows.items():
         report(subject, name, spread(values, "s"))
+    slowest = max(each, key=lambda code: statistics.median(each[code]))
+    report(subject, "slowest warm cell", f"{spread(each[slowest], 's')}: {slowest.splitlines()[0][:60]}")
     report(subject, "memory after the first cell", spread(memory, "MB", 0))
 
 
