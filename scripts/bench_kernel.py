@@ -3,7 +3,8 @@
     python scripts/bench_kernel.py [--repeats 5] [--cells 500] [--quick] [--stock EVCXR_JUPYTER] [--dep]
 
 The stock kernel gets our dylib, by EVCXR_CONFIG_DIR and LD_LIBRARY_PATH, and so none of the minutes that compiling
-the library takes; `--dep` shows those, too. Without an evcxr_jupyter on PATH (`cargo install evcxr_jupyter`) ours is
+the library takes; `--dep` shows those, too. Its rust-analyzer knows nothing of a dylib, so there each `let` names its
+type, which ours finds out. Without an evcxr_jupyter on PATH (`cargo install evcxr_jupyter`) ours is
 measured alone. Numbers are medians, with the smallest and the largest behind them.
 """
 
@@ -45,6 +46,10 @@ println!("{config}");""",
     "model.print_trainable_parameters();",
 ]
 
+#: The variables that cells keep.
+TYPES = {"ones": "Tensor", "ds": "Dataset", "tokenizer": "Tokenizer", "rows": "Dataset", "base": "Model"}
+TYPES |= {"config": "LoraConfig", "model": "PeftModel"}
+
 # The same function in a cell and in a program: floating point in loops that vectorize, integers in ones that do not.
 ARITHMETIC = """fn work() -> f64 {
     let n = 192;
@@ -77,11 +82,18 @@ TIMED = """{
 class Subject:
     """A kernel to be measured."""
 
-    def __init__(self, name, kernelspec, first=FIRST):
-        self.name, self.kernelspec, self.first = name, kernelspec, first
+    def __init__(self, name, kernelspec, first=FIRST, infers=True):
+        self.name, self.kernelspec, self.first, self.infers = name, kernelspec, first, infers
 
     def start(self, cwd):
         return driver.started(self.kernelspec, cwd=cwd)
+
+    def cell(self, code):
+        """The cell, with types where the kernel does not find them."""
+        if not self.infers:
+            for name, of_type in TYPES.items():
+                code = code.replace(f"let {name} =", f"let {name}: {of_type} =")
+        return code
 
     @property
     def is_slow(self):
@@ -112,7 +124,7 @@ def report(subject, what, text):
 
 def latencies(subject, repeats, folder):
     rows = {name: [] for name in ("kernel ready", "first cell", "start to first result", "first let", "warm cell")}
-    memory = []
+    memory, each = [], {code: [] for code in WARM}
     for _ in range(repeats):
         begin = time.perf_counter()
         with subject.start(folder) as kernel:
@@ -121,10 +133,14 @@ def latencies(subject, repeats, folder):
             # A kernel may say that it is ready and go on starting: the sum of the two is what the user waits.
             rows["start to first result"].append(time.perf_counter() - begin)
             memory.append(resident_mb(kernel))
-            rows["first let"].append(timed(kernel, FIRST_LET))
-            rows["warm cell"] += [timed(kernel, code) for code in WARM]
+            rows["first let"].append(timed(kernel, subject.cell(FIRST_LET)))
+            for code in WARM:
+                each[code].append(timed(kernel, subject.cell(code)))
+    rows["warm cell"] = [seconds for values in each.values() for seconds in values]
     for name, values in rows.items():
         report(subject, name, spread(values, "s"))
+    slowest = max(each, key=lambda code: statistics.median(each[code]))
+    report(subject, "slowest warm cell", f"{spread(each[slowest], 's')}: {slowest.splitlines()[0][:60]}")
     report(subject, "memory after the first cell", spread(memory, "MB", 0))
 
 
@@ -176,13 +192,13 @@ def ours(prefix, share):
     return Subject("qlora-nb", "qlora-nb")
 
 
-def stock(executable, share, name, kernelspec, env, first=FIRST):
+def stock(executable, share, name, kernelspec, env, **options):
     folder = share / "kernels" / kernelspec
     folder.mkdir(parents=True)
     argv = [executable, "--control_file", "{connection_file}"]
     spec = {"argv": argv, "display_name": name, "language": "rust", "env": env}
     (folder / "kernel.json").write_text(json.dumps(spec))
-    return Subject(name, kernelspec, first)
+    return Subject(name, kernelspec, **options)
 
 
 def subjects(options, share):
@@ -195,12 +211,13 @@ def subjects(options, share):
     sysroot = subprocess.run(["rustc", "--print", "sysroot"], capture_output=True, text=True, check=True).stdout.strip()
     libraries = os.pathsep.join(filter(None, [f"{prefix}/lib", f"{sysroot}/lib", os.environ.get("LD_LIBRARY_PATH")]))
     env = {"EVCXR_CONFIG_DIR": f"{prefix}/evcxr", "LD_LIBRARY_PATH": libraries}
-    found.append(stock(executable, share, "evcxr with our dylib", "stock-dylib", env))
+    found.append(stock(executable, share, "evcxr with our dylib", "stock-dylib", env, infers=False))
     if options.dep:
         empty = share / "no-config"
         empty.mkdir()
         first = f':dep qlora-nb = {{ path = "{REPOSITORY}/crate" }}\n{FIRST}'
-        found.append(stock(executable, share, "evcxr with :dep", "stock-dep", {"EVCXR_CONFIG_DIR": str(empty)}, first))
+        env = {"EVCXR_CONFIG_DIR": str(empty)}
+        found.append(stock(executable, share, "evcxr with :dep", "stock-dep", env, first=first))
     return found
 
 

@@ -18,6 +18,11 @@ from jupyter_client.kernelspec import KernelSpecManager
 PATIENCE = float(os.environ.get("PATIENCE", "90"))
 
 
+def plain(text):
+    """Without the escape sequences that colour it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
 class KernelDied(Exception):
     """A kernel ended before it was ready."""
 
@@ -37,8 +42,10 @@ class Cell:
         return self.wait_for(lambda cell: cell.done, "its end", timeout)
 
     def wait_for(self, condition, what="a condition", timeout=PATIENCE):
-        """Until `condition(cell)` holds."""
-        self.client.pump(lambda: condition(self), timeout, lambda: f"{what} of the cell\n{self.code}\n{self}")
+        """Until `condition(cell)` holds; a cell that has ended will not come to it."""
+        ends = lambda: condition(self) or self.done  # noqa: E731
+        self.client.pump(ends, timeout, lambda: f"{what} of the cell\n{self.code}\n{self}")
+        assert condition(self), f"the cell ended without {what}:\n{self.code}\n{self}"
         return self
 
     @property
@@ -87,9 +94,8 @@ class Cell:
 
     @property
     def complaint(self):
-        """All that the user reads of a failure."""
-        text = "\n".join([self.reply["content"].get("evalue", ""), self.traceback, self.stderr])
-        return re.sub(r"\x1b\[[0-9;]*m", "", text)
+        """All that the user reads of a failure, without colours."""
+        return plain("\n".join([self.reply["content"].get("evalue", ""), self.traceback, self.stderr]))
 
     def ok(self):
         """The cell, which must not have failed."""

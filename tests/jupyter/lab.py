@@ -110,11 +110,22 @@ class Notebook:
         self.page, self.artifacts = page, Path(artifacts)
         page.goto(f"{url}lab/tree/{path}")
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-        expect(page.locator(".jp-Notebook-ExecutionIndicator").first).to_have_attribute("data-status", "idle")
+        self.wait_for_kernel(url)
         # More room for the notebook.
         if page.locator(".jp-FileBrowser").is_visible():
             page.keyboard.press("Control+b")
         self.shots = 0
+
+    def wait_for_kernel(self, url):
+        """Until the server says that the page is connected: before that, running a cell asks for a kernel."""
+        deadline = time.monotonic() + PATIENCE / 1000
+        while True:
+            kernels = [session["kernel"] for session in self.page.request.get(f"{url}api/sessions").json()]
+            if any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels):
+                break
+            assert time.monotonic() < deadline, f"the notebook has no kernel that is ready: {kernels}"
+            self.page.wait_for_timeout(100)
+        expect(self.page.locator(".jp-Notebook-ExecutionIndicator").first).to_have_attribute("data-status", "idle")
 
     def cell(self, n):
         return self.page.locator(".jp-Notebook .jp-CodeCell").nth(n)

@@ -13,7 +13,7 @@ from jupyter_client.connect import write_connection_file
 import driver
 
 #: A hang is what takes longer than any start.
-HANG = 120
+HANG = 60
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_port_that_is_taken(kernelspec, connection_file):
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()
-        refused(command(kernelspec, connection_file), kernelspec, str(port))
+        refused(command(kernelspec, connection_file), kernelspec, "in use")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
     ARTIFACTS=out/browser pytest tests/jupyter/test_browser.py
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ EXTRA = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def artifacts():
     folder = REPOSITORY / os.environ.get("ARTIFACTS", "out/browser")
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,19 +42,26 @@ def artifacts():
     return folder
 
 
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory, artifacts):
-    """The walkthrough, open in JupyterLab, and the sources of its code cells."""
-    root, home = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("home")
+@contextlib.contextmanager
+def opened(path, root, home, artifacts):
+    """The notebook, open in a JupyterLab that serves `root`."""
+    home.mkdir()
+    try:
+        with lab.server(root, home) as url, lab.page(artifacts) as page:
+            yield lab.Notebook(page, url, path.relative_to(root), artifacts)
+    finally:
+        shutil.copy(home / "jupyterlab.log", artifacts)
+
+
+def test_a_reader_works_through_the_walkthrough(tmp_path, artifacts):
+    root = tmp_path / "root"
     path = walkthrough.copy(REPOSITORY, root, extra=EXTRA)
     sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    with lab.server(root, home) as url, lab.page(artifacts) as page:
-        yield lab.Notebook(page, url, path.relative_to(root), artifacts), sources
-    shutil.copy(home / "jupyterlab.log", artifacts)
+    with opened(path, root, tmp_path / "home", artifacts) as notebook:
+        work_through(notebook, sources)
 
 
-def test_a_reader_works_through_the_walkthrough(opened):
-    notebook, sources = opened
+def work_through(notebook, sources):
     training = next(n for n, source in enumerate(sources) if source.startswith("trainer.train()"))
     stream, failing, after = range(len(sources) - len(EXTRA), len(sources))
 
@@ -109,10 +117,9 @@ def test_run_all_stops_at_the_failing_cell(tmp_path, artifacts):
     cells = [nbformat.v4.new_code_cell(source) for source in cells]
     kernel = {"name": "qlora-nb", "display_name": "Rust (qlora-nb)", "language": "rust"}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-    with lab.server(path.parent, tmp_path) as url, lab.page(artifacts) as page:
-        notebook = lab.Notebook(page, url, path.name, artifacts)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.locator("[data-command='runmenu:run-all']").click()
+    with opened(path, path.parent, tmp_path / "home", artifacts) as notebook:
+        notebook.page.get_by_role("menuitem", name="Run", exact=True).click()
+        notebook.page.locator("[data-command='runmenu:run-all']").click()
         notebook.wait(1)
         assert notebook.is_red(1, "kept == 2")
         notebook.run(0)  # whatever was queued is through by now

@@ -137,9 +137,10 @@ def nbclient_verdict(name, folder):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", sorted(expected()) or [pytest.param("", marks=pytest.mark.skip(f"no {TABLE}"))])
-def test_three_runners_agree(name, nbmake_verdicts, binary, tmp_path):
+def test_three_runners_agree(name, nbmake_verdicts, binary, kernelspec, tmp_path):
     shutil.copy(TABLE / name, tmp_path)
-    test = subprocess.run([binary, "test", name], cwd=tmp_path, capture_output=True, text=True, check=False)
+    env = os.environ | kernelspec.get("env", {})
+    test = subprocess.run([binary, "test", name], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert test.returncode in (0, 1), test.stdout + test.stderr
     verdicts = {
         "qlora-nb test": "fail" if test.returncode else "pass",

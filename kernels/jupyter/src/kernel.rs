@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -32,6 +32,8 @@ use crate::{highlight, history::History, syntax};
 
 /// How long text on stderr waits for a panic that may follow, and a rich output for the end of the cell.
 pub const HOLD: Duration = Duration::from_millis(40);
+/// How long a client that asks whether we are ready waits for the session at most.
+const START_PATIENCE: Duration = Duration::from_secs(20);
 /// How often it is looked after whether the process that started us still lives.
 const PARENT_CHECK: Duration = Duration::from_secs(1);
 
@@ -71,9 +73,22 @@ struct Shared {
     /// Those of the session, once there is one.
     session: Mutex<Option<(Controls, Arc<Mutex<Names>>)>>,
     assistance: Assistance,
+    /// Whether the session has started, or has failed to.
+    started: Mutex<bool>,
+    on_start: Condvar,
 }
 
 impl Shared {
+    fn wait_until_started(&self) {
+        let started = lock(&self.started);
+        let _ = self.on_start.wait_timeout_while(started, START_PATIENCE, |started| !*started);
+    }
+
+    fn has_started(&self) {
+        *lock(&self.started) = true;
+        self.on_start.notify_all();
+    }
+
     fn publish(&self, msg_type: &str, content: Value, parent: &JupyterMessage) {
         let mut message = message(msg_type, content, Some(parent));
         message.zmq_identities = vec![msg_type.as_bytes().to_vec().into()];
@@ -187,6 +202,8 @@ async fn serve(info: &ConnectionInfo, prefix: &Path) -> Result<()> {
         history: Mutex::default(),
         session: Mutex::default(),
         assistance: Assistance::new(prefix),
+        started: Mutex::new(false),
+        on_start: Condvar::new(),
     });
 
     tokio::spawn(async move {
@@ -321,7 +338,17 @@ fn on_shell(shared: &Arc<Shared>, jobs: &Sender<Job>, request: JupyterMessage) {
             std::thread::spawn(move || assist(&shared, &jobs, &request));
             return;
         }
-        "kernel_info_request" => Ok(kernel_info()),
+        // Clients take the answer for readiness, so it waits for the session: the first cell then runs at once.
+        "kernel_info_request" => {
+            let shared = shared.clone();
+            std::thread::spawn(move || {
+                shared.wait_until_started();
+                shared.status("busy", &request);
+                shared.reply(&request, kernel_info());
+                shared.status("idle", &request);
+            });
+            return;
+        }
         "is_complete_request" => parsed(&request).map(|Code { code }| syntax::is_complete(&code).to_json()),
         "history_request" => parsed(&request).map(|asked| lock(&shared.history).answer(&asked)),
         "comm_info_request" => Ok(json!({ "status": "ok", "comms": {} })),
@@ -462,6 +489,7 @@ impl Executor {
     fn run(mut self, queue: &Receiver<Job>) {
         // The first cell will find the session ready, or else say why it is not.
         let _ = self.start();
+        self.shared.has_started();
         loop {
             let job = match self.waiting.pop_front() {
                 Some(job) => job,

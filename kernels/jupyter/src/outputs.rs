@@ -156,6 +156,9 @@ pub struct Outputs<'a> {
     held: Option<Held>,
     death: Option<String>,
     failed: Option<FailureKind>,
+    /// What was shown of stderr last, with nothing else since: on a busy machine a message may come so long before its
+    /// marker that it was not held back.
+    last_stderr: String,
     /// The message of a panic or an error, taken from stderr.
     said: String,
 }
@@ -173,7 +176,16 @@ enum What {
 impl<'a> Outputs<'a> {
     /// `is_result`: whether the cell ends in an expression.
     pub fn new(client: &'a mut dyn Client, is_result: bool, hold: Option<Duration>) -> Outputs<'a> {
-        Outputs { client, is_result, hold, held: None, death: None, failed: None, said: String::new() }
+        Outputs {
+            client,
+            is_result,
+            hold,
+            held: None,
+            death: None,
+            failed: None,
+            last_stderr: String::new(),
+            said: String::new(),
+        }
     }
 
     /// When [`Outputs::release_old`] has something to do.
@@ -250,6 +262,7 @@ impl<'a> Outputs<'a> {
 
     fn stream(&mut self, name: &'static str, text: String) {
         if !text.is_empty() {
+            self.last_stderr = if name == "stderr" { text.clone() } else { String::new() };
             self.client.show(Update::Add(Output::Stream { name, text }));
         }
     }
@@ -276,20 +289,23 @@ impl<'a> Outputs<'a> {
     /// A marker on stdout: what stood last on stderr, where the cell left it, is the failure's message.
     fn fail(&mut self, kind: FailureKind) {
         self.failed = Some(kind);
+        let begin = |text: &str| match kind {
+            FailureKind::Panic => text.rfind("\nthread '").unwrap_or(0),
+            _ => 0,
+        };
         match self.held.take().map(|held| held.what) {
             Some(What::Stderr(mut text)) => {
-                let at = match kind {
-                    FailureKind::Panic => text.rfind("\nthread '").unwrap_or(0),
-                    _ => 0,
-                };
-                self.said = text.split_off(at);
+                self.said = text.split_off(begin(&text));
                 self.stream("stderr", text);
             }
             Some(what) => {
                 self.hold(what);
                 self.release();
             }
-            None => {}
+            None => {
+                let mut text = std::mem::take(&mut self.last_stderr);
+                self.said = text.split_off(begin(&text));
+            }
         }
     }
 
@@ -463,9 +479,10 @@ mod tests {
         outputs.event(Event::Stderr("note\n".into()));
         assert!(outputs.deadline().is_some());
         outputs.release_old();
-        outputs.event(Event::Panic);
+        outputs.event(Event::UserError);
         let reply = Reply { result: Ok(Forms::new()), compiled: String::new(), lost: Vec::new() };
-        assert!(outputs.finish("", reply).is_some());
+        // Shown already, and the message all the same.
+        assert_eq!(outputs.finish("", reply).map(|failure| failure.message), Some("note".into()));
         assert_eq!(recorder.outputs, [stderr("note\n")]);
     }
 }
