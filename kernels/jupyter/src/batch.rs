@@ -31,6 +31,8 @@ pub struct Options {
     pub prefix: PathBuf,
     /// At most so many notebooks at once; else as many as there are cores.
     pub jobs: Option<usize>,
+    /// Whether the executed notebook names the types of its variables.
+    pub write_types: bool,
     /// What notebooks that run at once may need together; else what is available.
     pub memory_mib: Option<u64>,
 }
@@ -243,9 +245,12 @@ pub fn run(words: &[&str], output: Option<&Path>, options: &Options) -> Result<E
     run_all(&jobs, options, |i, said| match said {
         Said::Report(Report::Ready { seconds }) => progress.ready(i, seconds),
         Said::Report(Report::Skipped { cell }) => progress.cell(i, cell, 0.0, "skipped"),
-        Said::Report(Report::Cell(CellRun { cell, count, seconds, outputs, failure })) => {
+        Said::Report(Report::Cell(CellRun { cell, count, seconds, outputs, failure, typed })) => {
             progress.cell(i, cell, seconds, if failure.is_some() { "FAILED" } else { "ok" });
             notebooks[i].set_outputs(cell, count, outputs);
+            if let Some(source) = typed.filter(|_| options.write_types) {
+                notebooks[i].set_source(cell, &source);
+            }
             ran[i] = count;
             failed[i] = failure.map(|failure| (cell, failure));
         }

@@ -577,7 +577,7 @@ impl Executor {
             result: String::new(),
         };
         if asked.code.trim().is_empty() {
-            return Ending { failure: None, interrupted: false };
+            return Ending::default();
         }
         if self.session.is_none()
             && let Err(why) = self.start()
@@ -586,9 +586,9 @@ impl Executor {
             let headline = message.lines().next().unwrap_or_default();
             let failure = Failure::new(FailureKind::Died, headline, &message);
             client.show(Update::Add(error(&failure)));
-            return Ending { failure: Some(failure), interrupted: false };
+            return Ending { failure: Some(failure), ..Ending::default() };
         }
-        let Some(session) = &self.session else { return Ending { failure: None, interrupted: false } };
+        let Some(session) = &self.session else { return Ending::default() };
         let ending = session.execute(&asked.code, &Options { timeout: None, hold: Some(HOLD) }, &mut client);
         let result = std::mem::take(&mut client.result);
         if asked.store_history && !asked.silent {

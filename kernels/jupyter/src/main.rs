@@ -82,6 +82,7 @@ usage:
   --jobs N          run at most so many notebooks at once (default: the number of cores)
   --memory MIB      let notebooks that run at once need so much together (default: what is available);
                     one needs 1536, or the \"qlora_nb\": {\"memory_mib\": N} of its metadata
+  --write-types     (run) name the types of variables in the executed notebook, for stock evcxr_jupyter
   --update          rewrite outputs that differ, in notebooks in which no cell failed
   --junit FILE      write the results as JUnit XML
   A notebook may be a folder: all *.ipynb in it. Exit status 2: wrong usage, or unreadable input.
@@ -114,6 +115,7 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
     let mut output = None;
     let mut timeout = Duration::from_secs(3600);
     let (mut jobs, mut memory_mib) = (None, None);
+    let mut write_types = false;
     let mut test = testing::TestOptions { junit: None, update: false };
     let mut words = Vec::new();
     let mut args = args.into_iter();
@@ -135,6 +137,7 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
             "--memory" => memory_mib = Some(positive(&arg, &value()?)?),
             "--junit" => test.junit = Some(PathBuf::from(value()?)),
             "--update" => test.update = true,
+            "--write-types" => write_types = true,
             "-h" | "--help" => {
                 print!("{USAGE}");
                 return Ok(ExitCode::SUCCESS);
@@ -155,7 +158,9 @@ fn command_line(args: Vec<String>) -> Result<ExitCode> {
     }
     let prefix = || layout::find(prefix.as_deref()).map(|layout| layout.prefix);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let options = || -> Result<batch::Options> { Ok(batch::Options { timeout, prefix: prefix()?, jobs, memory_mib }) };
+    let options = || -> Result<batch::Options> {
+        Ok(batch::Options { timeout, prefix: prefix()?, jobs, write_types, memory_mib })
+    };
     match words.as_slice() {
         ["install"] => install::install(&target, source.as_deref()).map(|()| ExitCode::SUCCESS),
         ["uninstall"] => uninstall::uninstall(&target).map(|()| ExitCode::SUCCESS),

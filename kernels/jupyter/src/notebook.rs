@@ -140,6 +140,10 @@ impl Notebook {
         self.set_count(cell, count);
     }
 
+    pub fn set_source(&mut self, cell: usize, source: &str) {
+        self.json["cells"][cell]["source"] = lines(source);
+    }
+
     /// Changes what a cell shows that was executed before.
     pub fn replace_outputs(&mut self, cell: usize, outputs: Vec<Value>) {
         self.json["cells"][cell]["outputs"] = Value::Array(outputs);

@@ -366,7 +366,7 @@ mod tests {
         let mut recorder = Recorder::default();
         let mut outputs = Outputs::new(&mut recorder, true, None);
         events.iter().for_each(|event| outputs.event(event.clone()));
-        let reply = Reply { result, compiled: "one\nassert!(x == 2);\n".into(), lost: Vec::new() };
+        let reply = Reply { result, compiled: "one\nassert!(x == 2);\n".into(), lost: Vec::new(), typed: None };
         let failure = outputs.finish("let x = 1;\nassert!(x == 2);", reply);
         (recorder.outputs, failure)
     }
@@ -480,7 +480,7 @@ mod tests {
         assert!(outputs.deadline().is_some());
         outputs.release_old();
         outputs.event(Event::UserError);
-        let reply = Reply { result: Ok(Forms::new()), compiled: String::new(), lost: Vec::new() };
+        let reply = Reply { result: Ok(Forms::new()), compiled: String::new(), lost: Vec::new(), typed: None };
         // Shown already, and the message all the same.
         assert_eq!(outputs.finish("", reply).map(|failure| failure.message), Some("note".into()));
         assert_eq!(recorder.outputs, [stderr("note\n")]);

@@ -41,6 +41,8 @@ pub struct CellRun {
     pub outputs: Vec<Value>,
     /// The cell failed, or should have and did not.
     pub failure: Option<CellFailure>,
+    /// Its source with the types of its variables written out.
+    pub typed: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -70,7 +72,8 @@ pub fn run_cells(path: &Path, timeout: Duration, prefix: &Path) -> Result<()> {
         count += 1;
         let step = Instant::now();
         let mut recorder = Recorder::default();
-        let ending = session.execute(&notebook.source(cell), &options, &mut recorder);
+        let mut ending = session.execute(&notebook.source(cell), &options, &mut recorder);
+        let typed = ending.typed.take();
         let failure = judge(ending, notebook.must_fail(cell), &mut recorder);
         let seconds = step.elapsed().as_secs_f64();
         recorder.outputs.retain(|output| !output.is_blank());
@@ -81,7 +84,7 @@ pub fn run_cells(path: &Path, timeout: Duration, prefix: &Path) -> Result<()> {
             details: failure.details,
         });
         let is_last = failure.is_some();
-        report(&Report::Cell(CellRun { cell, count, seconds, outputs, failure }))?;
+        report(&Report::Cell(CellRun { cell, count, seconds, outputs, failure, typed }))?;
         for (cell, outputs) in displays.record(cell, count, recorder) {
             report(&Report::Changed { cell, outputs })?;
         }

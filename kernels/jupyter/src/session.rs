@@ -97,6 +97,8 @@ pub struct Reply {
     pub compiled: String,
     /// Variables that were there before the cell and are not any more.
     pub lost: Vec<String>,
+    /// The cell with the types of its variables written out.
+    pub typed: Option<String>,
 }
 
 /// Why a cell failed.
@@ -139,8 +141,11 @@ impl Failure {
 }
 
 /// How a cell ended.
+#[derive(Default)]
 pub struct Ending {
     pub failure: Option<Failure>,
+    /// The cell with the types of its variables written out; None if there is nothing to write.
+    pub typed: Option<String>,
     /// Whether somebody asked it to stop; it may have ended well all the same, with what it had.
     pub interrupted: bool,
 }
@@ -173,6 +178,7 @@ impl Session {
             folder: folder.path().to_owned(),
             question: Question::new(folder.path()),
             replaced: Vec::new(),
+            typed: None,
             must_set_up_process: true,
             stopping: stopping.clone(),
             names: names.clone(),
@@ -207,7 +213,7 @@ impl Session {
         let mut outputs = Outputs::new(client, types::ends_in_expression(code), options.hold);
         let (reply, interrupted) = self.wait_for(Request::Execute(code.to_owned()), options.timeout, &mut outputs);
         self.stopping.store(false, SeqCst);
-        let lost = reply.lost.clone();
+        let (lost, typed) = (reply.lost.clone(), reply.typed.clone());
         let mut failure = outputs.finish(code, reply);
         if let Some(failure) = &mut failure {
             if interrupted && failure.kind == FailureKind::Error {
@@ -227,7 +233,7 @@ impl Session {
             }
             client.show(Update::Add(outputs::error(failure)));
         }
-        Ending { failure, interrupted }
+        Ending { failure, typed, interrupted }
     }
 
     /// The type of an expression of the variables that there are; None if it has none, or if evcxr is busy.
@@ -245,6 +251,7 @@ impl Session {
             result: Err(Failure::new(FailureKind::Died, "evcxr itself stopped", "evcxr itself stopped")),
             compiled: String::new(),
             lost: Vec::new(),
+            typed: None,
         };
         if self.requests.send(request).is_err() {
             return (gone(), false);
@@ -430,6 +437,7 @@ struct Evcxr {
     folder: PathBuf,
     question: Question,
     replaced: Vec<Replaced>,
+    typed: Option<String>,
     /// Whether the process for the cells is a new one.
     must_set_up_process: bool,
     stopping: Arc<AtomicBool>,
@@ -480,7 +488,8 @@ impl Evcxr {
                 let items = context.defined_item_names().map(str::to_owned).collect();
                 *names = Names { variables, items };
             }
-            let reply = Reply { result, compiled: context.last_source().unwrap_or_default(), lost };
+            let reply =
+                Reply { result, compiled: context.last_source().unwrap_or_default(), lost, typed: self.typed.take() };
             if replies.send(reply).is_err() {
                 return;
             }
@@ -515,7 +524,8 @@ impl Evcxr {
         while self.answered.try_recv().is_ok() {}
         let bindings = types::bindings(code);
         self.replaced = replaced_by(&bindings, context);
-        let prepared = prepare(context, &self.question, code, &bindings, &self.replaced)?;
+        let Prepared { code: prepared, typed } = prepare(context, &self.question, code, &bindings, &self.replaced)?;
+        self.typed = typed;
         let (ask, answered) = (&self.ask, &self.answered);
         let mut callbacks = evcxr::EvalCallbacks {
             input_reader: &|request| {
@@ -550,14 +560,17 @@ fn prepare(
     code: &str,
     bindings: &[Binding],
     replaced: &[Replaced],
-) -> Result<String, Failure> {
+) -> Result<Prepared, Failure> {
     let mut prepared = code.to_owned();
+    let mut typed = None;
     if bindings.iter().any(|variable| !variable.is_typed) {
         let answer = question.ask(|| drop(context.check(code)));
         let answer =
             answer.map_err(|e| Failure::new(FailureKind::Compile, "cannot ask rustc for types", &e.to_string()))?;
         // A cell with errors goes to evcxr as it is, which reports them.
-        let Some(answer) = answer.filter(|answer| !answer.has_errors) else { return Ok(prepared) };
+        let Some(answer) = answer.filter(|answer| !answer.has_errors) else {
+            return Ok(Prepared { code: prepared, typed });
+        };
         let unnamed = bindings.iter().find_map(|variable| {
             let ty = answer.types.get(&variable.name)?;
             Some((&variable.name, types::for_people(ty), types::unnameable(ty)?))
@@ -570,6 +583,7 @@ fn prepare(
             return Err(Failure::new(FailureKind::Compile, &message, &details));
         }
         prepared = types::annotate(code, bindings, &answer.types);
+        typed = Some(types::with_types(code, bindings, &answer.types));
     }
     let keep: String = replaced.iter().map(Replaced::keep).collect();
     prepared.insert_str(types::rust_begins(code), &keep);
@@ -577,7 +591,14 @@ fn prepare(
         // Text without a newline would otherwise stay in the cell's buffer until a later cell prints one.
         prepared.push_str("\nlet _ = ::std::io::Write::flush(&mut ::std::io::stdout());");
     }
-    Ok(prepared)
+    Ok(Prepared { code: prepared, typed })
+}
+
+struct Prepared {
+    /// For evcxr.
+    code: String,
+    /// For people.
+    typed: Option<String>,
 }
 
 fn replaced_by(bindings: &[Binding], context: &CommandContext) -> Vec<Replaced> {

@@ -128,7 +128,7 @@ impl Tested {
             && !matches!(self.cells[number].state, State::Failed(_))
         {
             let seconds = self.cells[number].seconds;
-            self.take(job, CellRun { cell, count, seconds, outputs, failure: None });
+            self.take(job, CellRun { cell, count, seconds, outputs, failure: None, typed: None });
         }
     }
 

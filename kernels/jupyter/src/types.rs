@@ -67,19 +67,38 @@ pub struct Binding {
     is_mut: bool,
     /// Byte offset in the cell, behind the `let` statement that binds it last.
     end: usize,
+    /// Behind the name, where a type can be written; None in a larger pattern, and where a part of a type stands.
+    type_place: Option<usize>,
 }
 
 /// Adds to a cell the types of its variables. The additions stand behind the statements, on the same line, so
 /// that the compiler's messages keep their lines and columns.
 pub fn annotate(code: &str, variables: &[Binding], types: &HashMap<String, String>) -> String {
     let mut code = code.to_owned();
-    for Binding { name, is_typed, is_mut, end } in variables.iter().rev() {
+    for Binding { name, is_typed, is_mut, end, .. } in variables.iter().rev() {
         if let Some(ty) = types.get(name).filter(|_| !is_typed) {
             let is_mut = if *is_mut { "mut " } else { "" };
             code.insert_str(*end, &format!(" let {is_mut}{name}: {ty} = {name};"));
         }
     }
     code
+}
+
+/// The cell as somebody would write it who has to name the types: for stock evcxr, which cannot find them out.
+pub fn with_types(code: &str, variables: &[Binding], types: &HashMap<String, String>) -> String {
+    let mut insertions = Vec::new();
+    for Binding { name, is_typed, is_mut, end, type_place } in variables {
+        let Some(ty) = types.get(name).filter(|_| !is_typed) else { continue };
+        let is_mut = if *is_mut { "mut " } else { "" };
+        insertions.push(match type_place {
+            Some(place) => (*place, format!(": {ty}")),
+            None => (*end, format!(" let {is_mut}{name}: {ty} = {name};")),
+        });
+    }
+    insertions.sort();
+    let mut typed = code.to_owned();
+    insertions.iter().rev().for_each(|(place, text)| typed.insert_str(*place, text));
+    typed
 }
 
 /// Where the Rust code of a cell begins: behind evcxr's own lines (`:dep`, `!ls`) and leading comments.
@@ -126,7 +145,10 @@ pub fn bindings(code: &str) -> Vec<Binding> {
             let is_plain = matches!(&pattern, ast::Pat::IdentPat(_));
             // What is declared only, evcxr infers; the types of a pattern's parts are written nowhere.
             let is_typed = statement.initializer().is_none() || (typed && is_plain);
-            found.push(Binding { name, is_typed, is_mut: binding.mut_token().is_some(), end });
+            let behind_name =
+                binding.name().map(|name| usize::from(name.syntax().text_range().end()).wrapping_add(shift));
+            let type_place = behind_name.filter(|_| is_plain && statement.ty().is_none());
+            found.push(Binding { name, is_typed, is_mut: binding.mut_token().is_some(), end, type_place });
         }
     }
     found
@@ -272,6 +294,16 @@ mod tests {
         let expected = "// two\nlet a = 1; let a = \"x\"; let a: &str = a; // shadows\n\
                         let (b, mut c) = f()?; let b: u8 = b; let mut c: u16 = c;\nb";
         assert_eq!(annotate(code, &bindings(code), &types), expected);
+    }
+
+    #[test]
+    fn writes_types_where_people_do() {
+        let code = "let mut a = 1; // 诗\nlet (b, c): (_, u8) = f()?;\nlet d: u8 = 1;\nlet e = 2;";
+        let types = [("a", "i32"), ("b", "&str"), ("c", "u8"), ("e", "i32")];
+        let types = types.map(|(name, ty)| (name.to_owned(), ty.to_owned())).into();
+        let expected = "let mut a: i32 = 1; // 诗\nlet (b, c): (_, u8) = f()?; let b: &str = b; let c: u8 = c;\n\
+                        let d: u8 = 1;\nlet e: i32 = 2;";
+        assert_eq!(with_types(code, &bindings(code), &types), expected);
     }
 
     #[test]
