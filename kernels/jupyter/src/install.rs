@@ -204,10 +204,18 @@ fn documented(package: &str, metadata: &Value, artifacts: &HashMap<String, PathB
 }
 
 fn cargo(source: &Path, args: &[&str]) -> Result<Vec<u8>> {
-    // CI: evcxr's rust-analyzer looks at it while it is compiled, and is compiled anew when it changes.
-    let output =
-        Command::new("cargo").args(args).current_dir(source).env_remove("CI").stderr(Stdio::inherit()).output();
-    let output = output.context("cannot run cargo; remedy: install Rust with rustup, have ~/.cargo/bin on PATH")?;
+    let mut command = Command::new("cargo");
+    command.args(args).current_dir(source).stderr(Stdio::inherit());
+    // Some crates look at these while they are compiled, and are compiled anew when one changes: evcxr's
+    // rust-analyzer at CI, ring at what cargo tells a program that it runs (a test of ours, say) of its package.
+    let of_package = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os() {
+        if name == "CI" || name.to_str().is_some_and(of_package) {
+            command.env_remove(name);
+        }
+    }
+    let remedy = "remedy: install Rust with rustup, have ~/.cargo/bin on PATH";
+    let output = command.output().with_context(|| format!("cannot run cargo, which builds the library\n{remedy}"))?;
     if !output.status.success() {
         bail!("`cargo {}` failed: see its messages above", args.join(" "));
     }

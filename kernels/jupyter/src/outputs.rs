@@ -219,7 +219,10 @@ impl<'a> Outputs<'a> {
             },
             Event::Content { mime, data } => self.content(mime, data),
             Event::Stdout(text) => {
-                self.release();
+                // Text without a newline, from before a panic, comes with the panic's marker: behind its message.
+                if !self.held_text().is_some_and(tells_of_a_panic) {
+                    self.release();
+                }
                 self.stream("stdout", text);
             }
             Event::Display(operation) => {
@@ -260,9 +263,20 @@ impl<'a> Outputs<'a> {
         }
     }
 
+    fn held_text(&self) -> Option<&str> {
+        match &self.held.as_ref()?.what {
+            What::Stderr(text) => Some(text),
+            What::Content(_) => None,
+        }
+    }
+
     fn stream(&mut self, name: &'static str, text: String) {
         if !text.is_empty() {
-            self.last_stderr = if name == "stderr" { text.clone() } else { String::new() };
+            if name == "stderr" {
+                self.last_stderr.clone_from(&text);
+            } else if !tells_of_a_panic(&self.last_stderr) {
+                self.last_stderr.clear();
+            }
             self.client.show(Update::Add(Output::Stream { name, text }));
         }
     }
@@ -346,6 +360,11 @@ impl<'a> Outputs<'a> {
     }
 }
 
+/// Whether a text on stderr contains what Rust says of a panic.
+fn tells_of_a_panic(text: &str) -> bool {
+    text.find("\nthread '").is_some_and(|at| text[at..].contains(" panicked at "))
+}
+
 /// A cell's failure as an output.
 pub fn error(failure: &Failure) -> Output {
     Output::Error {
@@ -424,6 +443,15 @@ mod tests {
         assert_eq!((failure.kind, failure.message.as_str()), (FailureKind::Panic, "assertion failed: x == 2"));
         assert_eq!(failure.details, "panicked at line 2: assert!(x == 2);\nassertion failed: x == 2");
         assert_eq!(outputs, [stderr("warned\n")]);
+    }
+
+    #[test]
+    fn a_panic_after_text_without_a_newline_keeps_its_message() {
+        let message = "\nthread 'main' (7) panicked at src/lib.rs:2:1:\non purpose\n";
+        let events = [Event::Stderr(message.into()), Event::Stdout("unfinished".into()), Event::Panic];
+        let (outputs, failure) = outputs(&events, Ok(Forms::new()));
+        assert_eq!(failure.expect("a failure").message, "on purpose");
+        assert_eq!(outputs, [Output::Stream { name: "stdout", text: "unfinished".into() }]);
     }
 
     #[test]
