@@ -3,7 +3,7 @@
 //! A notebook's expressions are mostly chains of the library's own calls, `trainer.train()?.`, whose types the index
 //! knows; this is answered at once. What is left goes to rustc, through `ask`, which takes its time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use ra_ap_syntax::ast::{self, AstNode, HasArgList, HasGenericParams, HasLoopBody, HasName, HasTypeBounds};
 use ra_ap_syntax::{Edition, SourceFile, SyntaxKind, SyntaxNode, SyntaxToken, TextSize};
@@ -277,6 +277,43 @@ impl Scope<'_> {
         self.members_of(ty).into_iter().find(|member| member.name == name)
     }
 
+    /// The types of the variables that a cell binds to what the library returns, such as `Trainer::new(..)?`, written so
+    /// that any cell can name them. Whoever uses them must have rustc check them: imports can make a name mean another
+    /// thing.
+    pub fn variables_of(&self, code: &str) -> HashMap<String, String> {
+        let list = types::statements(code).map(|(list, _)| list);
+        let lets = list.iter().flat_map(|list| list.statements()).filter_map(|statement| match statement {
+            ast::Stmt::LetStmt(statement) => Some(statement),
+            _ => None,
+        });
+        lets.filter_map(|statement| {
+            let ast::Pat::IdentPat(pattern) = statement.pat()? else { return None };
+            Some((pattern.name()?.text().to_string(), self.nameable(&statement.initializer()?)?))
+        })
+        .collect()
+    }
+
+    /// The path of a struct or enum without parameters that an expression certainly has as its type.
+    fn nameable(&self, expr: &ast::Expr) -> Option<String> {
+        let ty = match expr {
+            // What a reference borrows is all that is known of it.
+            ast::Expr::RefExpr(_) => return None,
+            ast::Expr::MethodCallExpr(call) if call.name_ref()?.text() == "clone" => {
+                let ast::Expr::PathExpr(variable) = call.receiver()? else { return None };
+                self.type_of_path(&variable.path()?)?
+            }
+            expr => self.type_of(expr)?,
+        };
+        let item = self.item(&ty).filter(|_| !ty.starts_with('&') && !ty.contains('<'))?;
+        match item.path.split_once("::")?.0 {
+            _ if !["struct", "enum"].contains(&item.kind.as_str()) || item.signature.contains('<') => None,
+            "qlora_nb" => Some(item.path.clone()),
+            // Cells know it through the library.
+            "candle_core" => Some(format!("qlora_nb::{}", item.path)),
+            _ => None,
+        }
+    }
+
     pub fn type_of_or_ask(&self, cell: &Cell, expr: &ast::Expr) -> Option<String> {
         self.type_of(expr).or_else(|| (self.ask)(&cell.question(expr)?))
     }
@@ -537,6 +574,31 @@ pub(crate) mod testing {
         let variables = [("trainer", "qlora_nb::trainer::Trainer"), ("names", "alloc::string::String")];
         let variables = variables.map(|(name, ty)| (name.to_owned(), ty.to_owned()));
         work(&Scope { items: &["helper".to_owned()], ..scope(&api(), &variables) })
+    }
+
+    #[test]
+    fn tells_what_variables_are() {
+        with_scope(|scope| {
+            let told = |code: &str| {
+                let mut types: Vec<_> = scope.variables_of(code).into_iter().collect();
+                types.sort();
+                types.into_iter().map(|(name, ty)| format!("{name}: {ty}")).collect::<Vec<_>>().join(", ")
+            };
+            assert_eq!(
+                told("let mut t = Trainer::new(&m)?; let u = t.clone();"),
+                "t: qlora_nb::trainer::Trainer, u: qlora_nb::trainer::Trainer"
+            );
+            assert_eq!(
+                told("let out = trainer.train()?;\nlet again = trainer.clone();"),
+                "again: qlora_nb::trainer::Trainer, out: qlora_nb::trainer::TrainOutput"
+            );
+            assert_eq!(
+                told(
+                    "let out = trainer.train(); let r = &trainer; let n = 1; let s = format!(\"\"); let (a, b) = f();"
+                ),
+                ""
+            );
+        });
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One run of cells that share variables: evcxr, told the truth.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -10,11 +11,13 @@ use anyhow::{Context, Result, bail};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 use evcxr::CommandContext;
 
+use crate::api::Api;
 use crate::diagnostics;
 use crate::keep::{self, Replaced};
 use crate::layout::{self, Layout};
 use crate::outputs::{self, Client, Forms, Outputs, Update};
 use crate::processes;
+use crate::scope::Scope;
 use crate::supervisor::{self, Event};
 use crate::types::{self, Binding, Question};
 
@@ -179,6 +182,7 @@ impl Session {
             question: Question::new(folder.path()),
             replaced: Vec::new(),
             typed: None,
+            api: Api::load(&layout.api()),
             must_set_up_process: true,
             stopping: stopping.clone(),
             names: names.clone(),
@@ -438,6 +442,8 @@ struct Evcxr {
     question: Question,
     replaced: Vec<Replaced>,
     typed: Option<String>,
+    /// What the library's functions return.
+    api: Api,
     /// Whether the process for the cells is a new one.
     must_set_up_process: bool,
     stopping: Arc<AtomicBool>,
@@ -524,8 +530,11 @@ impl Evcxr {
         while self.answered.try_recv().is_ok() {}
         let bindings = types::bindings(code);
         self.replaced = replaced_by(&bindings, context);
-        let Prepared { code: prepared, typed } = prepare(context, &self.question, code, &bindings, &self.replaced)?;
-        self.typed = typed;
+        // Types that the index tells cost nothing; rustc has to be asked for the others, which takes as long as
+        // compiling a small cell.
+        let told = self.told(context, code, &bindings);
+        let was_told = told.is_some();
+        let mut prepared = prepare(context, &self.question, code, &bindings, &self.replaced, told)?;
         let (ask, answered) = (&self.ask, &self.answered);
         let mut callbacks = evcxr::EvalCallbacks {
             input_reader: &|request| {
@@ -534,14 +543,32 @@ impl Evcxr {
                 answered.recv().unwrap_or_default()
             },
         };
-        let result = match context.execute_with_callbacks(&prepared, &mut callbacks) {
-            // The cell as it was written makes for better messages. That it could compile after all is no harm.
-            Err(evcxr::Error::CompilationErrors(_)) if !self.stopping.load(SeqCst) => {
-                context.execute_with_callbacks(code, &mut callbacks)
-            }
-            result => result,
+        let mut result = context.execute_with_callbacks(&prepared.code, &mut callbacks);
+        let is_refused = |result: &Result<evcxr::EvalOutputs, evcxr::Error>| {
+            matches!(result, Err(evcxr::Error::CompilationErrors(_))) && !self.stopping.load(SeqCst)
         };
+        if is_refused(&result) && was_told {
+            prepared = prepare(context, &self.question, code, &bindings, &self.replaced, None)?;
+            result = context.execute_with_callbacks(&prepared.code, &mut callbacks);
+        }
+        if is_refused(&result) && prepared.code != code {
+            // The cell as it was written makes for better messages. That it could compile after all is no harm.
+            result = context.execute_with_callbacks(code, &mut callbacks);
+        }
+        self.typed = prepared.typed;
         result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
+    }
+
+    /// The types of all variables of a cell that does not write them, if the index tells them all.
+    fn told(&self, context: &CommandContext, code: &str, bindings: &[Binding]) -> Option<HashMap<String, String>> {
+        if bindings.iter().all(|variable| variable.is_typed) {
+            return None;
+        }
+        let variables: Vec<_> =
+            context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned())).collect();
+        let told = Scope { api: &self.api, variables: &variables, items: &[], ask: &|_| None }.variables_of(code);
+        let are_all = bindings.iter().all(|variable| variable.is_typed || told.contains_key(&variable.name));
+        are_all.then_some(told)
     }
 
     /// The type of an expression, as rustc writes it.
@@ -560,10 +587,14 @@ fn prepare(
     code: &str,
     bindings: &[Binding],
     replaced: &[Replaced],
+    told: Option<HashMap<String, String>>,
 ) -> Result<Prepared, Failure> {
     let mut prepared = code.to_owned();
     let mut typed = None;
-    if bindings.iter().any(|variable| !variable.is_typed) {
+    if let Some(told) = told {
+        prepared = types::annotate(code, bindings, &told);
+        typed = Some(types::with_types(code, bindings, &told));
+    } else if bindings.iter().any(|variable| !variable.is_typed) {
         let answer = question.ask(|| drop(context.check(code)));
         let answer =
             answer.map_err(|e| Failure::new(FailureKind::Compile, "cannot ask rustc for types", &e.to_string()))?;

@@ -110,7 +110,8 @@ pub fn rust_begins(code: &str) -> usize {
     code.split_inclusive('\n').take_while(|line| !is_rust(line)).map(str::len).sum()
 }
 
-fn statements(code: &str) -> Option<(ast::StmtList, usize)> {
+/// The statements of a cell, and what to add to their offsets to have those in the cell.
+pub fn statements(code: &str) -> Option<(ast::StmtList, usize)> {
     const BEFORE: &str = "fn cell() {";
     let begin = rust_begins(code);
     let file = SourceFile::parse(&format!("{BEFORE}{}\n}}", &code[begin..]), Edition::Edition2024);
