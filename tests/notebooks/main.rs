@@ -3,6 +3,7 @@
 mod checks;
 mod failures;
 mod install;
+mod repl;
 mod runner;
 mod variables;
 

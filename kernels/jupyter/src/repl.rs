@@ -12,7 +12,7 @@ use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
 use rustyline::hint::Hinter;
 use rustyline::validate::{ValidationContext, ValidationResult, Validator};
-use rustyline::{Config, Editor, Helper};
+use rustyline::{CompletionType, Config, Editor, Helper};
 
 use crate::assistance::Assistance;
 use crate::layout::{self, Layout};
@@ -34,7 +34,7 @@ pub fn run(prefix: &Path) -> Result<ExitCode> {
     println!("qlora-nb {}. Ctrl-D leaves, :help helps.", env!("CARGO_PKG_VERSION"));
     let session = Arc::new(Session::start(&Layout::new(prefix), &folder)?);
     interrupt_on_ctrl_c(session.controls());
-    let config = Config::builder().auto_add_history(true).build();
+    let config = Config::builder().auto_add_history(true).completion_type(CompletionType::List).build();
     let mut editor: Editor<Assistant, _> = Editor::with_config(config).context("the terminal cannot be used")?;
     editor.set_helper(Some(Assistant {
         assistance: Assistance::new(prefix),

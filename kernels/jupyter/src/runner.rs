@@ -128,7 +128,7 @@ impl Displays {
 /// A cell that is tagged to fail has passed if it failed, unless it took the session with it.
 fn judge(ending: Ending, must_fail: bool, recorder: &mut Recorder) -> Option<Failure> {
     match ending.failure {
-        Some(failure) if must_fail && failure.kind != FailureKind::Timeout => None,
+        Some(failure) if must_fail && ![FailureKind::Timeout, FailureKind::Killed].contains(&failure.kind) => None,
         None if must_fail && !ending.interrupted => {
             let message = "the cell is tagged raises-exception, but did not fail";
             let failure = Failure::new(FailureKind::Error, message, message);

@@ -120,6 +120,8 @@ pub enum FailureKind {
     Panic,
     Error,
     Interrupted,
+    /// Interrupted with the loss of its process.
+    Killed,
     Died,
     Timeout,
 }
@@ -130,7 +132,7 @@ impl FailureKind {
             FailureKind::Compile => "CompileError",
             FailureKind::Panic => "Panic",
             FailureKind::Error => "Error",
-            FailureKind::Interrupted => "Interrupted",
+            FailureKind::Interrupted | FailureKind::Killed => "Interrupted",
             FailureKind::Died => "ProcessDied",
             FailureKind::Timeout => "Timeout",
         }
@@ -329,7 +331,7 @@ impl Session {
             }
             (Some(End::Killed), Err(_)) => {
                 let message = "interrupted again, so its process was killed";
-                Failure::new(FailureKind::Interrupted, message, &format!("{message}; all variables are gone"))
+                Failure::new(FailureKind::Killed, message, &format!("{message}; all variables are gone"))
             }
             (None, Err(failure)) if interrupt.is_some() && failure.kind == FailureKind::Compile => {
                 let message = "interrupted while it was compiled";
