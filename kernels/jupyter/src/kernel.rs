@@ -175,7 +175,7 @@ struct Code {
 }
 
 async fn serve(info: &ConnectionInfo, prefix: &Path) -> Result<()> {
-    let id = uuid_of(info);
+    let id = session_id(info);
     let cannot = |channel: &str, port: u16| {
         let remedy = "remedy: start it from Jupyter, which chooses free ports; another kernel may be using this one";
         format!("cannot listen at {} port {port}, the {channel} channel of the connection file\n{remedy}", info.ip)
@@ -278,8 +278,8 @@ async fn serve(info: &ConnectionInfo, prefix: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A session id: the connection's key is as unique as any.
-fn uuid_of(info: &ConnectionInfo) -> String {
+/// Names this kernel in the messages that it sends; no other process on this machine has both numbers.
+fn session_id(info: &ConnectionInfo) -> String {
     format!("qlora-nb-{}-{}", std::process::id(), info.shell_port)
 }
 

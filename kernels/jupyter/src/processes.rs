@@ -2,8 +2,8 @@
 
 use std::fs;
 
-/// Kills whatever descends from this process, but for the process groups of `spared` processes. Returns whether there
-/// was any.
+/// Kills whatever descends from this process, but for the `spared` processes and their descendants. Returns whether
+/// there was any.
 pub fn kill_compilers(spared: &[i32]) -> bool {
     let own = std::process::id() as i32;
     let all = processes();
