@@ -3,6 +3,7 @@
 pub mod bloom;
 pub mod causal_lm;
 pub mod decoder;
+pub mod gguf;
 pub mod llama;
 pub mod memory;
 pub mod options;

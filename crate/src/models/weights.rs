@@ -18,7 +18,7 @@ use safetensors::Dtype as FileDtype;
 use crate::{
     error::{Error, Result},
     hub::Snapshot,
-    models::options::BitsAndBytesConfig,
+    models::{gguf::Gguf, options::BitsAndBytesConfig},
     quant::QuantizedTensor,
 };
 
@@ -39,6 +39,8 @@ struct Entry {
 pub struct Weights {
     files: Vec<PathBuf>,
     entries: BTreeMap<String, Entry>,
+    /// Instead of `entries`.
+    gguf: Option<Gguf>,
     used: BTreeSet<String>,
     missing: Vec<String>,
     prefix: &'static str,
@@ -70,12 +72,25 @@ impl Weights {
         for (file, path) in files.iter().enumerate() {
             read_header(path, file, &mut entries)?;
         }
-        Ok(Self { files, entries, used: BTreeSet::new(), missing: Vec::new(), prefix: "" })
+        Ok(Self { files, entries, gguf: None, used: BTreeSet::new(), missing: Vec::new(), prefix: "" })
+    }
+
+    /// The tensors of a GGUF file, under Hugging Face's names.
+    pub fn of_gguf(gguf: Gguf) -> Self {
+        let files = vec![gguf.path().to_path_buf()];
+        Self {
+            files,
+            entries: BTreeMap::new(),
+            gguf: Some(gguf),
+            used: BTreeSet::new(),
+            missing: Vec::new(),
+            prefix: "",
+        }
     }
 
     /// Accepts names with or without `prefix` in the file: the model asks with it.
     pub fn optional_prefix(&mut self, prefix: &'static str) {
-        if !self.entries.keys().any(|k| k.starts_with(prefix)) {
+        if self.gguf.is_none() && !self.entries.keys().any(|k| k.starts_with(prefix)) {
             self.prefix = prefix;
         }
     }
@@ -86,7 +101,10 @@ impl Weights {
 
     /// Whether the checkpoint has this tensor.
     pub fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(self.key(name))
+        match &self.gguf {
+            Some(gguf) => gguf.names().iter().any(|n| n == name),
+            None => self.entries.contains_key(self.key(name)),
+        }
     }
 
     /// A tensor in `dtype`, of the given shape. A tensor that is not there is noted and
@@ -101,6 +119,11 @@ impl Weights {
 
     fn optional_tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Option<Tensor>> {
         let key = self.key(name).to_string();
+        if let Some(gguf) = &self.gguf {
+            let tensor = gguf.tensor(&key, shape, dtype)?;
+            self.used.extend(tensor.is_some().then_some(key));
+            return Ok(tensor);
+        }
         let Some(entry) = self.entries.get(&key).cloned() else { return Ok(None) };
         if entry.shape != shape {
             return Err(Error::Shape {
@@ -169,7 +192,8 @@ impl Weights {
 
     /// Fails if anything was missing; gives the names that the model did not ask for.
     pub fn finish(self) -> Result<Vec<String>> {
-        let unexpected: Vec<String> = self.entries.into_keys().filter(|k| !self.used.contains(k)).collect();
+        let names = self.gguf.iter().flat_map(Gguf::names).chain(self.entries.into_keys());
+        let unexpected: Vec<String> = names.filter(|k| !self.used.contains(k)).collect();
         if self.missing.is_empty() {
             return Ok(unexpected);
         }
