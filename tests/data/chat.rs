@@ -45,15 +45,28 @@ fn a_template_is_found_where_transformers_looks() {
     assert_eq!(template().as_deref(), Some("file"));
 }
 
-/// `encode_chat` adds no special token to those that the template writes; `encode` may.
+/// `encode` adds the special tokens of the tokenizer's own; `encode_chat` adds none to those that
+/// the template writes.
 #[test]
-fn a_conversation_is_tokenized_once() {
-    let tokenizer = poet().with_chat_template("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}").unwrap();
-    let ids = tokenizer.encode_chat(&[Message::user("春"), Message::assistant("风")], false).unwrap().input_ids;
-    let (bos, eos) = (tokenizer.bos_token_id().unwrap(), tokenizer.eos_token_id().unwrap());
-    assert_eq!(ids.iter().filter(|id| **id == bos).count(), 2);
-    assert_eq!((ids[0], ids[ids.len() - 1]), (bos, eos));
-    assert_eq!(tokenizer.decode(&ids, false).unwrap(), "<s>春</s><s>风</s>");
+fn a_conversation_does_not_begin_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let read = std::fs::read(root().join("notebooks/models/poet-bloom-zh/tokenizer.json")).unwrap();
+    let mut json: Json = serde_json::from_slice(&read).unwrap();
+    let bos = poet().bos_token_id().unwrap();
+    json["post_processor"] = serde_json::json!({"type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [bos], "tokens": ["<s>"]}}});
+    std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"bos_token": "<s>", "eos_token": "</s>"}"#)
+        .unwrap();
+    let template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}";
+    let tokenizer = AutoTokenizer::from_pretrained(folder.path()).unwrap().with_chat_template(template).unwrap();
+    let decode = |encoding: Encoding| tokenizer.decode(&encoding.input_ids, false).unwrap();
+    assert_eq!(decode(tokenizer.encode("春").unwrap()), "<s>春");
+    assert_eq!(decode(tokenizer.encode_without_special_tokens("春").unwrap()), "春");
+    let chat = [Message::user("春"), Message::assistant("风")];
+    assert_eq!(decode(tokenizer.encode_chat(&chat, false).unwrap()), "<s>春</s><s>风</s>");
 }
 
 #[test]

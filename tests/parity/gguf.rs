@@ -182,6 +182,20 @@ fn what_cannot_be_read_is_named() {
     }
 }
 
+/// `add_bos_token` and `add_eos_token` of the file hold for each text.
+#[test]
+fn a_file_may_ask_for_tokens_around_each_text() {
+    let (_folder, path) = changed(|bytes| {
+        let key = b"tokenizer.ggml.add_bos_token";
+        let at = place(bytes, key) + key.len() + 4;
+        assert_eq!(bytes[at], 0);
+        bytes[at] = 1;
+    });
+    let tokenizer = AutoTokenizer::from_pretrained(&path).unwrap();
+    let plain = tokenizer.encode_without_special_tokens("Hello").unwrap().input_ids;
+    assert_eq!(tokenizer.encode("Hello").unwrap().input_ids, [vec![1], plain].concat());
+}
+
 /// candle would divide by it.
 #[test]
 fn an_alignment_of_zero_is_an_error() {
