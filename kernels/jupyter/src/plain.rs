@@ -311,16 +311,23 @@ impl Mark {
     }
 }
 
-/// The arguments of the rustc that compiles a cell. A cell is small and no two are alike: compiling it in one piece costs
-/// less than keeping pieces for the next. cargo does not know of this: for another profile it would give the cell's crate
-/// another identity, and with it every type that cells define.
-pub fn for_a_cell(args: Vec<OsString>, is_plain: bool) -> Vec<OsString> {
+/// Up to so many bytes of source a cell is sooner compiled as a whole than from pieces that earlier cells left; more is
+/// there when earlier cells defined a dozen functions, which are compiled with each cell.
+const SMALL: u64 = 12 << 10;
+
+/// The arguments of the rustc that compiles a cell with so many bytes of source. cargo does not know of this: for another
+/// profile it would give the cell's crate another identity, and with it every type that cells define.
+pub fn for_a_cell(args: Vec<OsString>, source: u64, is_plain: bool) -> Vec<OsString> {
     let mut adapted: Vec<OsString> = Vec::with_capacity(args.len());
     for arg in args {
         match arg.to_str().and_then(|text| text.split_once('=')) {
             Some(("opt-level", _)) if is_plain => adapted.push("opt-level=0".into()),
             Some(("codegen-units", _)) => adapted.push("codegen-units=1".into()),
-            Some(("incremental", _)) if adapted.last().is_some_and(|flag| flag == "-C") => drop(adapted.pop()),
+            Some(("incremental", _)) if source <= SMALL && adapted.last().is_some_and(|flag| flag == "-C") => {
+                adapted.pop();
+            }
+            // What one level leaves there is of no use to the other, which would throw it away.
+            Some(("incremental", folder)) if is_plain => adapted.push(format!("incremental={folder}-plain").into()),
             _ => adapted.push(arg),
         }
     }
@@ -466,9 +473,13 @@ mod tests {
         let args = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
         let cargos =
             "rustc --crate-name ctx -C opt-level=2 -C codegen-units=16 -C metadata=a1 -C incremental=/tmp/i -L x=/y";
-        let optimised = "rustc --crate-name ctx -C opt-level=2 -C codegen-units=1 -C metadata=a1 -L x=/y";
-        assert_eq!(for_a_cell(args(cargos), false), args(optimised));
-        assert_eq!(for_a_cell(args(cargos), true), args(&optimised.replace("level=2", "level=0")));
+        let small = "rustc --crate-name ctx -C opt-level=2 -C codegen-units=1 -C metadata=a1 -L x=/y";
+        assert_eq!(for_a_cell(args(cargos), 100, false), args(small));
+        assert_eq!(for_a_cell(args(cargos), 100, true), args(&small.replace("level=2", "level=0")));
+        let large = cargos.replace("units=16", "units=1");
+        assert_eq!(for_a_cell(args(cargos), 1 << 20, false), args(&large));
+        let plain = large.replace("level=2", "level=0").replace("/tmp/i", "/tmp/i-plain");
+        assert_eq!(for_a_cell(args(cargos), 1 << 20, true), args(&plain));
     }
 
     #[test]

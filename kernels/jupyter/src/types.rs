@@ -204,7 +204,8 @@ pub fn stand_before_rustc() -> ExitCode {
             return ExitCode::FAILURE;
         }
     } else if is_cell {
-        args = plain::for_a_cell(args, Mark::new(&folder).is_set());
+        let source = std::fs::metadata("src/lib.rs").map_or(0, |file| file.len());
+        args = plain::for_a_cell(args, source, Mark::new(&folder).is_set());
     }
     let Some((rustc, args)) = args.split_first() else { return ExitCode::FAILURE };
     let error = Command::new(rustc).args(args).env_remove(ASK_IN).exec();
