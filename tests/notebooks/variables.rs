@@ -41,13 +41,16 @@ fn take_a_new_type() {
 fn are_the_same_to_optimised_cells_and_plain_ones() {
     // Fails where the mark of a plain cell is, for that is a file.
     let is_marked = "println!(\"{}\", LoraConfig::default().save_pretrained(&mark).is_err());";
-    let run = Run::cells(&[
-        "use qlora_nb::prelude::*;\nstruct Mine(u8);\nlet mine = Mine(7);\n\
-         let mark = format!(\"{}/plain\", std::env::var(\"EVCXR_TMPDIR\").unwrap());",
-        is_marked,
-        "println!(\"{}\", mine.0);",
-        &format!("(|| {{ {is_marked} }})();"),
-    ]);
-    run.assert_success();
-    assert_eq!([1, 2, 3].map(|cell| run.stream(cell, "stdout")), ["true\n", "7\n", "false\n"]);
+    // In a session with much code cells keep what was compiled, each level by itself.
+    for much in ["", &"// much\n".repeat(2000)] {
+        let run = Run::cells(&[
+            &format!("fn code() {{\n{much}}}\nstruct Mine(u8);\nlet mine = Mine(7);"),
+            "use qlora_nb::prelude::*;\nlet mark = format!(\"{}/plain\", std::env::var(\"EVCXR_TMPDIR\").unwrap());",
+            is_marked,
+            "println!(\"{}\", mine.0);",
+            &format!("(|| {{ {is_marked} }})();"),
+        ]);
+        run.assert_success();
+        assert_eq!([2, 3, 4].map(|cell| run.stream(cell, "stdout")), ["true\n", "7\n", "false\n"]);
+    }
 }
