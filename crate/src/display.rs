@@ -17,8 +17,8 @@ pub mod format;
 mod gallery;
 mod input;
 mod live;
-mod loss_curve;
 mod memory;
+pub mod plot;
 mod progress;
 mod protocol;
 mod rich;
@@ -32,7 +32,7 @@ use std::{
 pub use input::{input, input_password};
 pub(crate) use live::Pace;
 pub use live::{Live, clear};
-pub use loss_curve::{Series, line_chart};
+pub use plot::{BarChart, Plot, Series, line_chart};
 pub use progress::Progress;
 #[cfg(test)]
 pub(crate) use protocol::capture;
