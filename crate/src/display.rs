@@ -54,12 +54,17 @@ pub fn stream(text: &str) {
 /// Tells the user something that is no error but that they would want to know, such as an
 /// argument that this device makes unnecessary. One line, on stderr.
 pub fn notice(text: &str) {
-    let _ = writeln!(io::stderr(), "note: {text}");
+    error_line(&format!("note: {text}\n"));
 }
 
 /// Like [`notice`], for what is probably a mistake.
 pub fn warning(text: &str) {
-    let _ = writeln!(io::stderr(), "warning: {text}");
+    error_line(&format!("warning: {text}\n"));
+}
+
+/// In one piece: stderr is not buffered, and a front end would show parts of a line between lines of stdout.
+fn error_line(line: &str) {
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 /// [`notice`], but a text that this process has shown already is not shown again.
