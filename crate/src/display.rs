@@ -17,8 +17,8 @@ pub mod format;
 mod gallery;
 mod input;
 mod live;
-mod loss_curve;
 mod memory;
+pub mod plot;
 mod progress;
 mod protocol;
 mod rich;
@@ -32,7 +32,7 @@ use std::{
 pub use input::{input, input_password};
 pub(crate) use live::Pace;
 pub use live::{Live, clear};
-pub use loss_curve::{Series, line_chart};
+pub use plot::{BarChart, Plot, Series, line_chart};
 pub use progress::Progress;
 #[cfg(test)]
 pub(crate) use protocol::capture;
@@ -54,12 +54,17 @@ pub fn stream(text: &str) {
 /// Tells the user something that is no error but that they would want to know, such as an
 /// argument that this device makes unnecessary. One line, on stderr.
 pub fn notice(text: &str) {
-    let _ = writeln!(io::stderr(), "note: {text}");
+    error_line(&format!("note: {text}\n"));
 }
 
 /// Like [`notice`], for what is probably a mistake.
 pub fn warning(text: &str) {
-    let _ = writeln!(io::stderr(), "warning: {text}");
+    error_line(&format!("warning: {text}\n"));
+}
+
+/// In one piece: stderr is not buffered, and a front end would show parts of a line between lines of stdout.
+fn error_line(line: &str) {
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 /// [`notice`], but a text that this process has shown already is not shown again.

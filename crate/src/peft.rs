@@ -19,6 +19,7 @@ use crate::{
         dropout,
         kv_cache::KvCache,
         linear::{Linear, Lora, Weight},
+        own_loss::LossFn,
         param::Param,
     },
     model::{Model, module_tree},
@@ -329,6 +330,10 @@ impl Trainable for PeftModel {
 
     fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {
         self.0.decoder.forward_backward(batch, options)
+    }
+
+    fn forward_backward_with(&self, batch: &Batch, options: &PassOptions, loss: &LossFn) -> Result<Pass> {
+        self.0.decoder.forward_backward_with(batch, options, loss)
     }
 
     fn loss(&self, batch: &Batch) -> Result<Pass> {

@@ -6,6 +6,7 @@ pub use crate::{
     batch::Batch,
     collator::DataCollatorForSeq2Seq,
     dataset::{Dataset, DatasetDict, Example, Value},
+    display::{BarChart, Plot},
     error::{Error, Result},
     features::{Encoding, Features},
     generation::{FinishReason, GenerationConfig},

@@ -25,6 +25,7 @@ use std::{
     sync::Arc,
 };
 
+use candle_core::Tensor;
 use serde_json::{Value, json};
 
 use self::{
@@ -52,6 +53,9 @@ pub use state::{LogEntry, TrainOutput, TrainerState};
 /// The learning rate of update `step` (from 0).
 type Schedule = Box<dyn Fn(usize) -> f64 + Send>;
 
+/// [`LossFn`](crate::layers::own_loss::LossFn), sendable.
+type Loss = Box<dyn Fn(&Tensor, &Tensor) -> Result<Tensor> + Send>;
+
 /// Trains the adapters of a model on a tokenized dataset.
 ///
 /// ```no_run
@@ -75,6 +79,7 @@ pub struct Trainer {
     sampler: Sampler,
     optimizer: AdamW,
     schedule: Option<Schedule>,
+    loss: Option<Loss>,
     callbacks: Vec<Box<dyn TrainerCallback>>,
     state: TrainerState,
     control: TrainerControl,
@@ -148,6 +153,7 @@ impl Trainer {
             sampler: Sampler::new(&args),
             optimizer,
             schedule: None,
+            loss: None,
             callbacks: Vec::new(),
             state,
             control: TrainerControl::default(),
@@ -177,6 +183,33 @@ impl Trainer {
     /// of `learning_rate`, `lr_scheduler_type` and the warm-up.
     pub fn with_lr_schedule(mut self, schedule: impl Fn(usize) -> f64 + Send + 'static) -> Self {
         self.schedule = Some(Box::new(schedule));
+        self
+    }
+
+    /// An own loss in place of the cross-entropy. `loss(logits, labels)` gets the logits `[N, vocab]` f32 of
+    /// the positions that have a label and those labels `[N]` u32, and returns the SUM of the positions'
+    /// losses as a tensor of one element; candle differentiates it by the logits, the rest of the way back is
+    /// the library's. Loss and gradient are divided by the labels of the update, as always. Evaluation stays
+    /// with the cross-entropy, so that runs can be compared. The logits of a micro-batch exist as a whole, which
+    /// the memory plan does not count.
+    ///
+    /// ```no_run
+    /// use qlora_nb::prelude::*;
+    /// /// Cross-entropy in which tokens that are nearly certain count less (focal loss, gamma 2).
+    /// fn focal(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    ///     let logits = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
+    ///     let log_p = logits.broadcast_sub(&logits.exp()?.sum_keepdim(1)?.log()?)?;
+    ///     let log_p = log_p.gather(&labels.unsqueeze(1)?, 1)?;
+    ///     Ok(((1.0 - log_p.exp()?)?.sqr()? * log_p)?.sum_all()?.neg()?)
+    /// }
+    /// # fn f(trainer: Trainer) -> Result<()> {
+    /// let mut trainer = trainer.with_loss(focal);
+    /// trainer.train()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_loss(mut self, loss: impl Fn(&Tensor, &Tensor) -> Result<Tensor> + Send + 'static) -> Self {
+        self.loss = Some(Box::new(loss));
         self
     }
 
@@ -364,6 +397,8 @@ impl Trainer {
         identity.push(("optim".into(), args["optim"].clone()));
         identity.push(("data_seed".into(), self.args.data_seed.unwrap_or(self.args.seed).into()));
         identity.push(("max_steps".into(), self.plan.max_steps.into()));
+        // A function has no name to compare, but whether there is one can be.
+        identity.push(("own_loss".into(), self.loss.as_ref().map_or(Value::Null, |_| true.into())));
         if self.schedule.is_none() {
             identity.extend(["learning_rate", "lr_scheduler_type"].map(|name| (name.to_owned(), args[name].clone())));
             identity.push(("warmup_steps".into(), self.args.warmup_steps(self.plan.max_steps).into()));

@@ -99,7 +99,7 @@ def test_nbclient_runs_the_walkthrough(tmp_path):
     code = [cell for cell in nb.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert any(f"global_step={STEPS}" in str(cell.outputs) for cell in code)
-    assert (tmp_path / f"out/walkthrough/qlora/checkpoint-{STEPS}").is_dir()
+    assert (path.parent / f"out/walkthrough/qlora/checkpoint-{STEPS}").is_dir()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 mod checks;
 mod failures;
 mod install;
+mod languages;
+mod parameters;
 mod repl;
 mod runner;
 mod variables;

@@ -22,6 +22,7 @@ pub mod kv_cache;
 pub mod layer_norm;
 pub mod linear;
 pub mod norm;
+pub mod own_loss;
 pub mod param;
 pub mod rms_norm;
 pub mod rope;

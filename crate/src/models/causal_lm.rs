@@ -2,7 +2,11 @@
 
 use candle_core::Tensor;
 
-use crate::{batch::Batch, error::Result, layers::kv_cache::KvCache, layers::param::Param};
+use crate::{
+    batch::Batch,
+    error::Result,
+    layers::{kv_cache::KvCache, own_loss::LossFn, param::Param},
+};
 
 /// A model that predicts the next token: a base model or one with adapters.
 pub trait CausalLM: Send + Sync {
@@ -29,6 +33,9 @@ pub trait Trainable: CausalLM {
 
     /// One micro-batch: adds d(sum of token losses / `num_items`)/d(parameter) to every gradient.
     fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass>;
+
+    /// The same with a loss of the caller's own in place of the cross-entropy; `loss_sum` is its sum.
+    fn forward_backward_with(&self, batch: &Batch, options: &PassOptions, loss: &LossFn) -> Result<Pass>;
 
     /// The loss alone, without dropout.
     fn loss(&self, batch: &Batch) -> Result<Pass>;

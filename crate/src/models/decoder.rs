@@ -20,6 +20,7 @@ use crate::{
         layer_norm::LayerNorm,
         linear::{Linear, Weight},
         norm::Norm,
+        own_loss::{LossFn, head_and_own_loss},
         run::Run,
         sequences::{Packed, Sequences},
     },
@@ -247,6 +248,15 @@ impl Decoder {
     /// on the way back (arXiv:1604.06174): the same operations on the same numbers, so the
     /// gradients are the same bit for bit.
     pub fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {
+        self.there_and_back(batch, options, None)
+    }
+
+    /// [`forward_backward`](Self::forward_backward) with `loss` in place of the cross-entropy.
+    pub fn forward_backward_with(&self, batch: &Batch, options: &PassOptions, loss: &LossFn) -> Result<Pass> {
+        self.there_and_back(batch, options, Some(loss))
+    }
+
+    fn there_and_back(&self, batch: &Batch, options: &PassOptions, loss: Option<&LossFn>) -> Result<Pass> {
         let packed = self.pack(batch)?;
         let key = Some(options.dropout_key);
         let lowest = self.lowest_learning_block();
@@ -267,7 +277,10 @@ impl Decoder {
         }
         x = self.final_norm.forward(&x, &mut run)?;
         let scale = 1.0 / options.num_items;
-        let (loss_sum, num_label_tokens, dx) = head_and_loss(&x, &self.head, &packed.targets, Some(scale), key)?;
+        let (loss_sum, num_label_tokens, dx) = match loss {
+            None => head_and_loss(&x, &self.head, &packed.targets, Some(scale), key)?,
+            Some(loss) => head_and_own_loss(&x, &self.head, &packed.targets, scale, key, loss)?,
+        };
         let pass = Pass { loss_sum, num_label_tokens };
         let Some(dx) = dx.filter(|_| num_label_tokens > 0 && lowest < self.blocks.len()) else { return Ok(pass) };
         drop(x);

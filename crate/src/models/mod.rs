@@ -7,8 +7,10 @@ pub mod gguf;
 pub mod llama;
 pub mod memory;
 pub mod options;
+mod perplexity;
 pub mod weights;
 
+pub use perplexity::perplexity;
 use serde_json::Value;
 
 use crate::error::{Error, Result};

@@ -71,7 +71,7 @@ impl QuantType {
 
 impl fmt::Display for QuantType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+        f.pad(self.as_str())
     }
 }
 
@@ -194,6 +194,11 @@ fn linspace(start: f32, end: f32, steps: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_can_be_padded() {
+        assert_eq!(format!("{:5}|{}", QuantType::Nf4, QuantType::Int8), "nf4  |int8");
+    }
 
     #[test]
     fn thresholds_ascend_and_codes_name_ascending_values() {

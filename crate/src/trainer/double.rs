@@ -22,6 +22,7 @@ use crate::{
     layers::{
         dropout::mix,
         kv_cache::KvCache,
+        own_loss::LossFn,
         param::{Param, modify_f32, read_f32},
     },
     models::{
@@ -146,6 +147,10 @@ impl CausalLM for Double {
 impl Trainable for Double {
     fn trainable_parameters(&self) -> Vec<Param> {
         vec![self.a.clone(), self.b.clone()]
+    }
+
+    fn forward_backward_with(&self, _: &Batch, _: &PassOptions, _: &LossFn) -> Result<Pass> {
+        Err(Error::Tokenizer("the double has its own loss".into()))
     }
 
     fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {

@@ -150,7 +150,11 @@ impl Trainer {
                 gradient_checkpointing: self.args.gradient_checkpointing,
                 dropout_key: mix(mix(self.args.seed) ^ micro.number as u64),
             };
-            loss += self.model.forward_backward(batch, &options)?.loss_sum / options.num_items;
+            let pass = match &self.loss {
+                None => self.model.forward_backward(batch, &options)?,
+                Some(loss) => self.model.forward_backward_with(batch, &options, loss.as_ref())?,
+            };
+            loss += pass.loss_sum / options.num_items;
             self.check_finite("the loss", loss)?;
             screen.tick();
         }
