@@ -19,6 +19,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The GPU has not as much memory as was asked for. Nothing was lost.
+    #[error("the GPU is out of memory, {doing}\n  what to do: {remedy}")]
+    OutOfDeviceMemory { doing: String, remedy: String },
+
     /// A file or folder is not there.
     #[error("{what} not found: {}\n  what to do: {remedy}", path.display())]
     NotFound { what: String, path: PathBuf, remedy: String },

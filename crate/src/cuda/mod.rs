@@ -1,0 +1,239 @@
+//! What the engine needs of an NVIDIA GPU: its device, memory and own kernels.
+//!
+//! candle gives the device, its stream and its memory; the kernels are those of `kernels/cuda`,
+//! compiled by build.rs and loaded here. Layers call [`Gpu::launch`] and [`Gpu::gemm`] with the
+//! addresses of tensors. Everything runs in the order of one stream, so an address stays good
+//! until what was launched with it is done, whoever drops the tensor.
+
+mod gemm;
+mod tensor;
+
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    sync::{Arc, Mutex, OnceLock},
+};
+
+use candle_core::{
+    CudaDevice, Device,
+    cuda_backend::cudarc::{
+        driver::{self, CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, sys},
+        nvrtc::Ptx,
+    },
+};
+
+use crate::error::{Error, Result};
+
+pub use gemm::{Gemm, Operand};
+pub use tensor::{address, alloc, dtype_suffix, uninit, zeros};
+
+include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+
+/// Bytes that cuBLAS may use beside its operands.
+const WORKSPACE: usize = 32 << 20;
+
+/// One GPU, ready for the engine.
+pub struct Gpu {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+    modules: Vec<Arc<CudaModule>>,
+    functions: Mutex<HashMap<String, CudaFunction>>,
+    blas: gemm::Handle,
+    workspace: CudaSlice<u8>,
+    /// Multiprocessors.
+    pub processors: usize,
+}
+
+/// A kernel's argument: a number or an address, passed as it is.
+pub trait KernelArg {
+    fn pointer(&self) -> *mut c_void;
+}
+
+macro_rules! kernel_arg {
+    ($($t:ty),*) => {$(
+        impl KernelArg for $t {
+            fn pointer(&self) -> *mut c_void {
+                std::ptr::from_ref(self).cast_mut().cast()
+            }
+        }
+    )*};
+}
+
+kernel_arg!(u64, i64, u32, i32, f32, f64, [f32; 16]);
+
+/// Number of GPUs that the driver shows; why there is none.
+pub fn count() -> Result<usize> {
+    // cudarc panics where the driver's library is missing; the binary would not start then.
+    let count = CudaContext::device_count().map_err(|e| no_device(0, &e.to_string()))?;
+    Ok(count.max(0) as usize)
+}
+
+fn no_device(ordinal: usize, why: &str) -> Error {
+    Error::Unsupported {
+        what: "device_map".into(),
+        got: format!("Cuda({ordinal}): {why}"),
+        supported: vec!["Cpu".into()],
+        remedy: "check with nvidia-smi that a driver for CUDA 13 (580 or newer) and a GPU of compute capability 8.0 \
+                 or more are there, or load the model with DeviceMap::Cpu"
+            .into(),
+    }
+}
+
+/// The device of that number; one for the whole process, so that all tensors share its stream.
+pub fn device(ordinal: usize) -> Result<Device> {
+    Ok(Device::Cuda(gpu(ordinal)?.device.clone()))
+}
+
+/// The GPU that a tensor's device is.
+pub fn of(device: &Device) -> Result<Arc<Gpu>> {
+    match device {
+        Device::Cuda(cuda) => gpu(cuda.cuda_stream().context().ordinal()),
+        other => Err(candle_core::Error::Msg(format!("not a CUDA device: {other:?}")).bt().into()),
+    }
+}
+
+fn gpu(ordinal: usize) -> Result<Arc<Gpu>> {
+    static GPUS: OnceLock<Mutex<HashMap<usize, Arc<Gpu>>>> = OnceLock::new();
+    let mut gpus = GPUS.get_or_init(Default::default).lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(gpu) = gpus.get(&ordinal) {
+        return Ok(gpu.clone());
+    }
+    let gpu = Arc::new(Gpu::new(ordinal)?);
+    gpus.insert(ordinal, gpu.clone());
+    Ok(gpu)
+}
+
+/// A driver's error as ours.
+pub(crate) fn driver_error(doing: &str) -> impl Fn(driver::DriverError) -> Error + '_ {
+    move |e| {
+        if e.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
+            return Error::OutOfDeviceMemory { doing: doing.into(), remedy: MEMORY_REMEDY.into() };
+        }
+        Error::Tensor(candle_core::Error::Msg(format!("CUDA, {doing}: {e}")).bt())
+    }
+}
+
+const MEMORY_REMEDY: &str = "print model.memory_report() and trainer.memory_plan(); gradient_checkpointing: true and a \
+                             smaller per_device_train_batch_size (with more gradient_accumulation_steps) save most";
+
+impl Gpu {
+    fn new(ordinal: usize) -> Result<Self> {
+        let count = count()?;
+        if ordinal >= count {
+            return Err(no_device(ordinal, &format!("the driver shows {count} GPUs")));
+        }
+        // A stream of our own: the default one cannot be captured into a graph.
+        let device = CudaDevice::new_with_stream(ordinal).map_err(|e| no_device(ordinal, &e.to_string()))?;
+        // SAFETY: everything runs on one stream, so no two uses of a tensor need an event between them.
+        unsafe { device.disable_event_tracking() };
+        let stream = device.cuda_stream();
+        let context = stream.context().clone();
+        let (major, minor) = context.compute_capability().map_err(driver_error("asking for its capability"))?;
+        if major < 8 {
+            return Err(no_device(ordinal, &format!("compute capability {major}.{minor} is below 8.0")));
+        }
+        let load = |image: &&[u8]| {
+            context
+                .load_module(Ptx::from_binary(image.to_vec()))
+                .map_err(|e| no_device(ordinal, &format!("the kernels do not fit this GPU ({major}.{minor}): {e}")))
+        };
+        let modules = MODULES.iter().map(load).collect::<Result<_>>()?;
+        keep_freed_memory(&context)?;
+        let workspace = stream.alloc_zeros::<u8>(WORKSPACE).map_err(driver_error("making cuBLAS's workspace"))?;
+        let processors = context
+            .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(driver_error("asking for its processors"))? as usize;
+        let blas = gemm::Handle::new()?;
+        Ok(Self { device, stream, modules, functions: Mutex::default(), blas, workspace, processors })
+    }
+
+    /// candle's device.
+    pub fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// `NVIDIA H100 80GB HBM3`.
+    pub fn name(&self) -> String {
+        self.stream.context().name().unwrap_or_else(|_| "GPU".into())
+    }
+
+    /// Waits until all that was launched is done, and gives the error of what failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(driver_error("waiting for the kernels"))
+    }
+
+    /// Free and total bytes of the card.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.stream.context().mem_get_info().map_err(driver_error("asking for its memory"))
+    }
+
+    /// Launches a kernel of `kernels/cuda` by its name.
+    ///
+    /// The arguments must be those of the kernel in number, order and width; addresses must be of
+    /// memory that is large enough. That is for the callers in this crate to keep.
+    pub fn launch(
+        &self,
+        name: &str,
+        grid: (usize, usize, usize),
+        block: usize,
+        shared_bytes: usize,
+        args: &[&dyn KernelArg],
+    ) -> Result<()> {
+        let function = self.function(name, shared_bytes)?;
+        let mut params: Vec<*mut c_void> = args.iter().map(|a| a.pointer()).collect();
+        let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
+        // SAFETY: the callers keep what is said above; `params` lives until the call returns, and the driver copies
+        // what it points to.
+        unsafe {
+            driver::result::launch_kernel(
+                function.cu_function(),
+                grid,
+                (block as u32, 1, 1),
+                shared_bytes as u32,
+                self.stream.cu_stream(),
+                &mut params,
+            )
+        }
+        .map_err(driver_error(name))
+    }
+
+    fn function(&self, name: &str, shared_bytes: usize) -> Result<CudaFunction> {
+        let mut functions = self.functions.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(function) = functions.get(name) {
+            return Ok(function.clone());
+        }
+        self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+        let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
+        let function =
+            function.ok_or_else(|| Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt()))?;
+        if shared_bytes > 48 << 10 {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32)
+                .map_err(driver_error(name))?;
+        }
+        functions.insert(name.into(), function.clone());
+        Ok(function)
+    }
+}
+
+/// Memory that is freed stays with the process: asking the driver again would stop the stream.
+fn keep_freed_memory(context: &CudaContext) -> Result<()> {
+    context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+    let mut pool = std::ptr::null_mut();
+    let mut all = u64::MAX;
+    // SAFETY: plain calls of the driver with valid places to write to.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device())
+            .result()
+            .and_then(|()| {
+                let what = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+                sys::cuMemPoolSetAttribute(pool, what, std::ptr::from_mut(&mut all).cast()).result()
+            })
+            .map_err(driver_error("setting its memory pool"))
+    }
+}
