@@ -87,7 +87,19 @@ pub fn device(ordinal: usize) -> Result<Device> {
 /// The GPU that a tensor's device is.
 pub fn of(device: &Device) -> Result<Arc<Gpu>> {
     match device {
-        Device::Cuda(cuda) => gpu(cuda.cuda_stream().context().ordinal()),
+        Device::Cuda(cuda) => {
+            let gpu = gpu(cuda.cuda_stream().context().ordinal())?;
+            if gpu.device.id() == cuda.id() {
+                return Ok(gpu);
+            }
+            // Nothing would order what runs on its stream and on ours.
+            Err(Error::argument(
+                "device of a tensor",
+                "a device made by Device::new_cuda",
+                "the device that all tensors of a GPU share",
+                "make it with qlora_nb::cuda::device(ordinal)?",
+            ))
+        }
         other => Err(candle_core::Error::Msg(format!("not a CUDA device: {other:?}")).bt().into()),
     }
 }

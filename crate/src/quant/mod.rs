@@ -23,6 +23,8 @@ mod blockwise;
 mod checkpoint;
 mod code;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod encode;
 mod mean;
 pub mod oracle;
@@ -40,6 +42,8 @@ pub(crate) use blockwise::DynamicMap;
 pub use blockwise::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState, dequantize_blockwise, quantize_blockwise};
 pub use code::{QuantType, create_dynamic_map};
 pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};
+#[cfg(feature = "cuda")]
+pub use cuda::dequantize_into;
 pub use state::{QuantState, QuantizedTensor};
 
 use crate::error::{Error, Result};
@@ -111,10 +115,14 @@ impl tensor::ForFloats for Quantize<'_> {
 }
 
 /// The weight that `packed` and `state` stand for: of the state's dtype (f32, f16 or bf16)
-/// and shape, each element `code * absmax` rounded once.
+/// and shape, each element `code * absmax` rounded once. It is where `packed` is.
 pub fn dequantize_4bit(packed: &Tensor, state: &QuantState) -> Result<Tensor> {
     check_float(state.dtype)?;
     let weight = QuantizedTensor::new(packed, state)?;
+    #[cfg(feature = "cuda")]
+    if packed.device().is_cuda() {
+        return cuda::dequantize(&weight);
+    }
     weight.with_cpu(|view| match state.dtype {
         DType::F16 => dequantize_to::<f16>(view, &state.shape),
         DType::BF16 => dequantize_to::<bf16>(view, &state.shape),
