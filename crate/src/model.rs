@@ -14,6 +14,7 @@ use crate::{
     layers::{
         kv_cache::KvCache,
         linear::{Linear, Weight},
+        norm::Norm,
     },
     models::{
         self,
@@ -288,12 +289,19 @@ pub(crate) fn module_tree(decoder: &Decoder) -> ModuleNode {
     };
     let (vocab, width) = (decoder.vocab_size(), decoder.hidden_size());
     let names = decoder.names;
-    let mut parts = vec![ModuleNode::embedding(names.embedding, vocab, width)];
+    let mut parts = vec![match decoder.padding_idx {
+        None => ModuleNode::embedding(names.embedding, vocab, width),
+        Some(padding) => ModuleNode::padded_embedding(names.embedding, vocab, width, padding),
+    }];
     if let Some(norm) = &decoder.embedding_norm {
         parts.push(ModuleNode::layer_norm(names.embedding_norm, width, norm.eps));
     }
     parts.push(ModuleNode::list(names.blocks, decoder.blocks.iter().map(|b| b.module_tree("", &linear)).collect()));
-    parts.push(ModuleNode::layer_norm(names.final_norm, width, decoder.final_norm.eps));
+    parts.push(match &decoder.final_norm {
+        Norm::Layer(norm) => ModuleNode::layer_norm(names.final_norm, width, norm.eps),
+        Norm::Rms(norm) => ModuleNode::rms_norm(names.final_norm, models::llama::RMS_NORM, width, norm.eps),
+    });
+    parts.extend(names.without_parameters.iter().map(|(name, label)| ModuleNode::leaf(*name, *label)));
     ModuleNode::new(
         "",
         decoder.architecture,

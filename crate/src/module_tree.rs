@@ -63,6 +63,21 @@ impl ModuleNode {
         Self::leaf(name, format!("Embedding({num_embeddings}, {embedding_dim})"))
     }
 
+    /// [`ModuleNode::embedding`] with the id that stands for padding.
+    pub fn padded_embedding(
+        name: impl Into<String>,
+        num_embeddings: usize,
+        embedding_dim: usize,
+        padding: usize,
+    ) -> Self {
+        Self::leaf(name, format!("Embedding({num_embeddings}, {embedding_dim}, padding_idx={padding})"))
+    }
+
+    /// `LlamaRMSNorm((width,), eps=...)`.
+    pub fn rms_norm(name: impl Into<String>, class: &str, width: usize, eps: f64) -> Self {
+        Self::leaf(name, format!("{class}(({width},), eps={})", py_float(eps)))
+    }
+
     /// `LayerNorm((width,), eps=..., ...)` with a weight and a bias.
     pub fn layer_norm(name: impl Into<String>, width: usize, eps: f64) -> Self {
         let eps = py_float(eps);

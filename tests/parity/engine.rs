@@ -11,10 +11,13 @@ use qlora_nb::{
 };
 use qlora_nb_tests::*;
 
-fn model(dropout: f64, quantized: bool) -> PeftModel {
+/// One of each architecture.
+const MODELS: [&str; 2] = ["bloom_tiny", "llama_tiny"];
+
+fn model(name: &str, dropout: f64, quantized: bool) -> PeftModel {
     let quantization = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
     let options = ModelOptions { quantization_config: quantized.then_some(quantization), ..Default::default() };
-    let base = AutoModelForCausalLM::from_pretrained(fixture("bloom_tiny"), options).unwrap();
+    let base = AutoModelForCausalLM::from_pretrained(fixture(name), options).unwrap();
     let config = LoraConfig { r: 4, target_modules: "all-linear".into(), lora_dropout: dropout, ..Default::default() };
     let model = get_peft_model(&base, &config).unwrap();
     for (i, p) in model.trainable_parameters().iter().enumerate() {
@@ -53,32 +56,38 @@ fn gradients(model: &PeftModel, batch: &Batch, gradient_checkpointing: bool, key
 
 #[test]
 fn checkpointing_gives_the_same_gradients_bit_for_bit() {
-    for (dropout, quantized) in [(0.0, false), (0.2, false), (0.2, true)] {
-        let model = model(dropout, quantized);
-        let plain = gradients(&model, &batch(false, 1), false, 5);
-        assert_eq!(plain, gradients(&model, &batch(false, 1), true, 5));
+    for name in MODELS {
+        for (dropout, quantized) in [(0.0, false), (0.2, false), (0.2, true)] {
+            let model = model(name, dropout, quantized);
+            let plain = gradients(&model, &batch(false, 1), false, 5);
+            assert_eq!(plain, gradients(&model, &batch(false, 1), true, 5), "{name}");
+        }
     }
 }
 
 #[test]
 fn dropout_follows_its_key() {
-    let model = model(0.3, false);
-    let first = gradients(&model, &batch(false, 1), false, 5);
-    assert_ne!(first, gradients(&model, &batch(false, 1), false, 6));
-    assert_eq!(first, gradients(&model, &batch(false, 1), false, 5));
+    for name in MODELS {
+        let model = model(name, 0.3, false);
+        let first = gradients(&model, &batch(false, 1), false, 5);
+        assert_ne!(first, gradients(&model, &batch(false, 1), false, 6));
+        assert_eq!(first, gradients(&model, &batch(false, 1), false, 5));
+    }
 }
 
 #[test]
 fn the_side_of_the_padding_changes_nothing() {
-    let model = model(0.0, false);
-    assert_eq!(gradients(&model, &batch(false, 1), false, 0), gradients(&model, &batch(true, 1), false, 0));
+    for name in MODELS {
+        let model = model(name, 0.0, false);
+        assert_eq!(gradients(&model, &batch(false, 1), false, 0), gradients(&model, &batch(true, 1), false, 0));
+    }
 }
 
 /// Central differences of the loss, for the largest gradient of each parameter: nothing is cut.
 #[test]
 fn every_adapter_parameter_has_the_gradient_that_differences_give() {
-    for quantized in [false, true] {
-        let (model, batch) = (model(0.0, quantized), batch(false, 2));
+    for (name, quantized) in MODELS.into_iter().flat_map(|name| [(name, false), (name, true)]) {
+        let (model, batch) = (model(name, 0.0, quantized), batch(false, 2));
         let grads = gradients(&model, &batch, true, 0);
         for (p, grad) in model.trainable_parameters().iter().zip(&grads) {
             let largest = (0..grad.len()).max_by(|&a, &b| grad[a].abs().total_cmp(&grad[b].abs())).unwrap();
@@ -100,7 +109,7 @@ fn every_adapter_parameter_has_the_gradient_that_differences_give() {
 
 #[test]
 fn an_adapter_comes_back_from_disk_the_same() {
-    let (model, folder) = (model(0.0, false), tempfile::tempdir().unwrap());
+    let (model, folder) = (model("bloom_tiny", 0.0, false), tempfile::tempdir().unwrap());
     model.save_pretrained(folder.path()).unwrap();
     let again = PeftModel::from_pretrained(model.base_model(), folder.path()).unwrap();
     let ids = Tensor::new(&[[5u32, 9, 17]], &Device::Cpu).unwrap();
@@ -111,8 +120,8 @@ fn an_adapter_comes_back_from_disk_the_same() {
 #[test]
 fn a_model_comes_back_from_disk_the_same() {
     let ids = Tensor::new(&[[5u32, 9, 17]], &Device::Cpu).unwrap();
-    for quantized in [false, true] {
-        let (model, folder) = (model(0.0, quantized), tempfile::tempdir().unwrap());
+    for (name, quantized) in MODELS.into_iter().flat_map(|name| [(name, false), (name, true)]) {
+        let (model, folder) = (model(name, 0.0, quantized), tempfile::tempdir().unwrap());
         model.base_model().save_pretrained(folder.path()).unwrap();
         let again = AutoModelForCausalLM::from_pretrained(folder.path(), ModelOptions::default()).unwrap();
         assert_eq!(again.is_quantized(), quantized);

@@ -51,6 +51,13 @@ impl HeadLayout {
         let place = |i: usize| Place { offset: i * head_dim, stride: 3 * head_dim };
         Self { heads, kv_heads: heads, head_dim, q: place(0), k: place(1), v: place(2), row: 3 * heads * head_dim }
     }
+
+    /// All queries, then all keys, then all values.
+    pub fn grouped(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let place = |heads: usize| Place { offset: heads * head_dim, stride: head_dim };
+        let (q, k, v) = (place(0), place(heads), place(heads + kv_heads));
+        Self { heads, kv_heads, head_dim, q, k, v, row: (heads + 2 * kv_heads) * head_dim }
+    }
 }
 
 /// The attention of one block: how the heads lie, and their ALiBi slopes (empty: none).

@@ -21,9 +21,13 @@ pub mod gelu;
 pub mod kv_cache;
 pub mod layer_norm;
 pub mod linear;
+pub mod norm;
 pub mod param;
+pub mod rms_norm;
+pub mod rope;
 pub mod run;
 pub mod sequences;
+pub mod swiglu;
 
 use candle_core::Device;
 

@@ -6,7 +6,8 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::{
-    decoder::{Block, Decoder, DecoderNames},
+    config_size,
+    decoder::{Block, Decoder, DecoderNames, exactly, head, through},
     options::ModelOptions,
     weights::Weights,
 };
@@ -18,6 +19,7 @@ use crate::{
         gelu,
         layer_norm::LayerNorm,
         linear::{Linear, Weight},
+        norm::Norm,
         run::Run,
     },
     module_tree::ModuleNode,
@@ -41,13 +43,7 @@ pub struct BloomConfig {
 impl BloomConfig {
     /// Reads the fields under their new and their old names.
     pub fn from_json(config: &Value) -> Result<Self> {
-        let size = |names: &[&str]| {
-            let value = names.iter().find_map(|n| config[*n].as_u64()).filter(|v| *v > 0);
-            value.map(|v| v as usize).ok_or_else(|| {
-                let got = names.iter().map(|n| &config[*n]).find(|v| !v.is_null()).unwrap_or(&Value::Null);
-                Error::argument(names[0], got, "a positive integer in config.json", "get the model's config.json again")
-            })
-        };
+        let size = |names: &[&str]| config_size(config, names);
         let flag = |name: &str, default: bool| config[name].as_bool().unwrap_or(default);
         let this = Self {
             vocab_size: size(&["vocab_size"])?,
@@ -119,10 +115,7 @@ impl Block for BloomBlock {
     }
 
     fn with_linears(&self, linears: Vec<Linear>) -> Result<Arc<dyn Block>> {
-        let linears: [Linear; 4] = linears.try_into().map_err(|l: Vec<Linear>| {
-            candle_core::Error::Msg(format!("a BLOOM block has 4 linears, not {}", l.len()))
-        })?;
-        let [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] = linears;
+        let [query_key_value, dense, dense_h_to_4h, dense_4h_to_h] = exactly("BLOOM block", linears)?;
         Ok(Arc::new(Self { query_key_value, dense, dense_h_to_4h, dense_4h_to_h, ..self.clone() }))
     }
 
@@ -192,12 +185,6 @@ impl BloomBlock {
     }
 }
 
-/// dx of a linear layer inside the block: always needed.
-fn through(linear: &Linear, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
-    let dx = linear.backward(dy, true, run)?;
-    dx.ok_or_else(|| candle_core::Error::Msg(format!("{} gave no gradient", linear.name)).bt().into())
-}
-
 /// Reads a BLOOM. Names may or may not begin with `transformer.`.
 pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions) -> Result<Decoder> {
     let (c, dtype) = (config.hidden_size, options.torch_dtype);
@@ -236,12 +223,7 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
         }));
     }
     let final_norm = norm(weights, "transformer.ln_f")?;
-    let head = if config.tie_word_embeddings {
-        weights.ignore("lm_head.weight");
-        embedding.weight.clone()
-    } else {
-        weights.tensor("lm_head.weight", &[config.vocab_size, c], dtype)?
-    };
+    let (head, tied) = head(weights, &embedding.weight, config.tie_word_embeddings, options)?;
     Ok(Decoder {
         architecture: "BloomForCausalLM",
         names: DecoderNames {
@@ -251,13 +233,15 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
             embedding_norm: "word_embeddings_layernorm",
             blocks: "h",
             final_norm: "ln_f",
+            without_parameters: &[],
         },
         head: Linear::new("lm_head", Weight::Dense(head), None),
-        tied: config.tie_word_embeddings,
+        tied,
         embedding,
+        padding_idx: None,
         embedding_norm: Some(embedding_norm),
         blocks,
-        final_norm,
+        final_norm: Norm::Layer(final_norm),
         kv_width: c,
     })
 }

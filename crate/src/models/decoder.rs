@@ -5,7 +5,11 @@ use std::{fmt, sync::Arc};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::causal_lm::{Pass, PassOptions};
+use super::{
+    causal_lm::{Pass, PassOptions},
+    options::ModelOptions,
+    weights::Weights,
+};
 use crate::{
     batch::Batch,
     error::{Error, Result},
@@ -15,6 +19,7 @@ use crate::{
         kv_cache::KvCache,
         layer_norm::LayerNorm,
         linear::{Linear, Weight},
+        norm::Norm,
         run::Run,
         sequences::{Packed, Sequences},
     },
@@ -134,9 +139,11 @@ pub struct Decoder {
     /// Names of the parts, as the checkpoint has them.
     pub names: DecoderNames,
     pub embedding: Embedding,
+    /// The id whose embedding PyTorch marks as padding; printed in the module tree only.
+    pub padding_idx: Option<usize>,
     pub embedding_norm: Option<LayerNorm>,
     pub blocks: Vec<Arc<dyn Block>>,
-    pub final_norm: LayerNorm,
+    pub final_norm: Norm,
     pub head: Linear,
     /// The head is the embedding table.
     pub tied: bool,
@@ -159,6 +166,8 @@ pub struct DecoderNames {
     pub blocks: &'static str,
     /// `ln_f`
     pub final_norm: &'static str,
+    /// Modules without parameters behind the final norm: (name, what PyTorch prints).
+    pub without_parameters: &'static [(&'static str, &'static str)],
 }
 
 impl Decoder {
@@ -372,7 +381,7 @@ impl Decoder {
             }
         }
         let final_norm = self.names.final_norm;
-        for (part, tensor) in [("weight", &self.final_norm.weight), ("bias", &self.final_norm.bias)] {
+        for (part, tensor) in self.final_norm.parameters() {
             all.push((format!("{prefix}{model}.{final_norm}.{part}"), Parameter::new(tensor)));
         }
         if !self.tied || self.head.lora.is_some() {
@@ -380,6 +389,44 @@ impl Decoder {
         }
         all
     }
+}
+
+/// The output head's weight `[vocab, C]`, and whether it is the embedding table: that is so when
+/// the configuration says `tied`, unless the checkpoint has a head that differs from the table.
+pub(super) fn head(
+    weights: &mut Weights,
+    table: &Tensor,
+    tied: bool,
+    options: &ModelOptions,
+) -> Result<(Tensor, bool)> {
+    const NAME: &str = "lm_head.weight";
+    if tied && !weights.contains(NAME) {
+        return Ok((table.clone(), true));
+    }
+    let own = weights.tensor(NAME, table.dims(), options.torch_dtype)?;
+    if !tied {
+        return Ok((own, false));
+    }
+    if own.ne(table)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? == 0.0 {
+        return Ok((table.clone(), true));
+    }
+    crate::display::notice(
+        "config.json ties the output head to the embeddings, but the checkpoint has a head of its own: it is used",
+    );
+    Ok((own, false))
+}
+
+/// dx of a linear layer inside a block: always needed.
+pub(super) fn through(linear: &Linear, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+    let dx = linear.backward(dy, true, run)?;
+    dx.ok_or_else(|| candle_core::Error::Msg(format!("{} gave no gradient", linear.name)).bt().into())
+}
+
+/// The linear layers that [`Block::with_linears`] was given, which must be N.
+pub(super) fn exactly<const N: usize>(block: &str, linears: Vec<Linear>) -> Result<[Linear; N]> {
+    linears.try_into().map_err(|l: Vec<Linear>| {
+        candle_core::Error::Msg(format!("a {block} has {N} linears, not {}", l.len())).bt().into()
+    })
 }
 
 fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Parameter)>) {

@@ -3,6 +3,7 @@
 pub mod bloom;
 pub mod causal_lm;
 pub mod decoder;
+pub mod llama;
 pub mod memory;
 pub mod options;
 pub mod weights;
@@ -15,7 +16,7 @@ use options::ModelOptions;
 use weights::Weights;
 
 /// The architectures that can be loaded: `model_type` in config.json.
-pub const SUPPORTED: [&str; 1] = ["bloom"];
+pub const SUPPORTED: [&str; 2] = ["bloom", "llama"];
 
 /// Fails on an architecture that is not among [`SUPPORTED`]: before gigabytes are fetched for it.
 pub fn check_supported(config: &Value) -> Result<()> {
@@ -31,10 +32,21 @@ pub fn check_supported(config: &Value) -> Result<()> {
     })
 }
 
+/// A positive integer of config.json, under the first of `names` that it has.
+pub(crate) fn config_size(config: &Value, names: &[&str]) -> Result<usize> {
+    let got = names.iter().map(|n| &config[*n]).find(|v| !v.is_null()).unwrap_or(&Value::Null);
+    got.as_u64().filter(|v| *v > 0).map(|v| v as usize).ok_or_else(|| {
+        Error::argument(names[0], got, "a positive integer in config.json", "get the model's config.json again")
+    })
+}
+
 /// Builds the network that `config` (config.json) describes from `weights`; gives the names
 /// of tensors that the model did not ask for.
 pub fn build(config: &Value, mut weights: Weights, options: &ModelOptions) -> Result<(Decoder, Vec<String>)> {
     check_supported(config)?;
-    let decoder = bloom::load(&bloom::BloomConfig::from_json(config)?, &mut weights, options)?;
+    let decoder = match config["model_type"].as_str() {
+        Some("llama") => llama::load(&llama::LlamaConfig::from_json(config)?, &mut weights, options)?,
+        _ => bloom::load(&bloom::BloomConfig::from_json(config)?, &mut weights, options)?,
+    };
     Ok((decoder, weights.finish()?))
 }

@@ -221,6 +221,69 @@ simd! {
     }
 }
 
+simd! {
+    /// y = x / sqrt(mean(x^2) + eps) * weight for one row; gives 1 / sqrt(mean(x^2) + eps).
+    pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) -> f32 {
+        let mean = reduce(x.len(), |i| x[i] * x[i]) / x.len() as f32;
+        let inverse = 1.0 / (mean + eps).sqrt();
+        for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+            *y = w * (x * inverse);
+        }
+        inverse
+    }
+}
+
+simd! {
+    /// dx = (w dy - xhat * mean(w dy * xhat)) * inverse + residual, for one row; `inverse` is
+    /// what [`rms_norm_row`] gave. `dx` holds the residual's gradient (or zeros) on entry.
+    pub fn rms_norm_backward_row(x: &[f32], weight: &[f32], dy: &[f32], inverse: f32, dx: &mut [f32]) {
+        let n = x.len();
+        let (weight, dy) = (&weight[..n], &dy[..n]);
+        let mean = reduce(n, |i| weight[i] * dy[i] * (x[i] * inverse)) / n as f32;
+        for (((dx, &x), &w), &dy) in dx.iter_mut().zip(x).zip(weight).zip(dy) {
+            *dx += (w * dy - x * inverse * mean) * inverse;
+        }
+    }
+}
+
+simd! {
+    /// y = silu(gate) * up.
+    pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
+        for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
+            *y = g / (1.0 + exp(-g)) * u;
+        }
+    }
+}
+
+simd! {
+    /// dgate = dy * up * silu'(gate), dup = dy * silu(gate).
+    pub fn swiglu_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+        let out = dgate.iter_mut().zip(dup.iter_mut());
+        for ((((dgate, dup), &g), &u), &dy) in out.zip(gate).zip(up).zip(dy) {
+            let sigmoid = 1.0 / (1.0 + exp(-g));
+            *dgate = dy * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+            *dup = dy * g * sigmoid;
+        }
+    }
+}
+
+simd! {
+    /// Turns every head of a row: element i and element i + head_dim / 2 by the i-th angle.
+    /// `angles` holds head_dim / 2 cosines, then as many sines, which are multiplied by `sign`.
+    pub fn rotate(x: &[f32], angles: &[f32], sign: f32, y: &mut [f32]) {
+        let (cos, sin) = angles.split_at(angles.len() / 2);
+        for (x, y) in x.chunks_exact(angles.len()).zip(y.chunks_exact_mut(angles.len())) {
+            let (x1, x2) = x.split_at(cos.len());
+            let (y1, y2) = y.split_at_mut(cos.len());
+            for i in 0..cos.len() {
+                let sin = sign * sin[i];
+                y1[i] = x1[i] * cos[i] - x2[i] * sin;
+                y2[i] = x2[i] * cos[i] + x1[i] * sin;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,5 +320,27 @@ mod tests {
             assert!((f64::from(max + sum.ln()) - want).abs() < 1e-5);
             assert!((x.iter().sum::<f32>() - 1.0).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn swiglu_backward_is_the_slope_of_swiglu() {
+        let g: Vec<f32> = (-60..60).map(|i| i as f32 / 10.0).collect();
+        let u: Vec<f32> = g.iter().map(|v| (v * 3.0).sin() + 0.5).collect();
+        let at = |dg: f32, du: f32| {
+            let shift = |v: &[f32], by: f32| v.iter().map(|v| v + by).collect::<Vec<_>>();
+            let mut y = g.clone();
+            swiglu(&shift(&g, dg), &shift(&u, du), &mut y);
+            y
+        };
+        let (mut dg, mut du) = (g.clone(), g.clone());
+        swiglu_backward(&g, &u, &vec![1.0; g.len()], &mut dg, &mut du);
+        for i in 0..g.len() {
+            assert!((dg[i] - (at(1e-2, 0.0)[i] - at(-1e-2, 0.0)[i]) / 2e-2).abs() < 1e-3, "gate {}", g[i]);
+            assert!((du[i] - (at(0.0, 1e-2)[i] - at(0.0, -1e-2)[i]) / 2e-2).abs() < 1e-3, "up at {}", g[i]);
+        }
+        // Far out the exponential is at its bound: nothing overflows.
+        let mut y = [0.0; 2];
+        swiglu(&[-1e4, 1e4], &[1.0, 1.0], &mut y);
+        assert!(y[0].abs() < 1e-30 && y[1] == 1e4, "{y:?}");
     }
 }
