@@ -6,6 +6,9 @@
 //! until what was launched with it is done, whoever drops the tensor.
 
 mod gemm;
+mod grads;
+mod graph;
+mod inputs;
 mod tensor;
 
 use std::{
@@ -17,7 +20,7 @@ use std::{
 use candle_core::{
     CudaDevice, Device,
     cuda_backend::cudarc::{
-        driver::{self, CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, sys},
+        driver::{self, CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, sys},
         nvrtc::Ptx,
     },
 };
@@ -25,6 +28,9 @@ use candle_core::{
 use crate::error::{Error, Result};
 
 pub use gemm::{Gemm, Operand};
+pub use grads::{Grads, Outputs};
+pub use graph::Graph;
+pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
 pub use tensor::{address, alloc, dtype_suffix, uninit, zeros};
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
@@ -40,6 +46,8 @@ pub struct Gpu {
     functions: Mutex<HashMap<String, CudaFunction>>,
     blas: gemm::Handle,
     workspace: CudaSlice<u8>,
+    /// Small tables that layers read, by their bits.
+    constants: Mutex<HashMap<Vec<u32>, CudaSlice<f32>>>,
     /// Multiprocessors.
     pub processors: usize,
 }
@@ -156,7 +164,19 @@ impl Gpu {
             .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(driver_error("asking for its processors"))? as usize;
         let blas = gemm::Handle::new()?;
-        Ok(Self { device, stream, modules, functions: Mutex::default(), blas, workspace, processors })
+        let (functions, constants) = (Mutex::default(), Mutex::default());
+        Ok(Self { device, stream, modules, functions, blas, workspace, constants, processors })
+    }
+
+    /// The address of a table that never changes; copied to the device once.
+    pub fn constant(&self, values: &[f32]) -> Result<u64> {
+        let key: Vec<u32> = values.iter().map(|v| v.to_bits()).collect();
+        let mut constants = self.constants.lock().unwrap_or_else(|e| e.into_inner());
+        if !constants.contains_key(&key) {
+            let slice = self.stream.clone_htod(values).map_err(driver_error("copying a table"))?;
+            constants.insert(key.clone(), slice);
+        }
+        Ok(constants[&key].device_ptr(&self.stream).0)
     }
 
     /// candle's device.

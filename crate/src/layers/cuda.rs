@@ -112,6 +112,69 @@ pub fn gelu_backward(dy: &Tensor, run: &mut Run) -> Result<Tensor> {
     Ok(dx)
 }
 
+pub fn swiglu_forward(gate: &Tensor, up: &Tensor, run: &mut Run) -> Result<Tensor> {
+    let gpu = cuda::of(gate.device())?;
+    run.save(gate);
+    run.save(up);
+    let y = uninit(&gpu, gate.dims(), gate.dtype())?;
+    let (gate_at, up_at, y_at, n) = (address(gate)?, address(up)?, address(&y)?, gate.elem_count() as i64);
+    let args: [&dyn KernelArg; 4] = [&gate_at, &up_at, &y_at, &n];
+    gpu.launch(&name("swiglu", gate.dtype())?, elementwise_grid(gate.elem_count())?, 256, 0, &args)?;
+    Ok(y)
+}
+
+pub fn swiglu_backward(dy: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)> {
+    let gpu = cuda::of(dy.device())?;
+    let (up, gate) = (run.take()?, run.take()?);
+    let (dgate, dup) = (uninit(&gpu, dy.dims(), dy.dtype())?, uninit(&gpu, dy.dims(), dy.dtype())?);
+    let (dy_at, gate_at, up_at) = (address(dy)?, address(&gate)?, address(&up)?);
+    let (dgate_at, dup_at, n) = (address(&dgate)?, address(&dup)?, dy.elem_count() as i64);
+    let args: [&dyn KernelArg; 6] = [&dy_at, &gate_at, &up_at, &dgate_at, &dup_at, &n];
+    gpu.launch(&name("swiglu_backward", dy.dtype())?, elementwise_grid(dy.elem_count())?, 256, 0, &args)?;
+    Ok((dgate, dup))
+}
+
+// ------------------------------------------------------------------------------------------- rope
+
+pub fn rope_join(
+    inv_freq: &[f32],
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: &HeadLayout,
+    run: &Run,
+) -> Result<Tensor> {
+    let gpu = cuda::of(q.device())?;
+    let joined = uninit(&gpu, (q.dims()[0], layout.row), q.dtype())?;
+    rope(&gpu, "rope_join", inv_freq, [q, k, v], &joined, layout, run)?;
+    Ok(joined)
+}
+
+pub fn rope_split(inv_freq: &[f32], d: &Tensor, layout: &HeadLayout, run: &Run) -> Result<[Tensor; 3]> {
+    let gpu = cuda::of(d.device())?;
+    let part = |heads: usize| uninit(&gpu, (d.dims()[0], heads * layout.head_dim), d.dtype());
+    let (q, k, v) = (part(layout.heads)?, part(layout.kv_heads)?, part(layout.kv_heads)?);
+    rope(&gpu, "rope_split", inv_freq, [&q, &k, &v], d, layout, run)?;
+    Ok([q, k, v])
+}
+
+fn rope(
+    gpu: &Gpu,
+    kernel: &str,
+    inv_freq: &[f32],
+    [q, k, v]: [&Tensor; 3],
+    joined: &Tensor,
+    l: &HeadLayout,
+    run: &Run,
+) -> Result<()> {
+    let (positions, freq) = (inputs(run)?.positions(), gpu.constant(inv_freq)?);
+    let (q_at, k_at, v_at, joined_at) = (address(q)?, address(k)?, address(v)?, address(joined)?);
+    let (heads, kv_heads, d) = (l.heads as i32, l.kv_heads as i32, l.head_dim as i32);
+    let args: [&dyn KernelArg; 9] =
+        [&positions, &freq, &q_at, &k_at, &v_at, &joined_at, &heads, &kv_heads, &d];
+    gpu.launch(&name(kernel, joined.dtype())?, (joined.dims()[0], 1, 1), 256, 0, &args)
+}
+
 // -------------------------------------------------------------------------------------- embedding
 
 /// Rows of `table` `[.., C]` by `count` indices at an address; a negative index gives zeros.
@@ -359,7 +422,7 @@ fn tile_bytes(rows: usize, head_dim: usize) -> usize {
 
 /// The slopes on the device; null where there are none.
 fn slopes_at(attention: &Attention, gpu: &Arc<Gpu>) -> Result<u64> {
-    attention.device_slopes.at(&attention.slopes, gpu)
+    if attention.slopes.is_empty() { Ok(0) } else { gpu.constant(&attention.slopes) }
 }
 
 pub fn attention_forward(attention: &Attention, projected: &Tensor, run: &mut Run) -> Result<Tensor> {
@@ -569,4 +632,12 @@ pub fn head_and_loss(hidden: &Tensor, head: &Linear, learn: bool, loss: u64, run
         return zeros(&gpu, (m, c), dtype).map(Some);
     }
     rows(&grads, inputs.slots(), m).map(Some)
+}
+
+/// The first columns of `from` `[m, wide]` to `to` `[m, narrow]`, both f32.
+pub fn copy_rows(from: &Tensor, to: &Tensor) -> Result<()> {
+    let gpu = cuda::of(from.device())?;
+    let ((m, wide), narrow) = (from.dims2()?, to.dims()[1]);
+    let (from_at, to_at, wide, narrow_arg) = (address(from)?, address(to)?, wide as i32, narrow as i32);
+    gpu.launch("copy_columns", (narrow.div_ceil(1024), m, 1), 256, 0, &[&from_at, &to_at, &wide, &narrow_arg])
 }

@@ -83,17 +83,13 @@ struct BloomBlock {
 
 impl Block for BloomBlock {
     fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let normed = self.input_layernorm.forward(x, run)?; // (M, C)
-        let projected = self.query_key_value.forward(&normed, None, run)?; // (M, heads * 3 * head_dim)
-        let mixed = self.attention.forward(&projected, run)?; // (M, C)
-        let residual = if self.residual_after_norm { &normed } else { x };
-        let x = self.dense.forward(&mixed, Some(residual), run)?; // (M, C)
+        let (wide, residual) = self.up_to_last(x, run)?;
+        self.dense_4h_to_h.forward(&wide, Some(&residual), run) // (M, C)
+    }
 
-        let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
-        let wide = self.dense_h_to_4h.forward(&normed, None, run)?; // (M, 4C)
-        let wide = gelu::forward(&wide, run)?; // (M, 4C)
-        let residual = if self.residual_after_norm { &normed } else { &x };
-        self.dense_4h_to_h.forward(&wide, Some(residual), run) // (M, C)
+    fn recompute(&self, x: &Tensor, run: &mut Run) -> Result<()> {
+        let (wide, _) = self.up_to_last(x, run)?;
+        self.dense_4h_to_h.remember(&wide, run)
     }
 
     fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
@@ -178,6 +174,20 @@ impl Block for BloomBlock {
 }
 
 impl BloomBlock {
+    /// Everything but the last linear layer: its input and the residual that goes round it.
+    fn up_to_last(&self, x: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)> {
+        let normed = self.input_layernorm.forward(x, run)?; // (M, C)
+        let projected = self.query_key_value.forward(&normed, None, run)?; // (M, heads * 3 * head_dim)
+        let mixed = self.attention.forward(&projected, run)?; // (M, C)
+        let residual = if self.residual_after_norm { &normed } else { x };
+        let x = self.dense.forward(&mixed, Some(residual), run)?; // (M, C)
+
+        let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
+        let wide = self.dense_h_to_4h.forward(&normed, None, run)?; // (M, 4C)
+        let wide = gelu::forward(&wide, run)?; // (M, 4C)
+        Ok((wide, if self.residual_after_norm { normed } else { x }))
+    }
+
     /// Through a norm whose input also goes round it as the residual. `d` is the gradient of
     /// the norm's output by the branch, `dy` the gradient of the residual.
     fn norm_backward(&self, norm: &LayerNorm, d: Tensor, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
@@ -243,5 +253,6 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
         blocks,
         final_norm: Norm::Layer(final_norm),
         kv_width: c,
+        recorded: Default::default(),
     })
 }

@@ -31,6 +31,12 @@ pub trait Block: Send + Sync {
     /// `[M, C]` to `[M, C]`.
     fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor>;
 
+    /// Saves again what [`Block::forward`] saves: gradient checkpointing's second pass, whose result
+    /// nobody reads.
+    fn recompute(&self, x: &Tensor, run: &mut Run) -> Result<()> {
+        self.forward(x, run).map(drop)
+    }
+
     /// dy to dx. With `need_dx` false nothing below learns, and dx is not computed.
     fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>>;
 
@@ -149,6 +155,8 @@ pub struct Decoder {
     pub tied: bool,
     /// Width of a key row: kv heads × head_dim.
     pub kv_width: usize,
+    /// What the GPU keeps between passes.
+    pub recorded: super::Recorded,
 }
 
 /// How an architecture names the parts around its blocks.
@@ -201,9 +209,13 @@ impl Decoder {
     }
 
     /// Logits of a padded batch: `[B, T]` ids (any integer dtype) to f32 `[B, T, vocab]`.
-    /// Positions that `attention_mask` marks with 0 get zeros.
+    /// Positions that `attention_mask` marks with 0 get zeros. The result is on the CPU.
     pub fn logits(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
         let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            return packed.unpack(&self.logits_on_gpu(&packed)?);
+        }
         let mut run = Run::inference(&packed.sequences);
         let x = self.run_blocks(&packed.ids, &mut run)?;
         let x = self.final_norm.forward(&x, &mut run)?;
@@ -214,6 +226,10 @@ impl Decoder {
     /// then each block's output, the last one after the final norm; f32 `[B, T, C]` each.
     pub fn hidden_states(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Vec<Tensor>> {
         let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            return self.hidden_states_on_gpu(&packed)?.iter().map(|x| packed.unpack(x)).collect();
+        }
         let mut run = Run::inference(&packed.sequences);
         let mut x = self.embed(&packed.ids)?;
         let mut states = vec![packed.unpack(&x)?];
@@ -230,6 +246,10 @@ impl Decoder {
     /// The summed loss of a batch, without dropout and without gradients.
     pub fn loss(&self, batch: &Batch) -> Result<Pass> {
         let packed = self.pack(batch)?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            return self.loss_on_gpu(&packed);
+        }
         let mut run = Run::inference(&packed.sequences);
         let x = self.run_blocks(&packed.ids, &mut run)?;
         let x = self.final_norm.forward(&x, &mut run)?;
@@ -248,15 +268,42 @@ impl Decoder {
     /// gradients are the same bit for bit.
     pub fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {
         let packed = self.pack(batch)?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            return self.forward_backward_on_gpu(&packed, options);
+        }
         let key = Some(options.dropout_key);
+        let run = |saves: bool| match saves {
+            true => Run::training(&packed.sequences, key),
+            false => Run { dropout_key: key, ..Run::inference(&packed.sequences) },
+        };
+        let mut pass = Pass::default();
+        let scale = 1.0 / options.num_items;
+        self.learn(self.embed(&packed.ids)?, options.gradient_checkpointing, &run, |x, _| {
+            let (loss_sum, num_label_tokens, dx) = head_and_loss(x, &self.head, &packed.targets, Some(scale), key)?;
+            pass = Pass { loss_sum, num_label_tokens };
+            Ok(dx.filter(|_| num_label_tokens > 0))
+        })?;
+        Ok(pass)
+    }
+
+    /// From the embeddings up to `head`, which takes the normed hidden state and gives its gradient (or
+    /// nothing, and that is all), and down again to the lowest block that learns. `new_run` makes a run
+    /// of this batch, one that saves or one that does not.
+    pub(super) fn learn<'a>(
+        &self,
+        embedded: Tensor,
+        gradient_checkpointing: bool,
+        new_run: &dyn Fn(bool) -> Run<'a>,
+        head: impl FnOnce(&Tensor, &Run<'a>) -> Result<Option<Tensor>>,
+    ) -> Result<()> {
         let lowest = self.lowest_learning_block();
-        let mut x = self.embed(&packed.ids)?;
-        let mut run = Run::training(&packed.sequences, key);
+        let mut x = embedded;
+        let mut run = new_run(true);
         let mut inputs = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
-            x = if i < lowest || options.gradient_checkpointing {
-                let mut forward_only = Run { dropout_key: key, ..Run::inference(&packed.sequences) };
-                let y = block.forward(&x, &mut forward_only)?;
+            x = if i < lowest || gradient_checkpointing {
+                let y = block.forward(&x, &mut new_run(false))?;
                 if i >= lowest {
                     inputs.push(x);
                 }
@@ -266,18 +313,15 @@ impl Decoder {
             };
         }
         x = self.final_norm.forward(&x, &mut run)?;
-        let scale = 1.0 / options.num_items;
-        let (loss_sum, num_label_tokens, dx) = head_and_loss(&x, &self.head, &packed.targets, Some(scale), key)?;
-        let pass = Pass { loss_sum, num_label_tokens };
-        let Some(dx) = dx.filter(|_| num_label_tokens > 0 && lowest < self.blocks.len()) else { return Ok(pass) };
+        let Some(dx) = head(&x, &run)?.filter(|_| lowest < self.blocks.len()) else { return Ok(()) };
         drop(x);
         let mut dx = self.final_norm.backward(&dx, None, &mut run)?;
         for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
             let need_dx = i > lowest;
-            let below = if options.gradient_checkpointing {
-                let mut again = Run::training(&packed.sequences, key);
+            let below = if gradient_checkpointing {
+                let mut again = new_run(true);
                 if let Some(input) = inputs.pop() {
-                    block.forward(&input, &mut again)?;
+                    block.recompute(&input, &mut again)?;
                 }
                 block.backward(&dx, need_dx, &mut again)?
             } else {
@@ -288,7 +332,12 @@ impl Decoder {
                 None => break,
             }
         }
-        Ok(pass)
+        Ok(())
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.weight.device()
     }
 
     /// Below this block nothing learns, so the backward ends there.
@@ -299,7 +348,9 @@ impl Decoder {
 
     /// See [`super::causal_lm::CausalLM::new_cache`].
     pub fn new_cache(&self, sequences: usize) -> Result<KvCache> {
-        KvCache::new(self.blocks.len(), sequences, self.kv_width, &Device::Cpu)
+        // The CPU computes in f32, a GPU in the model's dtype.
+        let dtype = if self.device().is_cpu() { DType::F32 } else { self.embedding.weight.dtype() };
+        KvCache::new(self.blocks.len(), sequences, self.kv_width, dtype, self.device())
     }
 
     /// See [`super::causal_lm::CausalLM::next_token_logits`].
@@ -326,6 +377,12 @@ impl Decoder {
         let lengths: Vec<usize> = new_tokens.iter().map(|t| t.len()).collect();
         let sequences = Sequences::new(lengths.iter().copied());
         cache.reserve(&lengths)?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            let logits = self.next_token_logits_on_gpu(&ids, &sequences, cache)?;
+            cache.advance(&lengths);
+            return Ok(logits);
+        }
         let x = {
             let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
             self.run_blocks(&ids, &mut run)?
@@ -351,7 +408,7 @@ impl Decoder {
             let linears = block.linears().into_iter().map(&mut change).collect::<Result<Vec<_>>>()?;
             blocks.push(block.with_linears(linears)?);
         }
-        Ok(Self { blocks, head: change(&self.head)?, ..self.clone() })
+        Ok(Self { blocks, head: change(&self.head)?, recorded: Default::default(), ..self.clone() })
     }
 
     /// Every parameter with its name, in the reference's order. The tied head is not listed

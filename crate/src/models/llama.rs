@@ -381,6 +381,7 @@ pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions)
         blocks,
         final_norm: Norm::Rms(final_norm),
         kv_width: kv_heads,
+        recorded: Default::default(),
     })
 }
 

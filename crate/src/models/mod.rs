@@ -3,6 +3,8 @@
 pub mod bloom;
 pub mod causal_lm;
 pub mod decoder;
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
 pub mod llama;
 pub mod memory;
 pub mod options;
@@ -14,6 +16,14 @@ use crate::error::{Error, Result};
 use decoder::Decoder;
 use options::ModelOptions;
 use weights::Weights;
+
+#[cfg(feature = "cuda")]
+pub use gpu::Recorded;
+
+/// What a GPU keeps between passes: nothing in a build without one.
+#[cfg(not(feature = "cuda"))]
+#[derive(Clone, Debug, Default)]
+pub struct Recorded;
 
 /// The architectures that can be loaded: `model_type` in config.json.
 pub const SUPPORTED: [&str; 2] = ["bloom", "llama"];

@@ -1,0 +1,38 @@
+//! Launches that were recorded once and are repeated as one.
+
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaGraph,
+    sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
+};
+
+use super::{Gpu, driver_error};
+use crate::error::{Error, Result};
+
+/// A recorded pass.
+pub struct Graph(CudaGraph);
+
+// SAFETY: the driver's graph handles may be used by any thread; ours are behind a mutex.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Records what `work` launches; nothing runs. Memory that `work` asks for it must also let go.
+    pub fn record(gpu: &Gpu, work: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let stream = gpu.stream();
+        // Other threads may use the driver meanwhile; what they do is not recorded.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(driver_error("beginning to record"))?;
+        let done = work();
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags).map_err(driver_error("recording a pass"));
+        done?;
+        match graph? {
+            Some(graph) => Ok(Self(graph)),
+            None => Err(Error::Tensor(candle_core::Error::Msg("CUDA recorded nothing".into()).bt())),
+        }
+    }
+
+    /// Runs it.
+    pub fn launch(&self) -> Result<()> {
+        self.0.launch().map_err(driver_error("running a recorded pass"))
+    }
+}
