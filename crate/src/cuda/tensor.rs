@@ -51,7 +51,8 @@ pub fn zeros(gpu: &Gpu, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor>
 }
 
 fn make(gpu: &Gpu, shape: Shape, dtype: DType, zeroed: bool) -> Result<Tensor> {
-    let n = shape.elem_count();
+    // The driver gives no empty piece of memory.
+    let n = shape.elem_count().max(1);
     macro_rules! of {
         ($($dtype:ident: $t:ty),*) => {
             match dtype {

@@ -34,7 +34,7 @@ pub struct BlockwiseState {
 pub(crate) struct DynamicMap {
     pub value: [f32; 256],
     /// `code = number of entries below x`; padded with infinity to a power of two.
-    above: [f32; 256],
+    pub above: [f32; 256],
 }
 
 impl DynamicMap {
@@ -125,9 +125,13 @@ pub(crate) fn code_on(code: &Tensor, device: &Device) -> Result<Tensor> {
 /// Quantizes to 8 bits with the signed dynamic map (`bitsandbytes.functional.quantize_blockwise`).
 ///
 /// `x`: f32, f16 or bf16, any shape; the result is uint8 of the same shape. `blocksize`: a
-/// power of two, 32 to 4096; the last block may be partial.
+/// power of two, 32 to 4096; the last block may be partial. The result is where `x` is.
 pub fn quantize_blockwise(x: &Tensor, blocksize: usize) -> Result<(Tensor, BlockwiseState)> {
     check_blocksize(blocksize)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda::quantize_blockwise(x, blocksize);
+    }
     let map = DynamicMap::signed();
     let mut codes = vec![0u8; x.elem_count()];
     let mut absmax = vec![0f32; x.elem_count().div_ceil(blocksize)];
@@ -156,6 +160,10 @@ pub fn dequantize_blockwise(q: &Tensor, state: &BlockwiseState) -> Result<Tensor
             got: state.absmax.dims().to_vec(),
             remedy: "dequantize with the state that quantize_blockwise gave for this tensor".into(),
         });
+    }
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return super::cuda::dequantize_blockwise(q, state);
     }
     let mut out = vec![0f32; n];
     with_slice::<u8, _>(q, |q| {

@@ -17,7 +17,8 @@
 //!
 //! The functions take tensors and look at where they are; what runs on the CPU works on slices
 //! (`encode` to quantize, `cpu` to dequantize, `simd` beneath both), with `oracle` as their
-//! plain definition. The model's layers read weights through [`dequantize_range`].
+//! plain definition. The model's layers read weights through [`dequantize_range`]. On a GPU
+//! (`cuda`) kernels do the same and give the same bits.
 
 mod blockwise;
 mod checkpoint;
@@ -56,7 +57,7 @@ use encode::Element;
 /// - `compress_statistics`: double quantization.
 ///
 /// Returns the codes, uint8 `[(n+1)/2, 1]` with the first element of each two in the high
-/// nibble (`[n, 1]` for `Int8`), and the state that undoes it. Fails on a NaN or infinite
+/// nibble (`[n, 1]` for `Int8`), and the state that undoes it; both where `weight` is. Fails on a NaN or infinite
 /// element, naming its index in the flattened weight.
 pub fn quantize_4bit(
     weight: &Tensor,
@@ -68,6 +69,10 @@ pub fn quantize_4bit(
     let n = weight.elem_count();
     if n == 0 {
         return Err(Error::argument("elements of the weight", 0, "at least 1", "leave empty weights as they are"));
+    }
+    #[cfg(feature = "cuda")]
+    if weight.device().is_cuda() {
+        return cuda::quantize(weight, quant_type, blocksize, compress_statistics);
     }
     let mut packed = vec![0u8; quant_type.packed_len(n)];
     let mut absmax = vec![0f32; n.div_ceil(blocksize)];

@@ -68,7 +68,7 @@ impl QuantState {
     }
 }
 
-fn expect(name: &str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<()> {
+pub(super) fn expect(name: &str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<()> {
     if tensor.dtype() != dtype {
         return Err(Error::argument(
             &format!("dtype of {name}"),
@@ -89,7 +89,7 @@ fn expect(name: &str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<
     Ok(())
 }
 
-fn same_device(name: &str, tensor: &Tensor, packed: &Tensor) -> Result<()> {
+pub(super) fn same_device(name: &str, tensor: &Tensor, packed: &Tensor) -> Result<()> {
     if tensor.device().same_device(packed.device()) {
         return Ok(());
     }

@@ -1,0 +1,26 @@
+//! Speed of the kernels of `kernels/cuda`: `cargo run --release --features cuda --example gpu_bench -- [quant ...]`.
+//!
+//! Prints the median, and the least and the most, of many measurements. Buffers rotate, so that the
+//! card's cache does not hold them.
+
+mod bench;
+mod quant;
+
+use bench::Bench;
+use qlora_nb::error::Result;
+
+type Group = (&'static str, fn(&Bench) -> Result<()>);
+
+const GROUPS: [Group; 1] = [("quant", quant::run)];
+
+fn main() -> Result<()> {
+    let names: Vec<String> = std::env::args().skip(1).collect();
+    let bench = Bench::new()?;
+    println!("{}", bench.gpu.name());
+    for (name, run) in GROUPS {
+        if names.is_empty() || names.iter().any(|n| n == name) {
+            run(&bench)?;
+        }
+    }
+    Ok(())
+}
