@@ -5,13 +5,14 @@
 
 mod bench;
 mod quant;
+mod step;
 
 use bench::Bench;
 use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&Bench) -> Result<()>);
 
-const GROUPS: [Group; 1] = [("quant", quant::run)];
+const GROUPS: [Group; 3] = [("quant", quant::run), ("step", step::run), ("generation", step::generation)];
 
 fn main() -> Result<()> {
     let names: Vec<String> = std::env::args().skip(1).collect();

@@ -5,6 +5,8 @@
 //! check; the exit status is 1 if any failed.
 
 mod check;
+mod layers;
+mod model;
 mod quant;
 
 use check::Checks;
@@ -12,7 +14,7 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&mut Checks) -> Result<()>);
 
-const GROUPS: [Group; 1] = [("quant", quant::run)];
+const GROUPS: [Group; 3] = [("quant", quant::run), ("layers", layers::run), ("model", model::run)];
 
 fn main() -> Result<()> {
     let (mut seed, mut names) = (None, Vec::new());

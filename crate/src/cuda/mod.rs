@@ -31,7 +31,7 @@ pub use gemm::{Gemm, Operand};
 pub use grads::{Grads, Outputs};
 pub use graph::Graph;
 pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
-pub use tensor::{address, alloc, dtype_suffix, uninit, zeros};
+pub use tensor::{address, alloc, dtype_suffix, fill_zero, uninit, zeros};
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
@@ -201,6 +201,43 @@ impl Gpu {
     /// Free and total bytes of the card.
     pub fn memory(&self) -> Result<(usize, usize)> {
         self.stream.context().mem_get_info().map_err(driver_error("asking for its memory"))
+    }
+
+    /// The most device memory that tensors had at one time since [`Gpu::reset_peak`], bytes: those of
+    /// the pool and those of recorded passes.
+    pub fn peak(&self) -> Result<usize> {
+        let (pool, graphs) = self.peaks(None)?;
+        Ok((pool + graphs) as usize)
+    }
+
+    /// Forgets the peak so far.
+    pub fn reset_peak(&self) -> Result<()> {
+        self.peaks(Some(0)).map(drop)
+    }
+
+    fn peaks(&self, reset: Option<u64>) -> Result<(u64, u64)> {
+        use sys::{CUgraphMem_attribute_enum as Graph, CUmemPool_attribute_enum as Pool};
+        let context = self.stream.context();
+        context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+        let device = context.cu_device();
+        let (mut pool, mut graphs) = (reset.unwrap_or(0), reset.unwrap_or(0));
+        let mut handle = std::ptr::null_mut();
+        let to = |place: &mut u64| std::ptr::from_mut(place).cast::<c_void>();
+        let (what, whose) = (Pool::CU_MEMPOOL_ATTR_USED_MEM_HIGH, Graph::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH);
+        // SAFETY: plain calls of the driver with places for their 64-bit results.
+        unsafe {
+            let found = sys::cuDeviceGetDefaultMemPool(&mut handle, device).result();
+            found.and_then(|()| match reset {
+                Some(_) => sys::cuMemPoolSetAttribute(handle, what, to(&mut pool))
+                    .result()
+                    .and_then(|()| sys::cuDeviceSetGraphMemAttribute(device, whose, to(&mut graphs)).result()),
+                None => sys::cuMemPoolGetAttribute(handle, what, to(&mut pool))
+                    .result()
+                    .and_then(|()| sys::cuDeviceGetGraphMemAttribute(device, whose, to(&mut graphs)).result()),
+            })
+        }
+        .map_err(driver_error("asking for its memory"))?;
+        Ok((pool, graphs))
     }
 
     /// Launches a kernel of `kernels/cuda` by its name.

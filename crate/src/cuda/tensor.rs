@@ -2,7 +2,10 @@
 
 use candle_core::{
     CudaStorage, DType, Shape, Storage, Tensor,
-    cuda_backend::{CudaStorageSlice, cudarc::driver::DevicePtr},
+    cuda_backend::{
+        CudaStorageSlice,
+        cudarc::driver::{self, DevicePtr},
+    },
     op::BackpropOp,
 };
 use half::{bf16, f16};
@@ -72,6 +75,16 @@ fn make(gpu: &Gpu, shape: Shape, dtype: DType, zeroed: bool) -> Result<Tensor> {
     let slice = of!(U8: u8, U32: u32, I32: i32, I64: i64, F16: f16, BF16: bf16, F32: f32, F64: f64);
     let storage = Storage::Cuda(CudaStorage { slice, device: gpu.device.clone() });
     Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+}
+
+/// Sets a contiguous tensor's elements to zero, in place.
+pub fn fill_zero(tensor: &Tensor) -> Result<()> {
+    let gpu = super::of(tensor.device())?;
+    let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+    gpu.stream.context().bind_to_thread().map_err(super::driver_error("choosing the GPU"))?;
+    // SAFETY: the tensor has as many bytes.
+    unsafe { driver::result::memset_d8_async(address(tensor)?, 0, bytes, gpu.stream.cu_stream()) }
+        .map_err(super::driver_error("clearing a tensor"))
 }
 
 /// The end of a kernel's name for a dtype.

@@ -16,7 +16,7 @@ pub mod attention;
 pub mod cpu;
 pub mod cross_entropy;
 #[cfg(feature = "cuda")]
-pub(crate) mod cuda;
+pub mod cuda;
 pub mod dropout;
 pub mod embedding;
 pub mod gelu;

@@ -45,6 +45,10 @@ impl Param {
 
     /// Forgets the accumulated gradient.
     pub fn zero_grad(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.0.grad.device().is_cuda() {
+            return crate::cuda::fill_zero(&self.0.grad);
+        }
         modify_f32(&self.0.grad, |g| g.fill(0.0))
     }
 

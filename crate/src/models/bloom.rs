@@ -211,7 +211,7 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
         Ok::<_, Error>(Linear::new(name, weight, Some(bias)))
     };
     let embedding =
-        Embedding { weight: weights.tensor("transformer.word_embeddings.weight", &[config.vocab_size, c], dtype)? };
+        Embedding { weight: weights.table("transformer.word_embeddings.weight", &[config.vocab_size, c], dtype)? };
     let embedding_norm = norm(weights, "transformer.word_embeddings_layernorm")?;
     let attention = Attention {
         layout: HeadLayout::interleaved(config.n_head, c / config.n_head),

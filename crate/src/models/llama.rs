@@ -325,7 +325,7 @@ pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions)
         let bias = has_bias.then(|| weights.tensor(&format!("{name}.bias"), &[out], dtype)).transpose()?;
         Ok::<_, Error>(Linear::new(name, weight, bias))
     };
-    let embedding = Embedding { weight: weights.tensor("model.embed_tokens.weight", &[config.vocab_size, c], dtype)? };
+    let embedding = Embedding { weight: weights.table("model.embed_tokens.weight", &[config.vocab_size, c], dtype)? };
     let attention = Attention {
         layout: HeadLayout::grouped(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
         slopes: Vec::new(),

@@ -42,6 +42,7 @@ pub struct Weights {
     used: BTreeSet<String>,
     missing: Vec<String>,
     prefix: &'static str,
+    device: Device,
 }
 
 impl Weights {
@@ -70,7 +71,26 @@ impl Weights {
         for (file, path) in files.iter().enumerate() {
             read_header(path, file, &mut entries)?;
         }
-        Ok(Self { files, entries, used: BTreeSet::new(), missing: Vec::new(), prefix: "" })
+        Ok(Self { files, entries, used: BTreeSet::new(), missing: Vec::new(), prefix: "", device: Device::Cpu })
+    }
+
+    /// The same, read to `device`.
+    pub fn on(mut self, device: &Device) -> Self {
+        self.device = device.clone();
+        self
+    }
+
+    /// A table of embeddings `[rows, width]`. On a GPU its memory has zero rows up to a multiple of
+    /// 64 behind it, because a head of an odd size makes slow products.
+    pub fn table(&mut self, name: &str, shape: &[usize; 2], dtype: DType) -> Result<Tensor> {
+        let table = self.tensor(name, shape, dtype)?;
+        let [rows, width] = *shape;
+        if self.device.is_cpu() || rows % 64 == 0 {
+            return Ok(table);
+        }
+        let padded = Tensor::zeros((rows.next_multiple_of(64), width), dtype, &self.device)?;
+        padded.slice_set(&table, 0, 0)?;
+        Ok(padded.narrow(0, 0, rows)?)
     }
 
     /// Accepts names with or without `prefix` in the file: the model asks with it.
@@ -94,7 +114,7 @@ impl Weights {
     pub fn tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let Some(tensor) = self.optional_tensor(name, shape, dtype)? else {
             self.missing.push(self.key(name).to_string());
-            return Ok(Tensor::zeros(shape, dtype, &Device::Cpu)?);
+            return Ok(Tensor::zeros(shape, dtype, &self.device)?);
         };
         Ok(tensor)
     }
@@ -111,7 +131,7 @@ impl Weights {
                 remedy: "config.json and the weights must come from the same model".into(),
             });
         }
-        let tensor = read(&self.files[entry.file], &key, &entry, dtype)?;
+        let tensor = read(&self.files[entry.file], &key, &entry, dtype)?.to_device(&self.device)?;
         self.used.insert(key);
         Ok(Some(tensor))
     }
@@ -139,13 +159,13 @@ impl Weights {
     /// A weight that bitsandbytes saved in 4 bits.
     fn prequantized(&mut self, name: &str, shape: (usize, usize)) -> Result<Option<QuantizedTensor>> {
         let key = self.key(name).to_string();
-        let (entries, files) = (&self.entries, &self.files);
+        let (entries, files, device) = (&self.entries, &self.files, &self.device);
         let mut used = Vec::new();
         let quantized = QuantizedTensor::from_tensors(&key, |name| {
             let Some(entry) = entries.get(name) else { return Ok(None) };
             used.push(name.to_string());
             let dtype = if entry.dtype == FileDtype::U8 { DType::U8 } else { DType::F32 };
-            read(&files[entry.file], name, entry, dtype).map(Some)
+            Ok(Some(read(&files[entry.file], name, entry, dtype)?.to_device(device)?))
         })?;
         let Some(quantized) = quantized else { return Ok(None) };
         if quantized.shape() != [shape.0, shape.1] {
