@@ -481,6 +481,86 @@ __device__ void rows_dkv(const T *qkv, const int *after, const float *slopes, co
     reduce_and_write(dv, grad + row * l.row + l.v.offset + kv * l.v.stride, d, 1.f);
 }
 
+// One query a sequence over a long cache, as decoding has it: scores of all keys, softmax, values, each with many
+// loads in flight. Block of 256 a (sequence, head); D = head_dim; scores of `range.y` keys in shared memory.
+template <typename T, int D>
+__device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes, T *out, Layout l) {
+    constexpr int LANES = D / 8, GROUPS = 256 / LANES; // lanes of 8 elements share a key
+    extern __shared__ __align__(16) unsigned char memory[];
+    float *scores = reinterpret_cast<float *>(memory);
+    __shared__ float part[GROUPS][D], reduced[8];
+    const int64_t row = blockIdx.x;
+    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, group = threadIdx.x / LANES, c = threadIdx.x % LANES * 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int2 range = keys[row];
+    const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
+    const T *own = qkv + row * l.row;
+    k += int64_t(range.x) * k_row + kv * D, v += int64_t(range.x) * k_row + kv * D;
+    // The newest key and value go to the cache.
+    const int last = range.y - 1;
+    for (int i = threadIdx.x; i < D; i += 256) {
+        k[last * k_row + i] = own[l.k.offset + kv * l.k.stride + i];
+        v[last * k_row + i] = own[l.v.offset + kv * l.v.stride + i];
+    }
+    float q[8];
+    load(q, own + l.q.offset + head * l.q.stride + c);
+    __syncthreads();
+    float top = -INFINITY;
+    const int rounds = (range.y + GROUPS - 1) / GROUPS;
+#pragma unroll 4
+    for (int t = 0; t < rounds; t++) {
+        const int j = t * GROUPS + group, at = min(j, last);
+        float x[8], s = 0;
+        load(x, k + at * k_row + c);
+#pragma unroll
+        for (int e = 0; e < 8; e++) s += q[e] * x[e];
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) s += __shfl_xor_sync(~0u, s, step);
+        s = s * scale + slope * float(at - last);
+        if (c == 0 && j < range.y) scores[j] = s;
+        top = fmaxf(top, s);
+    }
+    top = warp_max(top);
+    if (lane == 0) reduced[warp] = top;
+    __syncthreads();
+    top = warp_max(reduced[lane % 8]);
+    float acc[8] = {}, sum = 0;
+#pragma unroll 4
+    for (int t = 0; t < rounds; t++) {
+        const int j = t * GROUPS + group, at = min(j, last);
+        float x[8];
+        load(x, v + at * k_row + c);
+        const float p = j < range.y ? exp2f(scores[at] - top) : 0.f;
+        sum += p;
+#pragma unroll
+        for (int e = 0; e < 8; e++) acc[e] += p * x[e];
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++) part[group][c + e] = acc[e];
+    // Each of a group's lanes counted the same keys.
+    sum = warp_sum(sum) / LANES;
+    __syncthreads();
+    if (lane == 0) reduced[warp] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int w = 0; w < 8; w++) sum += reduced[w];
+    for (int i = threadIdx.x; i < D; i += 256) {
+        float s = 0;
+        for (int g = 0; g < GROUPS; g++) s += part[g][i];
+        out[(row * l.heads + head) * D + i] = from_f32<T>(s / sum);
+    }
+}
+
+#define DEFINE_D(NAME, T, D)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256)                                                                    \
+        decode_attention_##NAME##_##D(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes,    \
+                                      T *out, Layout l) {                                                                \
+        decode<T, D>(qkv, k, v, k_row, keys, slopes, out, l);                                                            \
+    }
+#define DEFINE(NAME, T) DEFINE_D(NAME, T, 32) DEFINE_D(NAME, T, 64) DEFINE_D(NAME, T, 128)
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+
 // Keys and values of new rows to a cache [sequences, capacity, width]: places[row] = row of the cache.
 template <typename T>
 __device__ void append(const T *qkv, const int *places, T *k, T *v, Layout l, int d) {
@@ -495,8 +575,8 @@ __device__ void append(const T *qkv, const int *places, T *k, T *v, Layout l, in
 
 #define DEFINE(NAME, T)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128)                                                                    \
-        rows_attention_##NAME(const T *qkv, const T *k, const T *v, int64_t k_row, Place kp, Place vp, const int2 *keys, \
-                              const float *slopes, T *out, float *lse, Layout l, int d) {                                \
+        rows_attention_##NAME(const T *qkv, T *k, T *v, int64_t k_row, Place kp, Place vp, const int2 *keys,             \
+                              const float *slopes, T *out, float *lse, Layout l, int d) {                    \
         rows_forward(qkv, k, v, k_row, kp, vp, keys, slopes, out, lse, l, d);                                            \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(128)                                                                    \

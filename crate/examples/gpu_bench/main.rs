@@ -12,14 +12,15 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&Bench) -> Result<()>);
 
-const GROUPS: [Group; 3] = [("quant", quant::run), ("step", step::run), ("generation", step::generation)];
+const GROUPS: [Group; 4] = [("quant", quant::run), ("step", step::run), ("generation", step::generation), ("profile", step::profile)];
 
 fn main() -> Result<()> {
     let names: Vec<String> = std::env::args().skip(1).collect();
     let bench = Bench::new()?;
     println!("{}", bench.gpu.name());
     for (name, run) in GROUPS {
-        if names.is_empty() || names.iter().any(|n| n == name) {
+        let chosen = if names.is_empty() { name != "profile" } else { names.iter().any(|n| n == name) };
+        if chosen {
             run(&bench)?;
         }
     }

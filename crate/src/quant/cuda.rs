@@ -59,13 +59,13 @@ pub fn dequantize_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64, dtype: DTy
 }
 
 /// How the kernels find a block's maximum.
-struct AbsmaxArgs {
-    at: u64,
-    absmax2: u64,
-    code2: u64,
-    offset: f32,
-    log_block: i32,
-    log_block2: i32,
+pub(crate) struct AbsmaxArgs {
+    pub at: u64,
+    pub absmax2: u64,
+    pub code2: u64,
+    pub offset: f32,
+    pub log_block: i32,
+    pub log_block2: i32,
 }
 
 fn log(blocksize: usize) -> i32 {
@@ -73,7 +73,7 @@ fn log(blocksize: usize) -> i32 {
 }
 
 impl AbsmaxArgs {
-    fn new(state: &QuantState) -> Result<Self> {
+    pub fn new(state: &QuantState) -> Result<Self> {
         let (mut absmax2, mut code2, mut log_block2) = (0, 0, 0);
         if let Some(state2) = &state.state2 {
             (absmax2, code2, log_block2) = (address(&state2.absmax)?, address(&state2.code)?, log(state2.blocksize));
@@ -84,7 +84,7 @@ impl AbsmaxArgs {
 }
 
 /// The 16 values of a 4-bit type; of no use to `Int8`.
-fn values(quant_type: QuantType) -> [f32; 16] {
+pub(crate) fn values(quant_type: QuantType) -> [f32; 16] {
     quant_type.values().first_chunk().copied().unwrap_or_default()
 }
 

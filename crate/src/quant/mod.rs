@@ -45,6 +45,8 @@ pub use code::{QuantType, create_dynamic_map};
 pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};
 #[cfg(feature = "cuda")]
 pub use cuda::dequantize_into;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{AbsmaxArgs, values};
 pub use state::{QuantState, QuantizedTensor};
 
 use crate::error::{Error, Result};
