@@ -24,20 +24,19 @@ struct Dropout {
 
 constexpr int R = 8;
 
-// 64 sums over the N lanes of a warp that differ in their upper bits (32: all; 16: all of one parity), spread
-// over them: each step sends the half that the other lane keeps. With i the lane's upper bits, v[0 .. 64 / N)
-// become the sums 64 / N * i and following.
-template <int N> __device__ __forceinline__ void reduce(float (&v)[64]) {
+// 64 sums over a warp, spread over its lanes: each step sends the half that the other lane keeps. v[0] and v[1] of a
+// lane become the sums 2 * lane and 2 * lane + 1.
+__device__ __forceinline__ void reduce(float (&v)[64]) {
     const int lane = threadIdx.x % 32;
-    int n = 64;
+    int held = 64;
 #pragma unroll
-    for (int step = 16; step >= 32 / N; step /= 2) {
-        n /= 2;
+    for (int step = 16; step > 0; step /= 2) {
+        held /= 2;
 #pragma unroll
         for (int i = 0; i < 32; i++) {
-            if (i >= n) break;
+            if (i >= held) break;
             const bool upper = lane & step;
-            const float send = upper ? v[i] : v[i + n], keep = upper ? v[i + n] : v[i];
+            const float send = upper ? v[i] : v[i + held], keep = upper ? v[i + held] : v[i];
             v[i] = keep + __shfl_xor_sync(~0u, send, step);
         }
     }
@@ -79,17 +78,16 @@ template <typename T> __device__ __forceinline__ float2 two(const T *from, bool 
 }
 
 // u[m, r] = alpha * dropout(x)[m, k] W[r, k]^T, W's element (r, k) at w[r * wr + k * wk].
-// A block of 256 takes 8 rows; each of its warps takes an eighth of k.
+// A block of 512 takes 8 rows; each of its 16 warps takes a part of k.
 template <typename T>
 __device__ void down(const T *x, const float *w, int64_t wr, int64_t wk, float *u, float alpha, int m, int k, int r,
                      Dropout dropout) {
-    __shared__ float part[8][64];
+    __shared__ float part[16][64];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * 8;
-    const int share = (k + 511) / 512 * 64, begin = warp * share, end = min(k, begin + share);
+    const int share = (k + 1023) / 1024 * 64, begin = warp * share, end = min(k, begin + share);
     const uint64_t key = dropout.layer_key();
     for (int r0 = 0; r0 < r; r0 += R) {
         float sum[64] = {}; // [row][rank]
-#pragma unroll 2
         for (int i = begin + lane * 2; i < end; i += 64) {
             float a[2][R];
             pair_of(a, w, wk, wr, i, k, r0, r);
@@ -105,12 +103,12 @@ __device__ void down(const T *x, const float *w, int64_t wr, int64_t wk, float *
 #pragma unroll
                 for (int q = 0; q < R; q++) sum[row * R + q] += v[row].x * a[0][q] + v[row].y * a[1][q];
         }
-        reduce<32>(sum);
+        reduce(sum);
         part[warp][lane * 2] = sum[0], part[warp][lane * 2 + 1] = sum[1];
         __syncthreads();
         if (threadIdx.x < 64) {
             float s = 0;
-            for (int v = 0; v < 8; v++) s += part[v][threadIdx.x];
+            for (int v = 0; v < 16; v++) s += part[v][threadIdx.x];
             const int row = first + threadIdx.x / R, q = r0 + threadIdx.x % R;
             if (row < m && q < r) u[int64_t(row) * r + q] = alpha * s;
         }
@@ -119,23 +117,23 @@ __device__ void down(const T *x, const float *w, int64_t wr, int64_t wk, float *
 }
 
 // y[m, n] += alpha * dropout(u[m, r] W[n, r]^T), W's element (n, r) at w[n * wn + r * wr].
-// A thread takes 8 columns of 16 rows.
+// A thread takes 4 columns of 16 rows.
 template <typename T>
 __device__ void up(const float *u, const float *w, int64_t wn, int64_t wr, T *y, float alpha, int m, int n, int r,
                    Dropout dropout) {
     constexpr int ROWS = 16;
-    const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 8, first = blockIdx.y * ROWS;
+    const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 4, first = blockIdx.y * ROWS;
     if (column >= n) return;
     const uint64_t key = dropout.layer_key();
     for (int r0 = 0; r0 < r; r0 += R) {
-        float b[4][2][R];
+        float b[2][2][R];
 #pragma unroll
-        for (int j = 0; j < 4; j++) pair_of(b[j], w, wn, wr, column + 2 * j, n, r0, r);
+        for (int j = 0; j < 2; j++) pair_of(b[j], w, wn, wr, column + 2 * j, n, r0, r);
 #pragma unroll 4
         for (int row = first; row < min(first + ROWS, m); row++) {
-            float v[8] = {}, s[R], old[8];
+            float v[4] = {}, s[R], old[4];
             T *to = y + int64_t(row) * n + column;
-            if (n % 8 == 0) load(old, to);
+            if (n % 4 == 0) load(old, to);
             const float *from = u + int64_t(row) * r + r0;
             if (r % 4 == 0 && r0 + R <= r) load(s, from);
             else
@@ -144,16 +142,16 @@ __device__ void up(const float *u, const float *w, int64_t wn, int64_t wr, T *y,
 #pragma unroll
             for (int q = 0; q < R; q++)
 #pragma unroll
-                for (int j = 0; j < 8; j++) v[j] += s[q] * b[j / 2][j % 2][q];
+                for (int j = 0; j < 4; j++) v[j] += s[q] * b[j / 2][j % 2][q];
             if (dropout.key)
 #pragma unroll
-                for (int j = 0; j < 8; j++) v[j] *= dropout(key, int64_t(row) * n + column + j);
-            if (n % 8 == 0) {
+                for (int j = 0; j < 4; j++) v[j] *= dropout(key, int64_t(row) * n + column + j);
+            if (n % 4 == 0) {
 #pragma unroll
-                for (int j = 0; j < 8; j++) v[j] = alpha * v[j] + old[j];
+                for (int j = 0; j < 4; j++) v[j] = alpha * v[j] + old[j];
                 store(to, v);
             } else {
-                for (int j = 0; j < 8; j++)
+                for (int j = 0; j < 4; j++)
                     if (column + j < n) to[j] = from_f32<T>(to_f32(to[j]) + alpha * v[j]);
             }
         }
@@ -161,49 +159,60 @@ __device__ void up(const float *u, const float *w, int64_t wn, int64_t wr, T *y,
 }
 
 // g[n, r] += scale[0] * alpha * dropout(x)[m, n]^T u[m, r], g's element at g[n * gn + r * gr].
-// A block takes 16 columns and all rows: two lanes side by side read a row's 16, 128 rows at a time.
+// A block of 256 takes 16 columns and all rows: four lanes side by side read a row's 16, 64 rows at a time.
 template <typename T>
 __device__ void grad(const T *x, const float *u, float *g, int64_t gn, int64_t gr, const float *scale, float alpha, int m,
                      int n, int r, Dropout dropout) {
-    constexpr int PLACES = 128;
-    __shared__ float part[8][2][R * 8];
-    const int half = threadIdx.x % 2, place = threadIdx.x / 2, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int column = blockIdx.x * 16 + half * 8;
+    constexpr int PLACES = 64;
+    __shared__ float part[8][16][R]; // [warp][column][rank]
+    const int place = threadIdx.x / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int column = blockIdx.x * 16 + threadIdx.x % 4 * 4;
     const uint64_t key = dropout.layer_key();
     for (int r0 = 0; r0 < r; r0 += R) {
-        float sum[64] = {}; // [rank][column]
+        float sum[4 * R] = {}; // [rank][column]
         if (column < n)
 #pragma unroll 4
             for (int row = place; row < m; row += PLACES) {
-                float v[8], s[R];
+                float v[4], s[R];
                 const float *from = u + int64_t(row) * r + r0;
                 if (r % 4 == 0 && r0 + R <= r) load(s, from);
                 else
 #pragma unroll
                     for (int q = 0; q < R; q++) s[q] = r0 + q < r ? from[q] : 0.f;
-                if (n % 8 == 0) load(v, x + int64_t(row) * n + column);
+                if (n % 4 == 0) load(v, x + int64_t(row) * n + column);
                 else
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[j] = column + j < n ? to_f32(x[int64_t(row) * n + column + j]) : 0.f;
+                    for (int j = 0; j < 4; j++) v[j] = column + j < n ? to_f32(x[int64_t(row) * n + column + j]) : 0.f;
                 if (dropout.key)
 #pragma unroll
-                    for (int j = 0; j < 8; j++) v[j] *= dropout(key, int64_t(row) * n + column + j);
+                    for (int j = 0; j < 4; j++) v[j] *= dropout(key, int64_t(row) * n + column + j);
 #pragma unroll
                 for (int q = 0; q < R; q++)
 #pragma unroll
-                    for (int j = 0; j < 8; j++) sum[q * 8 + j] += s[q] * v[j];
+                    for (int j = 0; j < 4; j++) sum[q * 4 + j] += s[q] * v[j];
             }
-        // Over the 16 rows of a warp, then over the warps.
-        reduce<16>(sum);
-        const int at = lane / 2 * 4;
+        // Over the 8 rows of a warp, whose lanes differ in their upper three bits, then over the warps.
+        int held = 4 * R;
 #pragma unroll
-        for (int j = 0; j < 4; j++) part[warp][half][at + j] = sum[j];
+        for (int step = 16; step >= 4; step /= 2) {
+            held /= 2;
+#pragma unroll
+            for (int i = 0; i < 2 * R; i++) {
+                if (i >= held) break;
+                const bool upper = lane & step;
+                const float send = upper ? sum[i] : sum[i + held], keep = upper ? sum[i + held] : sum[i];
+                sum[i] = keep + __shfl_xor_sync(~0u, send, step);
+            }
+        }
+        // Four sums a lane: those of one rank.
+        const int rank = lane / 4;
+#pragma unroll
+        for (int j = 0; j < 4; j++) part[warp][lane % 4 * 4 + j][rank] = sum[j];
         __syncthreads();
-        if (threadIdx.x < 2 * R * 8) {
-            const int which = threadIdx.x / (R * 8), i = threadIdx.x % (R * 8), q = i / 8;
-            const int col = blockIdx.x * 16 + which * 8 + i % 8;
+        if (threadIdx.x < 16 * R) {
+            const int col = blockIdx.x * 16 + threadIdx.x / R, q = threadIdx.x % R;
             float s = 0;
-            for (int w = 0; w < 8; w++) s += part[w][which][i];
+            for (int w = 0; w < 8; w++) s += part[w][threadIdx.x / R][q];
             if (col < n && r0 + q < r) g[col * gn + (r0 + q) * gr] += scale[0] * alpha * s;
         }
         __syncthreads();
@@ -211,7 +220,7 @@ __device__ void grad(const T *x, const float *u, float *g, int64_t gn, int64_t g
 }
 
 #define DEFINE(NAME, T)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256) lora_down_##NAME(const T *x, const float *w, int64_t wr, int64_t wk, float *u,           \
+    extern "C" __global__ void __launch_bounds__(512) lora_down_##NAME(const T *x, const float *w, int64_t wr, int64_t wk, float *u,           \
                                                 float alpha, int m, int k, int r, const uint64_t *key, uint64_t id,     \
                                                 double p) {                                                             \
         down(x, w, wr, wk, u, alpha, m, k, r, {key, id, p});                                                      \
