@@ -4,6 +4,7 @@
 //! card's cache does not hold them.
 
 mod bench;
+mod optim;
 mod quant;
 mod step;
 
@@ -12,7 +13,13 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&Bench) -> Result<()>);
 
-const GROUPS: [Group; 4] = [("quant", quant::run), ("step", step::run), ("generation", step::generation), ("profile", step::profile)];
+const GROUPS: [Group; 5] = [
+    ("quant", quant::run),
+    ("optim", optim::run),
+    ("step", step::run),
+    ("generation", step::generation),
+    ("profile", step::profile),
+];
 
 fn main() -> Result<()> {
     let names: Vec<String> = std::env::args().skip(1).collect();

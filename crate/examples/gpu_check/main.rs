@@ -7,6 +7,7 @@
 mod check;
 mod layers;
 mod model;
+mod optim;
 mod quant;
 
 use check::Checks;
@@ -14,7 +15,8 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&mut Checks) -> Result<()>);
 
-const GROUPS: [Group; 3] = [("quant", quant::run), ("layers", layers::run), ("model", model::run)];
+const GROUPS: [Group; 4] =
+    [("quant", quant::run), ("layers", layers::run), ("optim", optim::run), ("model", model::run)];
 
 fn main() -> Result<()> {
     let (mut seed, mut names) = (None, Vec::new());

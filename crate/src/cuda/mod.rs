@@ -9,6 +9,7 @@ mod gemm;
 mod grads;
 mod graph;
 mod inputs;
+mod managed;
 mod tensor;
 
 use std::{
@@ -31,7 +32,9 @@ pub use gemm::{Gemm, Operand};
 pub use grads::{Grads, Outputs};
 pub use graph::Graph;
 pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
+pub use managed::{Managed, Place};
 pub use tensor::{address, alloc, dtype_suffix, fill_zero, uninit, zeros};
+pub(crate) use tensor::{read, write};
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
@@ -187,6 +190,11 @@ impl Gpu {
 
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// Makes this GPU the calling thread's: what asks the driver directly needs that.
+    pub(crate) fn bind(&self) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))
     }
 
     /// `NVIDIA H100 80GB HBM3`.

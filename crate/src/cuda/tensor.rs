@@ -87,6 +87,29 @@ pub fn fill_zero(tensor: &Tensor) -> Result<()> {
         .map_err(super::driver_error("clearing a tensor"))
 }
 
+/// Copies numbers of the host to an address, in the order of the stream.
+pub(crate) fn write<T: Copy>(gpu: &Gpu, to: u64, values: &[T]) -> Result<()> {
+    if values.is_empty() {
+        return Ok(());
+    }
+    gpu.bind()?;
+    // SAFETY: the callers give memory of as many numbers; a copy from pageable memory is staged before the call
+    // returns.
+    unsafe { driver::result::memcpy_htod_async(to, values, gpu.stream.cu_stream()) }
+        .map_err(super::driver_error("copying to the GPU"))
+}
+
+/// Copies numbers from an address to the host, when all that was launched before is done.
+pub(crate) fn read<T: Copy>(gpu: &Gpu, from: u64, values: &mut [T]) -> Result<()> {
+    if !values.is_empty() {
+        gpu.bind()?;
+        // SAFETY: the callers give memory of as many numbers; the host reads them after the stream has come to its end.
+        unsafe { driver::result::memcpy_dtoh_async(values, from, gpu.stream.cu_stream()) }
+            .map_err(super::driver_error("copying from the GPU"))?;
+    }
+    gpu.synchronize()
+}
+
 /// The end of a kernel's name for a dtype.
 pub fn dtype_suffix(dtype: DType) -> Result<&'static str> {
     match dtype {

@@ -354,6 +354,12 @@ fn few_rows(
                 &n_arg, &k_arg, &bias, &u_at, &b, &alpha, &rank, &c_at,
             ];
             let args: Vec<&dyn KernelArg> = args.into_iter().chain([&gelu as &dyn KernelArg]).collect();
+            let bytes = (32 << 10) + m * (k + 8) * 2 + 8 * 16 * 8 * 4;
+            let whole = k % 64 == 0 && q.state().blocksize % 64 == 0 && bytes <= MAX_SHARED;
+            if dtype != DType::F32 && whole {
+                let kernel = name("gemv_4bit_mma", dtype)?;
+                return gpu.launch(&kernel, (n.div_ceil(16), 1, 1), 256, bytes, &args);
+            }
             // As many blocks as run at once: a warp takes several rows.
             let grid = (grid.0.min(3 * gpu.processors), 1, 1);
             gpu.launch(&format!("{}_{rows}", name("gemv_4bit", dtype)?), grid, 256, shared, &args)

@@ -36,7 +36,8 @@ impl Trainer {
         let mut report = MemoryReport::default();
         report.add("the process, data and tokenizer", resident_bytes().saturating_sub(weights.total()));
         report.extend(weights);
-        report.add(format!("optimizer state ({})", self.args.optim), self.optimizer.num_bytes());
+        let managed = if self.optimizer.is_paged() { ", may move to the host" } else { "" };
+        report.add(format!("optimizer state ({}{managed})", self.args.optim), self.optimizer.num_bytes());
         report.extend(self.model.memory_of_step(self.largest_micro_batch()));
         report.add("buffers of threads and allocator", OVERHEAD);
         Ok(report)
