@@ -125,6 +125,7 @@ __device__ __forceinline__ void put(T *to, int64_t row, const float (&acc)[D / 8
     }
 }
 
+// Blocks go head by head through the tiles, the longest work first, so that the SMs end together.
 // A tile of 64 rows: (first row of its sequence, length of the sequence, first row of the tile within it).
 // Tiles beyond the batch's have length 0.
 
@@ -133,9 +134,9 @@ __device__ void flash_forward(const T *qkv, const int4 *tiles, const float *slop
     constexpr int BN = 64, ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
     T *const stages = reinterpret_cast<T *>(memory);
-    const int4 tile = tiles[blockIdx.x];
+    const int4 tile = tiles[gridDim.y - 1 - blockIdx.y];
     if (tile.y == 0) return;
-    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int head = blockIdx.x, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
 
@@ -220,9 +221,9 @@ __device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, c
     extern __shared__ __align__(16) unsigned char memory[];
     T *qs = reinterpret_cast<T *>(memory), *ds = qs + 64 * ROW, *const stages = ds + 64 * ROW;
     __shared__ float deltas[64];
-    const int4 tile = tiles[blockIdx.x];
+    const int4 tile = tiles[gridDim.y - 1 - blockIdx.y];
     if (tile.y == 0) return;
-    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int head = blockIdx.x, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int valid = tile.y - tile.z, width = l.heads * D;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const int64_t first = int64_t(tile.x) + tile.z;
@@ -294,9 +295,9 @@ __device__ void flash_dkv(const T *qkv, const int4 *tiles, const float *slopes, 
     extern __shared__ __align__(16) unsigned char memory[];
     T *ks = reinterpret_cast<T *>(memory), *vs = ks + 64 * ROW, *const stages = vs + 64 * ROW;
     __shared__ float all_logs[2][BQ], all_deltas[2][BQ];
-    const int4 tile = tiles[blockIdx.x];
+    const int4 tile = tiles[blockIdx.y];
     if (tile.y == 0) return;
-    const int kv = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
+    const int kv = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
     const int valid = tile.y - tile.z, width = l.heads * D;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const float scale = l.scale * LOG2E;

@@ -148,7 +148,7 @@ impl Inputs {
         }
         let padding = (rows > real).then_some(real..rows);
         let ranges = host.sequences.ranges().chain(padding);
-        let mut tile = p.tiles;
+        let mut tiles = Vec::new();
         for (sequence, range) in ranges.enumerate() {
             let held = host.cache.and_then(|(lengths, _)| lengths.get(sequence)).copied().unwrap_or(0);
             let first_key = host.cache.map_or(range.start, |(_, capacity)| sequence * capacity);
@@ -160,9 +160,14 @@ impl Inputs {
                 w[p.cache_rows + row] = (first_key + held + i) as i32;
             }
             for begin in (0..range.len()).step_by(TILE) {
-                w[tile..tile + 3].copy_from_slice(&[range.start as i32, range.len() as i32, begin as i32]);
-                tile += 4;
+                tiles.push([range.start as i32, range.len() as i32, begin as i32, 0]);
             }
+        }
+        // By how many tiles follow in the sequence: those with the same work are neighbours, the backward's longest
+        // first; the forward goes from the other end.
+        tiles.sort_by_key(|[_, length, begin, _]| begin - length);
+        for (to, tile) in w[p.tiles..].chunks_exact_mut(4).zip(tiles) {
+            to.copy_from_slice(&tile);
         }
         w[p.slots..p.slots + rows].fill(-1);
         w[p.label_rows..p.label_rows + labels].fill(-1);

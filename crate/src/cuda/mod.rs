@@ -28,7 +28,7 @@ use candle_core::{
 
 use crate::error::{Error, Result};
 
-pub use gemm::{Gemm, Operand};
+pub use gemm::{Epilogue, Gemm, Operand};
 pub use grads::{Grads, Outputs};
 pub use graph::Graph;
 pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
@@ -52,6 +52,8 @@ pub struct Gpu {
     workspace: CudaSlice<u8>,
     /// Small tables that layers read, by their bits.
     constants: Mutex<HashMap<Vec<u32>, CudaSlice<f32>>>,
+    /// See [`Gpu::scratch`]. What was outgrown stays: recorded passes have its address.
+    scratch: Mutex<Vec<CudaSlice<u8>>>,
     /// Multiprocessors.
     pub processors: usize,
 }
@@ -169,7 +171,19 @@ impl Gpu {
             .map_err(driver_error("asking for its processors"))? as usize;
         let blas = gemm::Handle::new()?;
         let (functions, constants) = (Mutex::default(), Mutex::default());
-        Ok(Self { device, stream, modules, functions, blas, workspace, constants, processors })
+        Ok(Self { device, stream, modules, functions, blas, workspace, constants, scratch: Mutex::default(), processors })
+    }
+
+    /// Memory for a weight that is dequantized to be used once, by what is launched next. One place for all: what
+    /// lies there is still in the card's cache when the next weight takes it.
+    pub fn scratch(&self, bytes: usize) -> Result<u64> {
+        let mut places = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
+        if places.last().is_none_or(|place| place.len() < bytes) {
+            // SAFETY: any bits are a number; it is written before it is read.
+            let place = unsafe { self.stream.alloc::<u8>(bytes) };
+            places.push(place.map_err(driver_error("asking for room for a dequantized weight"))?);
+        }
+        Ok(places[places.len() - 1].device_ptr(&self.stream).0)
     }
 
     /// The address of a table that never changes; copied to the device once.

@@ -14,7 +14,7 @@ use super::{
     run::Run,
 };
 use crate::{
-    cuda::{self, Gemm, Gpu, Inputs, KernelArg, Operand, address, dtype_suffix, uninit, zeros},
+    cuda::{self, Epilogue, Gemm, Gpu, Inputs, KernelArg, Operand, address, dtype_suffix, uninit, zeros},
     error::Result,
     quant::{AbsmaxArgs, QuantType, dequantize_into, dequantize_transposed_into, transposes, values},
 };
@@ -195,7 +195,7 @@ pub fn rows(table: &Tensor, index: u64, count: usize) -> Result<Tensor> {
 /// The weight as a matrix product wants it, and what keeps it alive.
 struct Dense {
     address: u64,
-    _owner: Tensor,
+    _owner: Option<Tensor>,
 }
 
 fn dense(gpu: &Gpu, weight: &Weight, dtype: DType) -> Result<Dense> {
@@ -203,28 +203,36 @@ fn dense(gpu: &Gpu, weight: &Weight, dtype: DType) -> Result<Dense> {
         Weight::Dense(t) if t.dtype() == dtype => t.clone(),
         Weight::Dense(t) => t.to_dtype(dtype)?,
         Weight::Quantized(q) => {
-            let out = uninit(gpu, q.shape(), dtype)?;
-            dequantize_into(gpu, q, address(&out)?, dtype)?;
-            out
+            let at = gpu.scratch(q.shape().iter().product::<usize>() * dtype.size_in_bytes())?;
+            dequantize_into(gpu, q, at, dtype)?;
+            return Ok(Dense { address: at, _owner: None });
         }
     };
-    Ok(Dense { address: address(&owner)?, _owner: owner })
+    Ok(Dense { address: address(&owner)?, _owner: Some(owner) })
 }
 
 /// dy `[m, n]` times a weight `[n, k]`. A quantized weight is transposed on its way, because the products with
 /// both sides contiguous along the sum are the fastest.
-fn times_weight(gpu: &Gpu, dy: Operand, weight: &Weight, (m, n, k): (usize, usize, usize), y: Operand, dtype: DType) -> Result<()> {
+fn times_weight(
+    gpu: &Gpu,
+    dy: Operand,
+    weight: &Weight,
+    (m, n, k): (usize, usize, usize),
+    y: Operand,
+    epilogue: Epilogue,
+    dtype: DType,
+) -> Result<()> {
     let (w, transposed) = match weight {
         Weight::Quantized(q) if transposes(q, dtype) => {
-            let out = uninit(gpu, (k, n), dtype)?;
-            dequantize_transposed_into(gpu, q, address(&out)?, dtype)?;
-            (Dense { address: address(&out)?, _owner: out }, true)
+            let address = gpu.scratch(n * k * dtype.size_in_bytes())?;
+            dequantize_transposed_into(gpu, q, address, dtype)?;
+            (Dense { address, _owner: None }, true)
         }
         other => (dense(gpu, other, dtype)?, false),
     };
     let row = if transposed { n } else { k };
     let w = Operand { address: w.address, row };
-    gpu.gemm(&Gemm { m, n: k, k: n, x: dy, w, transposed, y, c: None, bias: None, dtype, out: dtype })
+    gpu.gemm(&Gemm { m, n: k, k: n, x: dy, w, transposed, y, c: None, bias: None, epilogue, dtype, out: dtype })
 }
 
 impl Lora {
@@ -356,7 +364,7 @@ fn few_rows(
             let args: Vec<&dyn KernelArg> = args.into_iter().chain([&gelu as &dyn KernelArg]).collect();
             let bytes = (32 << 10) + m * (k + 8) * 2 + 8 * 16 * 8 * 4;
             let whole = k % 64 == 0 && q.state().blocksize % 64 == 0 && bytes <= MAX_SHARED;
-            if dtype != DType::F32 && whole {
+            if dtype != DType::F32 && whole && std::env::var_os("QLORA_GEMV").is_none() {
                 let kernel = name("gemv_4bit_mma", dtype)?;
                 return gpu.launch(&kernel, (n.div_ceil(16), 1, 1), 256, bytes, &args);
             }
@@ -383,7 +391,55 @@ pub fn linear_gelu(linear: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor>
         few_rows(&gpu, linear, x, None, &y, true)?;
         return Ok(y);
     }
+    // The product's own epilogue gives gelu and what its backward needs, unless an adapter comes between.
+    if run.saved.is_some() && linear.lora.is_none() && linear.weight.dims2()?.0 % 8 == 0 && x.dtype() != DType::F32 {
+        let gpu = cuda::of(x.device())?;
+        let z = uninit(&gpu, (x.dims()[0], linear.weight.dims2()?.0), x.dtype())?;
+        let y = product(&gpu, linear, x, None, Epilogue::Gelu { aux: address(&z)? })?;
+        run.save(&z);
+        return Ok(y);
+    }
     gelu_forward(&linear_forward(linear, x, None, run)?, run)
+}
+
+/// [`linear_backward`] to the output of a gelu, and through it.
+pub fn linear_gelu_backward(linear: &Linear, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+    let (m, n) = dy.dims2()?;
+    let (_, k) = linear.weight.dims2()?;
+    if linear.lora.is_none() && k % 8 == 0 && dy.dtype() != DType::F32 {
+        let gpu = cuda::of(dy.device())?;
+        let z = run.take()?;
+        let y = uninit(&gpu, (m, k), dy.dtype())?;
+        let (dy_at, y_at) = (Operand { address: address(dy)?, row: n }, Operand { address: address(&y)?, row: k });
+        let epilogue = Epilogue::GeluBackward { aux: address(&z)? };
+        times_weight(&gpu, dy_at, &linear.weight, (m, n, k), y_at, epilogue, dy.dtype())?;
+        return Ok(y);
+    }
+    let dx = linear_backward(linear, dy, true, run)?.ok_or_else(|| internal("no gradient"))?;
+    gelu_backward(&dx, run)
+}
+
+/// y = x W^T + bias + residual, and the epilogue.
+fn product(gpu: &Gpu, linear: &Linear, x: &Tensor, residual: Option<&Tensor>, epilogue: Epilogue) -> Result<Tensor> {
+    let ((m, k), (n, _), dtype) = (x.dims2()?, linear.weight.dims2()?, x.dtype());
+    let y = uninit(gpu, (m, n), dtype)?;
+    let weight = dense(gpu, &linear.weight, dtype)?;
+    let operand = |t: &Tensor, row: usize| Ok::<_, crate::error::Error>(Operand { address: address(t)?, row });
+    gpu.gemm(&Gemm {
+        m,
+        n,
+        k,
+        x: operand(x, k)?,
+        w: Operand { address: weight.address, row: k },
+        transposed: true,
+        y: operand(&y, n)?,
+        c: residual.map(|r| operand(r, n)).transpose()?,
+        bias: linear.bias.as_ref().map(address).transpose()?,
+        epilogue,
+        dtype,
+        out: dtype,
+    })?;
+    Ok(y)
 }
 
 /// y, plus `residual`; saves x and A x when an adapter needs them.
@@ -397,22 +453,7 @@ pub fn linear_forward(linear: &Linear, x: &Tensor, residual: Option<&Tensor>, ru
         few_rows(&gpu, linear, x, residual, &y, false)?;
         return Ok(y);
     }
-    let y = uninit(&gpu, (m, n), dtype)?;
-    let weight = dense(&gpu, &linear.weight, dtype)?;
-    let operand = |t: &Tensor, row: usize| Ok::<_, crate::error::Error>(Operand { address: address(t)?, row });
-    gpu.gemm(&Gemm {
-        m,
-        n,
-        k,
-        x: operand(x, k)?,
-        w: Operand { address: weight.address, row: k },
-        transposed: true,
-        y: operand(&y, n)?,
-        c: residual.map(|r| operand(r, n)).transpose()?,
-        bias: linear.bias.as_ref().map(address).transpose()?,
-        dtype,
-        out: dtype,
-    })?;
+    let y = product(&gpu, linear, x, residual, Epilogue::None)?;
     if let Some(lora) = &linear.lora {
         let rank = lora.rank();
         let u = down(&gpu, x, (address(lora.a.value())?, k, 1), rank, 1.0, lora.dropout_args(run)?)?;
@@ -444,7 +485,7 @@ pub fn linear_backward(linear: &Linear, dy: &Tensor, need_dx: bool, run: &mut Ru
     if need_dx {
         let y = uninit(&gpu, (m, k), dtype)?;
         let dy_at = Operand { address: address(dy)?, row: n };
-        times_weight(&gpu, dy_at, &linear.weight, (m, n, k), Operand { address: address(&y)?, row: k }, dtype)?;
+        times_weight(&gpu, dy_at, &linear.weight, (m, n, k), Operand { address: address(&y)?, row: k }, Epilogue::None, dtype)?;
         dx = Some(y);
     }
     if let Some(lora) = &linear.lora {
@@ -556,7 +597,7 @@ pub fn attention_forward(attention: &Attention, projected: &Tensor, run: &mut Ru
         let tiles = inputs.tiles();
         let kernel = format!("{}_{d}", name("flash", dtype)?);
         let args: [&dyn KernelArg; 6] = [&qkv, &tiles, &slopes, &out_at, &lse_at, &arg];
-        gpu.launch(&kernel, (inputs.shape.tiles(), l.heads, 1), 128, tile_bytes(4 * 64, d), &args)?;
+        gpu.launch(&kernel, (l.heads, inputs.shape.tiles(), 1), 128, tile_bytes(4 * 64, d), &args)?;
     } else {
         let keys = inputs.keys();
         let place = |p: Place| PlaceArg([p.offset as i32, p.stride as i32]);
@@ -614,10 +655,10 @@ pub fn attention_backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> 
         let kernel = format!("{}_{d}", name("flash_dq", dtype)?);
         let args: [&dyn KernelArg; 9] =
             [&qkv, &tiles, &slopes, &out_at, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
-        gpu.launch(&kernel, (inputs.shape.tiles(), l.heads, 1), 128, bytes, &args)?;
+        gpu.launch(&kernel, (l.heads, inputs.shape.tiles(), 1), 128, bytes, &args)?;
         let kernel = format!("{}_{d}", name("flash_dkv", dtype)?);
         let args: [&dyn KernelArg; 8] = [&qkv, &tiles, &slopes, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
-        gpu.launch(&kernel, (inputs.shape.tiles(), l.kv_heads, 1), 128, bytes, &args)?;
+        gpu.launch(&kernel, (l.kv_heads, inputs.shape.tiles(), 1), 128, bytes, &args)?;
     } else {
         let (keys, after, d_arg) = (inputs.keys(), inputs.after(), d as i32);
         let args: [&dyn KernelArg; 10] =
@@ -667,6 +708,7 @@ pub fn head_logits(head: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor> {
         y: Operand { address: address(&logits)?, row: n },
         c: None,
         bias: None,
+        epilogue: Epilogue::None,
         dtype: x.dtype(),
         out: DType::F32,
     })?;
@@ -725,6 +767,7 @@ pub fn head_and_loss(hidden: &Tensor, head: &Linear, learn: bool, loss: u64, run
             y: Operand { address: at(address(grads)?, row_bytes), row: c },
             c: None,
             bias: None,
+            epilogue: Epilogue::None,
             dtype,
             out: dtype,
         })?;
