@@ -4,6 +4,7 @@
 //! card's cache does not hold them.
 
 mod bench;
+mod load;
 mod optim;
 mod quant;
 mod step;
@@ -13,8 +14,13 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&Bench) -> Result<()>);
 
-const GROUPS: [Group; 4] =
-    [("quant", quant::run), ("optim", optim::run), ("step", step::run), ("generation", step::generation)];
+const GROUPS: [Group; 5] = [
+    ("quant", quant::run),
+    ("load", load::run),
+    ("optim", optim::run),
+    ("step", step::run),
+    ("generation", step::generation),
+];
 
 fn main() -> Result<()> {
     let names: Vec<String> = std::env::args().skip(1).collect();
