@@ -70,8 +70,10 @@ __device__ __forceinline__ void load_tile(T *to, const T *from, int64_t row, int
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes));
     }
 }
-__device__ __forceinline__ void loaded() {
-    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+__device__ __forceinline__ void sent() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the `behind` groups sent last are there, for every thread of the block.
+template <int BEHIND> __device__ __forceinline__ void loaded() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(BEHIND) : "memory");
     __syncthreads();
 }
 
@@ -130,26 +132,37 @@ template <typename T, int D>
 __device__ void flash_forward(const T *qkv, const int4 *tiles, const float *slopes, T *out, float *lse, Layout l) {
     constexpr int BN = 64, ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
-    T *ks = reinterpret_cast<T *>(memory), *vs = ks + BN * ROW;
+    T *const stages = reinterpret_cast<T *>(memory);
     const int4 tile = tiles[blockIdx.x];
     if (tile.y == 0) return;
     const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
 
-    load_tile<64, D>(ks, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - tile.z);
-    loaded();
+    // Two stages of keys and values: one is multiplied while the other arrives. The queries come first, where the
+    // second stage will be.
+    auto fetch = [&](int j, int stage) {
+        T *ks = stages + stage * 2 * BN * ROW;
+        load_tile<BN, D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
+        load_tile<BN, D>(ks + BN * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
+        sent();
+    };
+    T *const qs = stages + 2 * BN * ROW;
+    load_tile<64, D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - tile.z);
+    sent();
+    fetch(0, 0);
+    loaded<1>();
     uint32_t q[D / 16][4];
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) ldmatrix<false>(q[k], ks + (warp * 16 + lane % 16) * ROW + k * 16 + lane / 16 * 8);
+    for (int k = 0; k < D / 16; k++) ldmatrix<false>(q[k], qs + (warp * 16 + lane % 16) * ROW + k * 16 + lane / 16 * 8);
 
     float acc[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     const int i0 = tile.z + warp * 16 + lane / 4;
-    for (int j0 = 0; j0 <= tile.z; j0 += BN) {
-        __syncthreads();
-        load_tile<BN, D>(ks, base + int64_t(j0) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j0);
-        load_tile<BN, D>(vs, base + int64_t(j0) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j0);
-        loaded();
+    for (int j0 = 0, stage = 0; j0 <= tile.z; j0 += BN, stage ^= 1) {
+        __syncthreads(); // everyone is done with the other stage
+        if (j0 + BN <= tile.z) fetch(j0 + BN, stage ^ 1), loaded<1>();
+        else loaded<0>();
+        const T *ks = stages + stage * 2 * BN * ROW, *vs = ks + BN * ROW;
         float s[BN / 8][4] = {};
 #pragma unroll
         for (int k = 0; k < D / 16; k++)
@@ -205,7 +218,7 @@ __device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, c
                          float *delta, T *grad, Layout l) {
     constexpr int BN = 32, ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
-    T *qs = reinterpret_cast<T *>(memory), *ds = qs + 64 * ROW, *ks = ds + 64 * ROW, *vs = ks + BN * ROW;
+    T *qs = reinterpret_cast<T *>(memory), *ds = qs + 64 * ROW, *const stages = ds + 64 * ROW;
     __shared__ float deltas[64];
     const int4 tile = tiles[blockIdx.x];
     if (tile.y == 0) return;
@@ -217,7 +230,15 @@ __device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, c
 
     load_tile<64, D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, valid);
     load_tile<64, D>(ds, dout + first * width + head * D, width, valid);
-    loaded();
+    sent();
+    auto fetch = [&](int j, int stage) {
+        T *ks = stages + stage * 2 * BN * ROW;
+        load_tile<BN, D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
+        load_tile<BN, D>(ks + BN * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
+        sent();
+    };
+    fetch(0, 0);
+    loaded<1>();
     { // Two threads a row.
         const int r = threadIdx.x / 2;
         float sum = 0;
@@ -244,11 +265,11 @@ __device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, c
         del[h] = deltas[warp * 16 + lane / 4 + h * 8];
     }
     const int last = min(tile.z + 64, tile.y);
-    for (int j0 = 0; j0 < last; j0 += BN) {
+    for (int j0 = 0, stage = 0; j0 < last; j0 += BN, stage ^= 1) {
         __syncthreads();
-        load_tile<BN, D>(ks, base + int64_t(j0) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j0);
-        load_tile<BN, D>(vs, base + int64_t(j0) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j0);
-        loaded();
+        if (j0 + BN < last) fetch(j0 + BN, stage ^ 1), loaded<1>();
+        else loaded<0>();
+        const T *ks = stages + stage * 2 * BN * ROW, *vs = ks + BN * ROW;
         float s[BN / 8][4] = {}, dp[BN / 8][4] = {};
         product<D, BN / 8>(s, qs + warp * 16 * ROW, ks);
         product<D, BN / 8>(dp, ds + warp * 16 * ROW, vs);
@@ -271,8 +292,8 @@ __device__ void flash_dkv(const T *qkv, const int4 *tiles, const float *slopes, 
                           const float *delta, T *grad, Layout l) {
     constexpr int BQ = 32, ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
-    T *ks = reinterpret_cast<T *>(memory), *vs = ks + 64 * ROW, *qs = vs + 64 * ROW, *ds = qs + BQ * ROW;
-    __shared__ float logs[BQ], deltas[BQ];
+    T *ks = reinterpret_cast<T *>(memory), *vs = ks + 64 * ROW, *const stages = vs + 64 * ROW;
+    __shared__ float all_logs[2][BQ], all_deltas[2][BQ];
     const int4 tile = tiles[blockIdx.x];
     if (tile.y == 0) return;
     const int kv = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
@@ -284,18 +305,31 @@ __device__ void flash_dkv(const T *qkv, const int4 *tiles, const float *slopes, 
     load_tile<64, D>(vs, base + int64_t(tile.z) * l.row + l.v.offset + kv * l.v.stride, l.row, valid);
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     const int j0 = tile.z + warp * 16 + lane / 4;
-    for (int head = kv * group; head < (kv + 1) * group; head++) {
-        const float slope = slopes ? slopes[head] * LOG2E : 0.f;
-        for (int i0 = tile.z; i0 < tile.y; i0 += BQ) {
+    // Steps go over the heads of the group and, within one, over the queries from this tile on.
+    const int per_head = (tile.y - tile.z + BQ - 1) / BQ, steps = per_head * group;
+    auto fetch = [&](int step) {
+        const int head = kv * group + step / per_head, i0 = tile.z + step % per_head * BQ, stage = step % 2;
+        T *qs = stages + stage * 2 * BQ * ROW;
+        load_tile<BQ, D>(qs, base + int64_t(i0) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - i0);
+        load_tile<BQ, D>(qs + BQ * ROW, dout + (int64_t(tile.x) + i0) * width + head * D, width, tile.y - i0);
+        sent();
+        if (threadIdx.x < BQ) {
+            const bool there = i0 + threadIdx.x < tile.y;
+            const int64_t at = int64_t(head) * l.tokens + tile.x + i0 + threadIdx.x;
+            all_logs[stage][threadIdx.x] = there ? lse[at] : 0.f;
+            all_deltas[stage][threadIdx.x] = there ? delta[at] : 0.f;
+        }
+    };
+    fetch(0);
+    {
+        for (int step = 0; step < steps; step++) {
             __syncthreads();
-            load_tile<BQ, D>(qs, base + int64_t(i0) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - i0);
-            load_tile<BQ, D>(ds, dout + (int64_t(tile.x) + i0) * width + head * D, width, tile.y - i0);
-            if (threadIdx.x < BQ) {
-                const bool there = i0 + threadIdx.x < tile.y;
-                const int64_t at = int64_t(head) * l.tokens + tile.x + i0 + threadIdx.x;
-                logs[threadIdx.x] = there ? lse[at] : 0.f, deltas[threadIdx.x] = there ? delta[at] : 0.f;
-            }
-            loaded();
+            if (step + 1 < steps) fetch(step + 1), loaded<1>();
+            else loaded<0>();
+            const int head = kv * group + step / per_head, i0 = tile.z + step % per_head * BQ, stage = step % 2;
+            const float slope = slopes ? slopes[head] * LOG2E : 0.f;
+            const T *qs = stages + stage * 2 * BQ * ROW, *ds = qs + BQ * ROW;
+            const float *logs = all_logs[stage], *deltas = all_deltas[stage];
             float s[BQ / 8][4] = {}, dp[BQ / 8][4] = {};
             product<D, BQ / 8>(s, ks + warp * 16 * ROW, qs);
             product<D, BQ / 8>(dp, vs + warp * 16 * ROW, ds);
@@ -481,6 +515,113 @@ __device__ void rows_dkv(const T *qkv, const int *after, const float *slopes, co
     reduce_and_write(dv, grad + row * l.row + l.v.offset + kv * l.v.stride, d, 1.f);
 }
 
+// One query a sequence over a long cache, as decoding has it. Block of 1024 a (sequence, head); D / 8 lanes share a
+// key. The first ROUNDS keys and values of each group are all under way before the first is used; scores of all keys
+// are kept in shared memory.
+template <typename T, int D>
+__device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes, T *out, Layout l) {
+    constexpr int LANES = D / 8, GROUPS = 1024 / LANES, ROUNDS = 4;
+    extern __shared__ __align__(16) unsigned char memory[];
+    float *scores = reinterpret_cast<float *>(memory);
+    __shared__ float part[32][D], reduced[32];
+    const int64_t row = blockIdx.x;
+    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, group = threadIdx.x / LANES, c = threadIdx.x % LANES * 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int2 range = keys[row];
+    const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
+    const T *own = qkv + row * l.row, *own_k = own + l.k.offset + kv * l.k.stride, *own_v = own + l.v.offset + kv * l.v.stride;
+    k += int64_t(range.x) * k_row + kv * D, v += int64_t(range.x) * k_row + kv * D;
+    const int last = range.y - 1, rounds = (range.y + GROUPS - 1) / GROUPS;
+    float q[8];
+    load(q, own + l.q.offset + head * l.q.stride + c);
+    using Eight = Vec<T, sizeof(T) == 4 ? 4 : 8>;
+    constexpr int WORDS = 8 * sizeof(T) / 16;
+    Eight ks[ROUNDS][WORDS], vs[ROUNDS][WORDS];
+    // The newest key and value are in the projection, not yet in the cache.
+    auto source = [&](const T *cache, const T *newest, int j) { return reinterpret_cast<const Eight *>((j < last ? cache + j * k_row : newest) + c); };
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++) {
+        const int j = min(t * GROUPS + group, last);
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) ks[t][w] = source(k, own_k, j)[w], vs[t][w] = source(v, own_v, j)[w];
+    }
+    if (threadIdx.x < LANES)
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) {
+            reinterpret_cast<Eight *>(k + last * k_row + c)[w] = reinterpret_cast<const Eight *>(own_k + c)[w];
+            reinterpret_cast<Eight *>(v + last * k_row + c)[w] = reinterpret_cast<const Eight *>(own_v + c)[w];
+        }
+    float top = -INFINITY;
+    auto score = [&](const Eight *x, int j) {
+        float s = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) s += q[e] * to_f32(x[e / (8 / WORDS)].v[e % (8 / WORDS)]);
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) s += __shfl_xor_sync(~0u, s, step);
+        s = s * scale + slope * float(j - last);
+        if (j <= last) {
+            if (c == 0) scores[j] = s;
+            top = fmaxf(top, s);
+        }
+    };
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++) score(ks[t], t * GROUPS + group);
+    for (int t = ROUNDS; t < rounds; t++) {
+        const int j = t * GROUPS + group;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) ks[0][w] = source(k, own_k, min(j, last))[w];
+        score(ks[0], j);
+    }
+    top = warp_max(top);
+    if (lane == 0) reduced[warp] = top;
+    __syncthreads();
+    top = warp_max(reduced[lane]);
+    __syncthreads();
+    float acc[8] = {}, sum = 0;
+    auto take = [&](const Eight *x, int j) {
+        const float p = j <= last ? exp2f(scores[min(j, last)] - top) : 0.f;
+        sum += p;
+#pragma unroll
+        for (int e = 0; e < 8; e++) acc[e] += p * to_f32(x[e / (8 / WORDS)].v[e % (8 / WORDS)]);
+    };
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++) take(vs[t], t * GROUPS + group);
+    for (int t = ROUNDS; t < rounds; t++) {
+        const int j = t * GROUPS + group;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) vs[0][w] = source(v, own_v, min(j, last))[w];
+        take(vs[0], j);
+    }
+    // Over the groups of a warp, then over the warps. Each of a group's lanes counted the same keys.
+#pragma unroll
+    for (int step = LANES; step < 32; step *= 2)
+#pragma unroll
+        for (int e = 0; e < 8; e++) acc[e] += __shfl_xor_sync(~0u, acc[e], step);
+    if (lane < LANES)
+#pragma unroll
+        for (int e = 0; e < 8; e++) part[warp][c + e] = acc[e];
+    sum = warp_sum(sum) / LANES;
+    if (lane == 0) reduced[warp] = sum;
+    __syncthreads();
+    sum = warp_sum(reduced[lane]);
+    for (int i = threadIdx.x; i < D; i += 1024) {
+        float s = 0;
+#pragma unroll
+        for (int w = 0; w < 32; w++) s += part[w][i];
+        out[(row * l.heads + head) * D + i] = from_f32<T>(s / sum);
+    }
+}
+
+#define DEFINE_D(NAME, T, D)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                   \
+        decode_attention_##NAME##_##D(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes,    \
+                                      T *out, Layout l) {                                                                \
+        decode<T, D>(qkv, k, v, k_row, keys, slopes, out, l);                                                            \
+    }
+#define DEFINE(NAME, T) DEFINE_D(NAME, T, 32) DEFINE_D(NAME, T, 64) DEFINE_D(NAME, T, 128)
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+
 // Keys and values of new rows to a cache [sequences, capacity, width]: places[row] = row of the cache.
 template <typename T>
 __device__ void append(const T *qkv, const int *places, T *k, T *v, Layout l, int d) {
@@ -495,8 +636,8 @@ __device__ void append(const T *qkv, const int *places, T *k, T *v, Layout l, in
 
 #define DEFINE(NAME, T)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128)                                                                    \
-        rows_attention_##NAME(const T *qkv, const T *k, const T *v, int64_t k_row, Place kp, Place vp, const int2 *keys, \
-                              const float *slopes, T *out, float *lse, Layout l, int d) {                                \
+        rows_attention_##NAME(const T *qkv, T *k, T *v, int64_t k_row, Place kp, Place vp, const int2 *keys,             \
+                              const float *slopes, T *out, float *lse, Layout l, int d) {                    \
         rows_forward(qkv, k, v, k_row, kp, vp, keys, slopes, out, lse, l, d);                                            \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(128)                                                                    \

@@ -14,12 +14,13 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&Bench) -> Result<()>);
 
-const GROUPS: [Group; 5] = [
+const GROUPS: [Group; 6] = [
     ("quant", quant::run),
     ("load", load::run),
     ("optim", optim::run),
     ("step", step::run),
     ("generation", step::generation),
+    ("profile", step::profile),
 ];
 
 fn main() -> Result<()> {
@@ -27,7 +28,8 @@ fn main() -> Result<()> {
     let bench = Bench::new()?;
     println!("{}", bench.gpu.name());
     for (name, run) in GROUPS {
-        if names.is_empty() || names.iter().any(|n| n == name) {
+        let chosen = if names.is_empty() { name != "profile" } else { names.iter().any(|n| n == name) };
+        if chosen {
             run(&bench)?;
         }
     }

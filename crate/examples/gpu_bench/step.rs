@@ -82,6 +82,34 @@ pub fn run(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
+/// One recorded pass between the profiler's marks, for
+/// `ncu --profile-from-start off --metrics gpu__time_duration.sum --csv gpu_bench profile`.
+pub fn profile(bench: &Bench) -> Result<()> {
+    use qlora_nb::candle_core::cuda_backend::cudarc::driver::sys::{cuProfilerStart, cuProfilerStop};
+    let Some(model) = load()? else { return Ok(()) };
+    let what = std::env::var("QLORA_PROFILE").unwrap_or_default();
+    if what == "decode" {
+        let mut cache = model.new_cache(1)?;
+        let prompt: Vec<u32> = (100..332).collect();
+        model.next_token_logits(&[&prompt], &mut cache)?;
+        for i in 0..4 {
+            // SAFETY: marks for a profiler; nothing else.
+            unsafe { if i == 3 { cuProfilerStart() } else { cuProfilerStop() } };
+            model.next_token_logits(&[&[7]], &mut cache)?;
+        }
+    } else {
+        let batch = batch(1, model.vocab_size(), &[256; 4])?;
+        let gradient_checkpointing = what == "checkpointing";
+        let options = PassOptions { num_items: 1020.0, gradient_checkpointing, dropout_key: 1 };
+        for i in 0..3 {
+            // SAFETY: as above.
+            unsafe { if i == 2 { cuProfilerStart() } else { cuProfilerStop() } };
+            model.forward_backward(&batch, &options)?;
+        }
+    }
+    bench.gpu.synchronize()
+}
+
 /// Windows of eight micro-batches, as accumulation makes them.
 fn measure(bench: &Bench, model: &PeftModel, name: &str, batches: &[Batch], checkpointing: bool) -> Result<()> {
     let params = model.trainable_parameters();

@@ -17,7 +17,7 @@ use super::{Gpu, WORKSPACE, driver_error};
 use crate::error::{Error, Result};
 
 /// Algorithms to time for a shape, and how often.
-const CANDIDATES: usize = 8;
+const CANDIDATES: usize = 24;
 const REPEATS: usize = 5;
 
 /// A matrix in row-major order: where it is, and elements from one row to the next.

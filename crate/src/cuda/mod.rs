@@ -14,7 +14,7 @@ mod staging;
 mod tensor;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     ffi::c_void,
     sync::{Arc, Mutex, OnceLock},
 };
@@ -48,7 +48,8 @@ pub struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
     modules: Vec<Arc<CudaModule>>,
-    functions: Mutex<HashMap<String, CudaFunction>>,
+    /// With the shared memory that each may have beyond what every kernel may.
+    functions: Mutex<HashMap<String, (CudaFunction, usize)>>,
     blas: gemm::Handle,
     workspace: CudaSlice<u8>,
     /// Small tables that layers read, by their bits.
@@ -282,21 +283,23 @@ impl Gpu {
 
     fn function(&self, name: &str, shared_bytes: usize) -> Result<CudaFunction> {
         let mut functions = self.functions.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(function) = functions.get(name) {
-            return Ok(function.clone());
-        }
-        self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
-        let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
-        let function =
-            function.ok_or_else(|| Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt()))?;
-        if shared_bytes > 48 << 10 {
+        let (function, allowed) = match functions.entry(name.into()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+            self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+            let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
+            let missing = || Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt());
+            entry.insert((function.ok_or_else(missing)?, 48 << 10))
+            }
+        };
+        if shared_bytes > *allowed {
             use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
                 .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32)
                 .map_err(driver_error(name))?;
+            *allowed = shared_bytes;
         }
-        functions.insert(name.into(), function.clone());
-        Ok(function)
+        Ok(function.clone())
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     cuda::{self, Gemm, Gpu, Inputs, KernelArg, Operand, address, dtype_suffix, uninit, zeros},
     error::Result,
-    quant::dequantize_into,
+    quant::{AbsmaxArgs, QuantType, dequantize_into, dequantize_transposed_into, transposes, values},
 };
 
 fn name(kernel: &str, dtype: DType) -> Result<String> {
@@ -211,6 +211,22 @@ fn dense(gpu: &Gpu, weight: &Weight, dtype: DType) -> Result<Dense> {
     Ok(Dense { address: address(&owner)?, _owner: owner })
 }
 
+/// dy `[m, n]` times a weight `[n, k]`. A quantized weight is transposed on its way, because the products with
+/// both sides contiguous along the sum are the fastest.
+fn times_weight(gpu: &Gpu, dy: Operand, weight: &Weight, (m, n, k): (usize, usize, usize), y: Operand, dtype: DType) -> Result<()> {
+    let (w, transposed) = match weight {
+        Weight::Quantized(q) if transposes(q, dtype) => {
+            let out = uninit(gpu, (k, n), dtype)?;
+            dequantize_transposed_into(gpu, q, address(&out)?, dtype)?;
+            (Dense { address: address(&out)?, _owner: out }, true)
+        }
+        other => (dense(gpu, other, dtype)?, false),
+    };
+    let row = if transposed { n } else { k };
+    let w = Operand { address: w.address, row };
+    gpu.gemm(&Gemm { m, n: k, k: n, x: dy, w, transposed, y, c: None, bias: None, dtype, out: dtype })
+}
+
 impl Lora {
     /// Address of the key of the dropout masks (0: nothing is dropped), the layer's own, the probability.
     fn dropout_args(&self, run: &Run) -> Result<(u64, u64, f64)> {
@@ -235,8 +251,7 @@ fn down(
     let (m_arg, k, r) = (m as i32, k as i32, rank as i32);
     let (key, id, p) = dropout;
     let args: [&dyn KernelArg; 12] = [&x_at, &w, &wr, &wk, &u_at, &alpha, &m_arg, &k, &r, &key, &id, &p];
-    // Two rows a warp, four warps a block.
-    gpu.launch(&name("lora_down", x.dtype())?, (m.div_ceil(8), 1, 1), 128, 0, &args)?;
+    gpu.launch(&name("lora_down", x.dtype())?, (m.div_ceil(8), 1, 1), 512, 0, &args)?;
     Ok(u)
 }
 
@@ -255,7 +270,7 @@ fn up(
     let (m_arg, n_arg, r) = (m as i32, n as i32, rank as i32);
     let (key, id, p) = dropout;
     let args: [&dyn KernelArg; 12] = [&u_at, &w, &wn, &wr, &y_at, &alpha, &m_arg, &n_arg, &r, &key, &id, &p];
-    gpu.launch(&name("lora_up", y.dtype())?, (n.div_ceil(8 * 128), m.div_ceil(8), 1), 128, 0, &args)
+    gpu.launch(&name("lora_up", y.dtype())?, (n.div_ceil(4 * 128), m.div_ceil(16), 1), 128, 0, &args)
 }
 
 /// g += grad_scale * alpha * dropout(x)^T u, g's element (n, r) at `g[n * gn + r * gr]`.
@@ -280,12 +295,108 @@ fn grad(
 
 const NO_DROPOUT: (u64, u64, f64) = (0, 0, 0.0);
 
+/// Rows that are few enough for the kernels that read the weight once and multiply as they read.
+const FEW: usize = 8;
+/// Shared memory that a block may have.
+const MAX_SHARED: usize = 200 << 10;
+
+/// Whether `gemv.cu` serves: few rows, nothing to be kept for a backward, aligned rows.
+fn is_few(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
+    let (m, k) = x.dims2()?;
+    let fits = m <= FEW && k % 8 == 0 && m * k * x.dtype().size_in_bytes() <= MAX_SHARED;
+    let dropped = linear.lora.as_ref().is_some_and(|l| l.dropout > 0.0) && run.dropout_key.is_some();
+    let stored = match &linear.weight {
+        Weight::Quantized(q) => q.state().quant_type != QuantType::Int8,
+        Weight::Dense(w) => w.dtype() == x.dtype(),
+    };
+    Ok(fits && stored && !dropped && run.saved.is_none())
+}
+
+/// [`linear_forward`] for few rows; `n` rows of the weight are multiplied and `ld` is y's row.
+fn few_rows(
+    gpu: &Gpu,
+    linear: &Linear,
+    x: &Tensor,
+    c: Option<&Tensor>,
+    y: &Tensor,
+    gelu: bool,
+) -> Result<()> {
+    let ((m, k), dtype, out) = (x.dims2()?, x.dtype(), y.dtype());
+    let (n, _) = linear.weight.dims2()?;
+    let u = match &linear.lora {
+        None => None,
+        Some(lora) => {
+            let (r, x_at, a) = (lora.rank(), address(x)?, address(lora.a.value())?);
+            let u = uninit(gpu, (m, r), DType::F32)?;
+            let (u_at, k_arg, r_arg) = (address(&u)?, k as i32, r as i32);
+            let args: [&dyn KernelArg; 5] = [&x_at, &a, &u_at, &k_arg, &r_arg];
+            gpu.launch(&name("down_few", dtype)?, (m, r, 1), 256, 0, &args)?;
+            Some(u)
+        }
+    };
+    let (x_at, y_at) = (address(x)?, address(y)?);
+    let (m_arg, n_arg, k_arg, ld) = (m as i32, n as i32, k as i32, y.dims()[1] as i64);
+    let bias = linear.bias.as_ref().map(address).transpose()?.unwrap_or(0);
+    let u_at = u.as_ref().map(address).transpose()?.unwrap_or(0);
+    let (b, alpha, rank) = match &linear.lora {
+        None => (0, 0f32, 0i32),
+        Some(lora) => (address(lora.b.value())?, lora.scaling as f32, lora.rank() as i32),
+    };
+    let (c_at, gelu) = (c.map(address).transpose()?.unwrap_or(0), i32::from(gelu));
+    // Eight warps a block, a row of the weight each.
+    let (grid, shared) = ((n.div_ceil(8), 1, 1), m * k * dtype.size_in_bytes());
+    let rows = if m == 1 { 1 } else { 8 };
+    match &linear.weight {
+        Weight::Quantized(q) => {
+            let (w, a, code) = (address(q.packed())?, AbsmaxArgs::new(q.state())?, values(q.state().quant_type));
+            let args: [&dyn KernelArg; 19] = [
+                &x_at, &w, &a.at, &a.absmax2, &a.code2, &a.offset, &a.log_block, &a.log_block2, &code, &y_at, &m_arg,
+                &n_arg, &k_arg, &bias, &u_at, &b, &alpha, &rank, &c_at,
+            ];
+            let args: Vec<&dyn KernelArg> = args.into_iter().chain([&gelu as &dyn KernelArg]).collect();
+            let bytes = (32 << 10) + m * (k + 8) * 2 + 8 * 16 * 8 * 4;
+            let whole = k % 64 == 0 && q.state().blocksize % 64 == 0 && bytes <= MAX_SHARED;
+            if dtype != DType::F32 && whole {
+                let kernel = name("gemv_4bit_mma", dtype)?;
+                return gpu.launch(&kernel, (n.div_ceil(16), 1, 1), 256, bytes, &args);
+            }
+            // As many blocks as run at once: a warp takes several rows.
+            let grid = (grid.0.min(3 * gpu.processors), 1, 1);
+            gpu.launch(&format!("{}_{rows}", name("gemv_4bit", dtype)?), grid, 256, shared, &args)
+        }
+        Weight::Dense(w) => {
+            let w = address(w)?;
+            let args: [&dyn KernelArg; 14] = [
+                &x_at, &w, &y_at, &m_arg, &n_arg, &k_arg, &ld, &bias, &u_at, &b, &alpha, &rank, &c_at, &gelu,
+            ];
+            let kernel = if out == dtype { "gemv" } else { "gemv_logits" };
+            gpu.launch(&format!("{}_{rows}", name(kernel, dtype)?), grid, 256, shared, &args)
+        }
+    }
+}
+
+/// [`linear_forward`] and gelu after it.
+pub fn linear_gelu(linear: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+    if is_few(linear, x, run)? {
+        let gpu = cuda::of(x.device())?;
+        let y = uninit(&gpu, (x.dims()[0], linear.weight.dims2()?.0), x.dtype())?;
+        few_rows(&gpu, linear, x, None, &y, true)?;
+        return Ok(y);
+    }
+    gelu_forward(&linear_forward(linear, x, None, run)?, run)
+}
+
 /// y, plus `residual`; saves x and A x when an adapter needs them.
 pub fn linear_forward(linear: &Linear, x: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
     let gpu = cuda::of(x.device())?;
     let (m, k) = x.dims2()?;
     let (n, _) = linear.weight.dims2()?;
     let dtype = x.dtype();
+    if is_few(linear, x, run)? {
+        let y = uninit(&gpu, (m, n), dtype)?;
+        few_rows(&gpu, linear, x, residual, &y, false)?;
+        return Ok(y);
+    }
     let y = uninit(&gpu, (m, n), dtype)?;
     let weight = dense(&gpu, &linear.weight, dtype)?;
     let operand = |t: &Tensor, row: usize| Ok::<_, crate::error::Error>(Operand { address: address(t)?, row });
@@ -332,20 +443,8 @@ pub fn linear_backward(linear: &Linear, dy: &Tensor, need_dx: bool, run: &mut Ru
     let mut dx = None;
     if need_dx {
         let y = uninit(&gpu, (m, k), dtype)?;
-        let weight = dense(&gpu, &linear.weight, dtype)?;
-        gpu.gemm(&Gemm {
-            m,
-            n: k,
-            k: n,
-            x: Operand { address: address(dy)?, row: n },
-            w: Operand { address: weight.address, row: k },
-            transposed: false,
-            y: Operand { address: address(&y)?, row: k },
-            c: None,
-            bias: None,
-            dtype,
-            out: dtype,
-        })?;
+        let dy_at = Operand { address: address(dy)?, row: n };
+        times_weight(&gpu, dy_at, &linear.weight, (m, n, k), Operand { address: address(&y)?, row: k }, dtype)?;
         dx = Some(y);
     }
     if let Some(lora) = &linear.lora {
@@ -438,16 +537,26 @@ pub fn attention_forward(attention: &Attention, projected: &Tensor, run: &mut Ru
     let (qkv, slopes, out_at, arg) = (address(projected)?, slopes_at(attention, &gpu)?, address(&out)?, layout_arg(l, m));
     let fresh = match &run.cache {
         None => true,
-        Some(cache) => {
-            append(&gpu, cache, run.block, inputs, projected, &arg, d)?;
-            cache.lengths().iter().all(|held| *held == 0)
-        }
+        Some(cache) => cache.lengths().iter().all(|held| *held == 0),
     };
+    if let Some(cache) = &run.cache {
+        // Its block keeps a score a key: some 50 thousand of them.
+        let one_each = !fresh && m == run.sequences.len() && matches!(d, 32 | 64 | 128) && l.row % 8 == 0;
+        if one_each && cache.capacity() * 4 <= MAX_SHARED / 2 {
+            let (keys, values) = cache.block(run.block);
+            let (k_at, v_at, k_row, keys) = (address(keys)?, address(values)?, (l.kv_heads * d) as i64, inputs.keys());
+            let args: [&dyn KernelArg; 8] = [&qkv, &k_at, &v_at, &k_row, &keys, &slopes, &out_at, &arg];
+            let kernel = format!("{}_{d}", name("decode_attention", dtype)?);
+            gpu.launch(&kernel, (m, l.heads, 1), 1024, cache.capacity() * 4, &args)?;
+            return Ok(out);
+        }
+        append(&gpu, cache, run.block, inputs, projected, &arg, d)?;
+    }
     if fresh && is_flash(l, dtype) {
         let tiles = inputs.tiles();
         let kernel = format!("{}_{d}", name("flash", dtype)?);
         let args: [&dyn KernelArg; 6] = [&qkv, &tiles, &slopes, &out_at, &lse_at, &arg];
-        gpu.launch(&kernel, (inputs.shape.tiles(), l.heads, 1), 128, tile_bytes(128, d), &args)?;
+        gpu.launch(&kernel, (inputs.shape.tiles(), l.heads, 1), 128, tile_bytes(4 * 64, d), &args)?;
     } else {
         let keys = inputs.keys();
         let place = |p: Place| PlaceArg([p.offset as i32, p.stride as i32]);
@@ -501,7 +610,7 @@ pub fn attention_backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> 
         (address(&out)?, address(dy)?, address(&lse)?, address(&delta)?, address(&grad)?);
     if is_flash(l, dtype) {
         let tiles = inputs.tiles();
-        let bytes = tile_bytes(2 * 64 + 2 * 32, d);
+        let bytes = tile_bytes(2 * 64 + 4 * 32, d);
         let kernel = format!("{}_{d}", name("flash_dq", dtype)?);
         let args: [&dyn KernelArg; 9] =
             [&qkv, &tiles, &slopes, &out_at, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
@@ -540,6 +649,11 @@ fn head_rows(weight: &Weight) -> Result<usize> {
 pub fn head_logits(head: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor> {
     let gpu = cuda::of(x.device())?;
     let (m, k) = x.dims2()?;
+    if is_few(head, x, run)? && matches!(head.weight, Weight::Dense(_)) {
+        let logits = uninit(&gpu, (m, head.weight.dims2()?.0), DType::F32)?;
+        few_rows(&gpu, head, x, None, &logits, false)?;
+        return Ok(logits);
+    }
     let n = head_rows(&head.weight)?;
     let logits = uninit(&gpu, (m, n), DType::F32)?;
     let weight = dense(&gpu, &head.weight, x.dtype())?;

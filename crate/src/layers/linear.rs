@@ -11,7 +11,7 @@ use super::{
         F32View,
         matmul::{Mat, WeightView, gemm_f32, matmul_nn, matmul_nt},
     },
-    dropout, only_cpu,
+    dropout, gelu, only_cpu,
     param::{Param, modify_f32},
     run::Run,
 };
@@ -134,6 +134,15 @@ impl Linear {
             gemm_f32((m, n, r), lora.scaling as f32, Mat::rows(&u, r), Mat::rows(&b, r).t(), &mut out, n, true, true);
         }
         Ok(Tensor::from_vec(out, (m, n), &Device::Cpu)?)
+    }
+
+    /// gelu(y), without y in memory where that pays; saves what both save.
+    pub fn forward_gelu(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::linear_gelu(self, x, run);
+        }
+        gelu::forward(&self.forward(x, None, run)?, run)
     }
 
     /// Saves what [`Linear::forward`] saves, without its result: for a block that is computed again on the way back.

@@ -183,8 +183,7 @@ impl BloomBlock {
         let x = self.dense.forward(&mixed, Some(residual), run)?; // (M, C)
 
         let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
-        let wide = self.dense_h_to_4h.forward(&normed, None, run)?; // (M, 4C)
-        let wide = gelu::forward(&wide, run)?; // (M, 4C)
+        let wide = self.dense_h_to_4h.forward_gelu(&normed, run)?; // (M, 4C)
         Ok((wide, if self.residual_after_norm { normed } else { x }))
     }
 

@@ -58,14 +58,34 @@ pub fn dequantize_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64, dtype: DTy
     gpu.launch(&format!("{kernel}_{}", dtype_suffix(dtype)?), grid, threads, 0, &args)
 }
 
+/// Whether [`dequantize_transposed_into`] serves.
+pub fn transposes(weight: &QuantizedTensor, dtype: DType) -> bool {
+    let whole = matches!(weight.shape(), [n, k] if n % 64 == 0 && k % 64 == 0);
+    whole && weight.state().quant_type != QuantType::Int8 && matches!(dtype, DType::F16 | DType::BF16)
+}
+
+/// Writes the transpose of a weight `[n, k]` to `out`: `[k, n]` of `dtype`, the values that [`dequantize_into`]
+/// gives. For weights that [`transposes`] allows.
+pub fn dequantize_transposed_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64, dtype: DType) -> Result<()> {
+    let state = weight.state();
+    let &[n, k] = weight.shape() else { return Err(candle_core::Error::Msg("not a matrix".into()).bt().into()) };
+    let (packed, a, code) = (address(weight.packed())?, AbsmaxArgs::new(state)?, values(state.quant_type));
+    let (n_arg, k_arg) = (n as i32, k as i32);
+    let args: [&dyn KernelArg; 11] = [
+        &packed, &a.at, &a.absmax2, &a.code2, &a.offset, &a.log_block, &a.log_block2, &code, &out, &n_arg, &k_arg,
+    ];
+    let (to, via) = (dtype_suffix(dtype)?, dtype_suffix(state.dtype)?);
+    gpu.launch(&format!("dequantize_4bit_transposed_{to}_via_{via}"), (k / 64, n / 64, 1), 256, 0, &args)
+}
+
 /// How the kernels find a block's maximum.
-struct AbsmaxArgs {
-    at: u64,
-    absmax2: u64,
-    code2: u64,
-    offset: f32,
-    log_block: i32,
-    log_block2: i32,
+pub(crate) struct AbsmaxArgs {
+    pub at: u64,
+    pub absmax2: u64,
+    pub code2: u64,
+    pub offset: f32,
+    pub log_block: i32,
+    pub log_block2: i32,
 }
 
 fn log(blocksize: usize) -> i32 {
@@ -73,7 +93,7 @@ fn log(blocksize: usize) -> i32 {
 }
 
 impl AbsmaxArgs {
-    fn new(state: &QuantState) -> Result<Self> {
+    pub fn new(state: &QuantState) -> Result<Self> {
         let (mut absmax2, mut code2, mut log_block2) = (0, 0, 0);
         if let Some(state2) = &state.state2 {
             (absmax2, code2, log_block2) = (address(&state2.absmax)?, address(&state2.code)?, log(state2.blocksize));
@@ -84,7 +104,7 @@ impl AbsmaxArgs {
 }
 
 /// The 16 values of a 4-bit type; of no use to `Int8`.
-fn values(quant_type: QuantType) -> [f32; 16] {
+pub(crate) fn values(quant_type: QuantType) -> [f32; 16] {
     quant_type.values().first_chunk().copied().unwrap_or_default()
 }
 
