@@ -4,6 +4,7 @@
 //! card's cache does not hold them.
 
 mod bench;
+mod load;
 mod optim;
 mod quant;
 mod step;
@@ -13,8 +14,9 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&Bench) -> Result<()>);
 
-const GROUPS: [Group; 5] = [
+const GROUPS: [Group; 6] = [
     ("quant", quant::run),
+    ("load", load::run),
     ("optim", optim::run),
     ("step", step::run),
     ("generation", step::generation),

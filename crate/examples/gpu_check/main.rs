@@ -6,6 +6,7 @@
 
 mod check;
 mod layers;
+mod load;
 mod model;
 mod optim;
 mod quant;
@@ -15,8 +16,13 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&mut Checks) -> Result<()>);
 
-const GROUPS: [Group; 4] =
-    [("quant", quant::run), ("layers", layers::run), ("optim", optim::run), ("model", model::run)];
+const GROUPS: [Group; 5] = [
+    ("quant", quant::run),
+    ("load", load::run),
+    ("layers", layers::run),
+    ("optim", optim::run),
+    ("model", model::run),
+];
 
 fn main() -> Result<()> {
     let (mut seed, mut names) = (None, Vec::new());

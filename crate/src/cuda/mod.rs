@@ -10,6 +10,7 @@ mod grads;
 mod graph;
 mod inputs;
 mod managed;
+mod staging;
 mod tensor;
 
 use std::{
@@ -33,8 +34,9 @@ pub use grads::{Grads, Outputs};
 pub use graph::Graph;
 pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
 pub use managed::{Managed, Place};
-pub use tensor::{address, alloc, dtype_suffix, fill_zero, uninit, zeros};
-pub(crate) use tensor::{read, write};
+pub use staging::{Piece, Staging};
+pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
+pub(crate) use tensor::write;
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 

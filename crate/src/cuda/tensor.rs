@@ -100,7 +100,7 @@ pub(crate) fn write<T: Copy>(gpu: &Gpu, to: u64, values: &[T]) -> Result<()> {
 }
 
 /// Copies numbers from an address to the host, when all that was launched before is done.
-pub(crate) fn read<T: Copy>(gpu: &Gpu, from: u64, values: &mut [T]) -> Result<()> {
+pub fn copy_to_host<T: Copy>(gpu: &Gpu, from: u64, values: &mut [T]) -> Result<()> {
     if !values.is_empty() {
         gpu.bind()?;
         // SAFETY: the callers give memory of as many numbers; the host reads them after the stream has come to its end.

@@ -113,6 +113,6 @@ fn copy_f32(tensor: &Tensor) -> Result<Vec<f32>> {
         return Err(candle_core::Error::Msg(format!("expected f32, got {:?}", tensor.dtype())).bt().into());
     }
     let mut values = vec![0f32; tensor.elem_count()];
-    crate::cuda::read(&*crate::cuda::of(tensor.device())?, crate::cuda::address(tensor)?, &mut values)?;
+    crate::cuda::copy_to_host(&*crate::cuda::of(tensor.device())?, crate::cuda::address(tensor)?, &mut values)?;
     Ok(values)
 }

@@ -75,7 +75,7 @@ pub(super) fn sum_of_squares(params: &[&Param]) -> Result<f64> {
         let (count, out) = (table.num_blocks as i32, sums_at + 8 * table.num_blocks as u64);
         gpu.launch("sum_of_sums", (1, 1, 1), THREADS, 0, &[&sums_at, &count, &out])?;
         let mut sum = [0f64];
-        cuda::read(gpu, out, &mut sum)?;
+        cuda::copy_to_host(gpu, out, &mut sum)?;
         total += sum[0];
     }
     Ok(total)
@@ -149,7 +149,7 @@ impl States {
     /// Copies of the parts on the CPU, in the order of the forms.
     pub fn copies(&self, forms: &[Vec<Form>]) -> Result<Vec<Vec<Tensor>>> {
         let mut bytes = vec![0u8; self.bytes];
-        cuda::read(&self.gpu, self.memory.address()?, &mut bytes)?;
+        cuda::copy_to_host(&self.gpu, self.memory.address()?, &mut bytes)?;
         let part = |(form, at): (&Form, &usize)| {
             let bytes = &bytes[*at..at + form.num_bytes()];
             Ok(Tensor::from_raw_buffer(bytes, form.dtype, &form.shape, &Device::Cpu)?)
