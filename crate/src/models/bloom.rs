@@ -16,6 +16,7 @@ use crate::{
     layers::{
         attention::{Attention, HeadLayout, alibi_slopes},
         embedding::Embedding,
+        gelu,
         layer_norm::LayerNorm,
         linear::{Linear, Weight},
         norm::Norm,
@@ -92,7 +93,8 @@ impl Block for BloomBlock {
     }
 
     fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
-        let d = self.dense_4h_to_h.backward_gelu(dy, run)?; // (M, 4C)
+        let d = through(&self.dense_4h_to_h, dy, run)?; // (M, 4C)
+        let d = gelu::backward(&d, run)?; // (M, 4C)
         let d = through(&self.dense_h_to_4h, &d, run)?; // (M, C)
         let dx = self.norm_backward(&self.post_attention_layernorm, d, dy, run)?; // (M, C)
 
