@@ -1,11 +1,14 @@
 //! Tokens/s of a QLoRA training step and of generation on the bundled model: the same prompts,
 //! batches and settings as `scripts/bench_torch.py`, in the same form (one JSON line a
-//! measurement), so that `scripts/bench` can put the two beside each other.
+//! measurement), so that `scripts/bench` can put the two beside each other. Where SmolLM2-135M is
+//! (`scripts/setup smollm2`), also a step on 4 x 128 tokens with adapters on q_proj, k_proj and v_proj, and
+//! generation, of that model.
 //!
 //! cargo bench -p qlora-nb --bench step [-- --repeats 7]
 
 use std::{path::PathBuf, time::Instant};
 
+use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
     batch::Batch,
     collator::DataCollatorForSeq2Seq,
@@ -38,6 +41,28 @@ fn main() -> Result<()> {
     for (name, nf4) in [("generate_f32_lora", false), ("generate_nf4_lora", true)] {
         let model = load(&folder, nf4)?;
         measure(name, repeats, || generate(&model, &prompt))?;
+    }
+    let smollm2 = notebooks.join("models/SmolLM2-135M-Instruct");
+    if smollm2.exists() { real(&smollm2, repeats) } else { Ok(()) }
+}
+
+fn real(folder: &PathBuf, repeats: usize) -> Result<()> {
+    let ids: Vec<u32> = (0..4 * 128).map(|i| 17 + i * 7919 % 49_000).collect();
+    let ids = Tensor::from_vec(ids, (4, 128), &Device::Cpu)?;
+    let batch = Batch::new(ids.clone(), ids.ones_like()?, ids.to_dtype(DType::I64)?)?;
+    let prompt: Vec<u32> = (0..32).map(|i| 17 + i * 7919 % 49_000).collect();
+    let quantization = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
+    for (name, quantization_config) in [("nf4", Some(quantization)), ("f16", None)] {
+        let base = AutoModelForCausalLM::from_pretrained(
+            folder,
+            ModelOptions { torch_dtype: DType::F16, quantization_config, ..Default::default() },
+        )?;
+        let targets = ["q_proj", "k_proj", "v_proj"].into();
+        let model = get_peft_model(&base, &LoraConfig { target_modules: targets, ..Default::default() })?;
+        for (checkpointing, how) in [(false, ""), (true, "_checkpointing")] {
+            train(&format!("smollm2_train_{name}{how}"), &model, std::slice::from_ref(&batch), checkpointing, repeats)?;
+        }
+        measure(&format!("smollm2_generate_{name}_lora"), repeats, || generate(&model, &prompt))?;
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ use crate::{
         self,
         causal_lm::{CausalLM, Pass},
         decoder::{Decoder, Parameter, ParameterDType},
+        gguf::{self, Gguf},
         memory::MemoryReport,
         weights::Weights,
     },
@@ -39,6 +40,9 @@ impl AutoModelForCausalLM {
     /// With `quantization_config` the linear layers inside the blocks are quantized while
     /// they are read, tensor by tensor: the memory needed is the 4-bit model and one tensor.
     /// A checkpoint that bitsandbytes saved in 4 bits is taken as it is.
+    ///
+    /// The path of a GGUF file, or of a folder with one, loads a Llama from there: its weights are
+    /// widened to `torch_dtype`, or quantized anew as `quantization_config` says.
     ///
     /// # Errors
     /// A missing folder or file, a damaged file (named, with what is wrong), missing tensors
@@ -62,19 +66,28 @@ impl AutoModelForCausalLM {
 
     fn from_pretrained_path(name_or_path: &Path, options: ModelOptions) -> Result<Model> {
         options.validate()?;
-        let files = Snapshot::open(&name_or_path.to_string_lossy())?;
-        let config = read_config(&files.file("config.json")?)?;
-        models::check_supported(&config)?;
-        let generation_config = match files.optional_file("generation_config.json")? {
-            Some(path) => read_config(&path)?,
-            None => Value::Null,
+        let (config, generation_config, weights) = match gguf::find(name_or_path, "config.json")? {
+            Some(path) => {
+                let gguf = Gguf::open(path)?;
+                (gguf.config()?, Value::Null, Weights::of_gguf(gguf))
+            }
+            None => {
+                let files = Snapshot::open(&name_or_path.to_string_lossy())?;
+                let config = read_config(&files.file("config.json")?)?;
+                models::check_supported(&config)?;
+                let generation_config = match files.optional_file("generation_config.json")? {
+                    Some(path) => read_config(&path)?,
+                    None => Value::Null,
+                };
+                (config, generation_config, Weights::of(&files)?)
+            }
         };
         let (device, choice) = options.device_map.device()?;
         let mut defaults = config.clone();
         if let (Value::Object(all), Value::Object(more)) = (&mut defaults, &generation_config) {
             all.extend(more.clone());
         }
-        let (decoder, unexpected) = models::build(&config, Weights::of(&files)?.on(&device), &options)?;
+        let (decoder, unexpected) = models::build(&config, weights.on(&device), &options)?;
         if !unexpected.is_empty() {
             let few = &unexpected[..unexpected.len().min(4)];
             crate::display::notice(&format!(

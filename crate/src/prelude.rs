@@ -15,7 +15,7 @@ pub use crate::{
     peft::{LoraConfig, PeftModel, TargetModules, TaskType, get_peft_model},
     pipeline::{GeneratedText, TextGenerationPipeline, pipeline},
     quant::{QuantState, QuantType, dequantize_4bit, quantize_4bit},
-    tokenizer::{AutoTokenizer, PaddingSide, Tokenizer},
+    tokenizer::{AutoTokenizer, Message, PaddingSide, Tokenizer},
     trainer::{TrainOutput, Trainer, TrainerCallback, TrainerControl, TrainerState},
     training_args::{IntervalStrategy, SamplingStrategy, SaveStrategy, TrainingArguments},
 };

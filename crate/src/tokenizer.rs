@@ -1,6 +1,8 @@
 //! Step 3: text to tokens and back, on Hugging Face's `tokenizers`.
 
+mod chat;
 mod config;
+mod gguf;
 mod show;
 mod stream;
 
@@ -14,12 +16,13 @@ use std::{
 use tokenizers::{AddedToken, ModelWrapper};
 
 use self::config::Config;
-pub use self::{show::LabelledTokens, stream::DecodeStream};
+pub use self::{chat::Message, show::LabelledTokens, stream::DecodeStream};
 pub use crate::features::Encoding;
 use crate::{
     display,
     error::{Error, Result},
     hub::Snapshot,
+    models::gguf::Gguf,
 };
 
 /// The side of a row that padding goes to.
@@ -44,7 +47,11 @@ pub struct AutoTokenizer;
 impl AutoTokenizer {
     /// A tokenizer from a folder or a hub id that has a tokenizer.json. Special tokens, padding
     /// side and limits come from tokenizer_config.json, special_tokens_map.json and, for what
-    /// those do not name, the token ids in generation_config.json and config.json.
+    /// those do not name, the token ids in generation_config.json and config.json; the chat
+    /// template from chat_template.jinja or tokenizer_config.json.
+    ///
+    /// The path of a GGUF file, or of a folder with one and no tokenizer.json, gives the byte-level
+    /// BPE tokenizer that the file carries.
     ///
     /// Warns on stderr when there is no end token, or when it is also the padding token: in both
     /// cases a tuned model would not learn to stop.
@@ -57,6 +64,9 @@ impl AutoTokenizer {
     }
 
     fn from_pretrained_path(name_or_path: &Path) -> Result<Tokenizer> {
+        if let Some(path) = crate::models::gguf::find(name_or_path, "tokenizer.json")? {
+            return Self::from_gguf(&Gguf::open(path)?, &name_or_path.to_string_lossy());
+        }
         let snapshot = Snapshot::open(&name_or_path.to_string_lossy())?;
         let path = snapshot.file("tokenizer.json")?;
         let malformed = |detail: String| Error::Malformed {
@@ -75,6 +85,15 @@ impl AutoTokenizer {
         core.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
         let config = Config::read(&snapshot, |id| core.id_to_token(id))?;
         add_special_tokens(&mut core, &config).map_err(malformed)?;
+        let tokenizer = Tokenizer { core: Arc::new(core), config: Arc::new(config) };
+        tokenizer.warn_about_end();
+        Ok(tokenizer)
+    }
+
+    fn from_gguf(file: &Gguf, name_or_path: &str) -> Result<Tokenizer> {
+        let (json, config) = gguf::read(file, name_or_path)?;
+        let core = tokenizers::Tokenizer::from_bytes(json.to_string().as_bytes());
+        let core = core.map_err(|e| file.malformed(format!("tokenizer: {e}")))?;
         let tokenizer = Tokenizer { core: Arc::new(core), config: Arc::new(config) };
         tokenizer.warn_about_end();
         Ok(tokenizer)

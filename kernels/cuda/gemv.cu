@@ -194,16 +194,20 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, Absmax a, const Code
     T *xs = reinterpret_cast<T *>(table + TABLE);
     const int stride = k + 8;
     float *sums = reinterpret_cast<float *>(xs + m * stride);
-    __shared__ float table2[256];
+    __shared__ float table1[16], table2[256];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row = blockIdx.x * 16 + g, blocks = k / 64;
     Flight<T> flight;
     flight.fetch(w, a, row, n, k, warp, blocks, t);
     if (a.absmax2) table2[threadIdx.x] = a.code2[threadIdx.x];
+    // By way of shared memory: an index that is not constant into an argument is a chain of comparisons.
+    if (threadIdx.x < 16) table1[threadIdx.x] = code.v[threadIdx.x];
+    __syncthreads();
+#pragma unroll 4
     for (int b = warp; b < 256; b += 8) {
         // The first element of a byte is in its high half.
         Vec<T, 2> pair;
-        pair.v[0] = from_f32<T>(code.v[b >> 4]), pair.v[1] = from_f32<T>(code.v[b & 15]);
+        pair.v[0] = from_f32<T>(table1[b >> 4]), pair.v[1] = from_f32<T>(table1[b & 15]);
         table[b * 32 + lane] = reinterpret_cast<const uint32_t &>(pair);
     }
     for (int r = 0; r < m; r++)
@@ -267,7 +271,7 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, Absmax a, const Code
 }
 
 #define DEFINE(NAME, T)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(256, 3)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                                  \
         gemv_4bit_mma_##NAME(const T *x, const uint8_t *w, const void *absmax, const float *absmax2, const float *code2,  \
                              float offset, int log_block, int log_block2, Code code, T *y, int m, int n, int k,           \
                              const T *bias, const float *u, const float *b, float alpha, int rank, const T *c, int gelu) { \

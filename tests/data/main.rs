@@ -1,5 +1,6 @@
 //! Steps 2 and 3, and the collator: the same rows, tokens and batches as in Python.
 
+mod chat;
 mod damaged;
 mod formats;
 mod hub;

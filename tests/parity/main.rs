@@ -7,6 +7,7 @@ mod adamw;
 mod bloom;
 mod engine;
 mod generation;
+mod gguf;
 mod llama;
 mod lora;
 mod prints;

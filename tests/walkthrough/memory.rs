@@ -63,6 +63,12 @@ fn a_bloom_560m_takes_what_the_plan_says() -> Result<()> {
     let config = LoraConfig { target_modules: ["query_key_value"].into(), ..Default::default() };
     let model = get_peft_model(&base, &config)?;
     let tokenizer = AutoTokenizer::from_pretrained(poet::model_folder())?;
+    let mut trainer = one_step(folder.path(), &model, &tokenizer, true)?;
+    plan_holds(&mut trainer, 0.1, "BLOOM of 560M shape, gradient checkpointing")
+}
+
+/// A trainer for one step on two rows of 192 ids that every vocabulary has.
+fn one_step(folder: &Path, model: &PeftModel, tokenizer: &Tokenizer, gradient_checkpointing: bool) -> Result<Trainer> {
     let rows = (0..2).map(|r| {
         let ids: Vec<u32> = (0..192).map(|i| (r * 7919 + i * 104_729) % 46145).collect();
         Features {
@@ -75,17 +81,39 @@ fn a_bloom_560m_takes_what_the_plan_says() -> Result<()> {
     let source = Dataset::from_columns([("row", vec![0i64, 1])])?;
     let tokenized = source.map(|ex| Ok(rows[ex.int("row")? as usize].clone()))?;
     let args = TrainingArguments {
-        output_dir: folder.path().join("out"),
+        output_dir: folder.join("out"),
         per_device_train_batch_size: 2,
         max_steps: 1,
-        gradient_checkpointing: true,
+        gradient_checkpointing,
         optim: Optim::PagedAdamW32bit,
         save_strategy: SaveStrategy::No,
         disable_tqdm: true,
         ..Default::default()
     };
-    let mut trainer = Trainer::new(&model, args, &tokenized, DataCollatorForSeq2Seq::new(&tokenizer))?;
-    plan_holds(&mut trainer, 0.1, "BLOOM of 560M shape, gradient checkpointing")
+    Trainer::new(model, args, &tokenized, DataCollatorForSeq2Seq::new(tokenizer))
+}
+
+/// A Llama of 135 million parameters, adapters on all of its seven kinds of linear layers.
+fn smollm2(gradient_checkpointing: bool) -> Result<()> {
+    let Some(path) = qlora_nb_tests::smollm2() else { return Ok(()) };
+    let quantization = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
+    let options =
+        ModelOptions { torch_dtype: DType::F16, quantization_config: Some(quantization), ..Default::default() };
+    let base = AutoModelForCausalLM::from_pretrained(&path, options)?;
+    let model = get_peft_model(&base, &LoraConfig { target_modules: "all-linear".into(), ..Default::default() })?;
+    let folder = tempfile::tempdir().unwrap();
+    let mut trainer = one_step(folder.path(), &model, &AutoTokenizer::from_pretrained(&path)?, gradient_checkpointing)?;
+    plan_holds(&mut trainer, 0.1, &format!("SmolLM2-135M, gradient checkpointing {gradient_checkpointing}"))
+}
+
+#[test]
+fn smollm2_takes_what_the_plan_says() -> Result<()> {
+    smollm2(true)
+}
+
+#[test]
+fn smollm2_without_checkpointing_takes_what_the_plan_says() -> Result<()> {
+    smollm2(false)
 }
 
 /// A checkpoint in f16, written as a stream: it never sits in this process's memory.

@@ -31,7 +31,7 @@ use candle_core::{
 
 use crate::error::{Error, Result};
 
-pub use gemm::{Epilogue, Gemm, Operand};
+pub use gemm::{Gemm, Operand};
 pub use grads::{Grads, Outputs};
 pub use graph::Graph;
 pub use inputs::{HostInputs, InputShape, Inputs, Scalars};

@@ -14,7 +14,7 @@ use super::{
     run::Run,
 };
 use crate::{
-    cuda::{self, Epilogue, Gemm, Gpu, Inputs, KernelArg, Operand, address, dtype_suffix, uninit, zeros},
+    cuda::{self, Gemm, Gpu, Inputs, KernelArg, Operand, address, dtype_suffix, uninit, zeros},
     error::Result,
     quant::{AbsmaxArgs, QuantType, dequantize_into, dequantize_transposed_into, transposes, values},
 };
@@ -219,7 +219,6 @@ fn times_weight(
     weight: &Weight,
     (m, n, k): (usize, usize, usize),
     y: Operand,
-    epilogue: Epilogue,
     dtype: DType,
 ) -> Result<()> {
     let (w, transposed) = match weight {
@@ -232,7 +231,7 @@ fn times_weight(
     };
     let row = if transposed { n } else { k };
     let w = Operand { address: w.address, row };
-    gpu.gemm(&Gemm { m, n: k, k: n, x: dy, w, transposed, y, c: None, bias: None, epilogue, dtype, out: dtype })
+    gpu.gemm(&Gemm { m, n: k, k: n, x: dy, w, transposed, y, c: None, bias: None, dtype, out: dtype })
 }
 
 impl Lora {
@@ -391,36 +390,11 @@ pub fn linear_gelu(linear: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor>
         few_rows(&gpu, linear, x, None, &y, true)?;
         return Ok(y);
     }
-    // The product's own epilogue gives gelu and what its backward needs, unless an adapter comes between.
-    if run.saved.is_some() && linear.lora.is_none() && linear.weight.dims2()?.0 % 8 == 0 && x.dtype() != DType::F32 {
-        let gpu = cuda::of(x.device())?;
-        let z = uninit(&gpu, (x.dims()[0], linear.weight.dims2()?.0), x.dtype())?;
-        let y = product(&gpu, linear, x, None, Epilogue::Gelu { aux: address(&z)? })?;
-        run.save(&z);
-        return Ok(y);
-    }
     gelu_forward(&linear_forward(linear, x, None, run)?, run)
 }
 
-/// [`linear_backward`] to the output of a gelu, and through it.
-pub fn linear_gelu_backward(linear: &Linear, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
-    let (m, n) = dy.dims2()?;
-    let (_, k) = linear.weight.dims2()?;
-    if linear.lora.is_none() && k % 8 == 0 && dy.dtype() != DType::F32 {
-        let gpu = cuda::of(dy.device())?;
-        let z = run.take()?;
-        let y = uninit(&gpu, (m, k), dy.dtype())?;
-        let (dy_at, y_at) = (Operand { address: address(dy)?, row: n }, Operand { address: address(&y)?, row: k });
-        let epilogue = Epilogue::GeluBackward { aux: address(&z)? };
-        times_weight(&gpu, dy_at, &linear.weight, (m, n, k), y_at, epilogue, dy.dtype())?;
-        return Ok(y);
-    }
-    let dx = linear_backward(linear, dy, true, run)?.ok_or_else(|| internal("no gradient"))?;
-    gelu_backward(&dx, run)
-}
-
-/// y = x W^T + bias + residual, and the epilogue.
-fn product(gpu: &Gpu, linear: &Linear, x: &Tensor, residual: Option<&Tensor>, epilogue: Epilogue) -> Result<Tensor> {
+/// y = x W^T + bias + residual.
+fn product(gpu: &Gpu, linear: &Linear, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
     let ((m, k), (n, _), dtype) = (x.dims2()?, linear.weight.dims2()?, x.dtype());
     let y = uninit(gpu, (m, n), dtype)?;
     let weight = dense(gpu, &linear.weight, dtype)?;
@@ -435,7 +409,6 @@ fn product(gpu: &Gpu, linear: &Linear, x: &Tensor, residual: Option<&Tensor>, ep
         y: operand(&y, n)?,
         c: residual.map(|r| operand(r, n)).transpose()?,
         bias: linear.bias.as_ref().map(address).transpose()?,
-        epilogue,
         dtype,
         out: dtype,
     })?;
@@ -453,7 +426,7 @@ pub fn linear_forward(linear: &Linear, x: &Tensor, residual: Option<&Tensor>, ru
         few_rows(&gpu, linear, x, residual, &y, false)?;
         return Ok(y);
     }
-    let y = product(&gpu, linear, x, residual, Epilogue::None)?;
+    let y = product(&gpu, linear, x, residual)?;
     if let Some(lora) = &linear.lora {
         let rank = lora.rank();
         let u = down(&gpu, x, (address(lora.a.value())?, k, 1), rank, 1.0, lora.dropout_args(run)?)?;
@@ -485,7 +458,7 @@ pub fn linear_backward(linear: &Linear, dy: &Tensor, need_dx: bool, run: &mut Ru
     if need_dx {
         let y = uninit(&gpu, (m, k), dtype)?;
         let dy_at = Operand { address: address(dy)?, row: n };
-        times_weight(&gpu, dy_at, &linear.weight, (m, n, k), Operand { address: address(&y)?, row: k }, Epilogue::None, dtype)?;
+        times_weight(&gpu, dy_at, &linear.weight, (m, n, k), Operand { address: address(&y)?, row: k }, dtype)?;
         dx = Some(y);
     }
     if let Some(lora) = &linear.lora {
@@ -708,7 +681,6 @@ pub fn head_logits(head: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor> {
         y: Operand { address: address(&logits)?, row: n },
         c: None,
         bias: None,
-        epilogue: Epilogue::None,
         dtype: x.dtype(),
         out: DType::F32,
     })?;
@@ -767,8 +739,7 @@ pub fn head_and_loss(hidden: &Tensor, head: &Linear, learn: bool, loss: u64, run
             y: Operand { address: at(address(grads)?, row_bytes), row: c },
             c: None,
             bias: None,
-            epilogue: Epilogue::None,
-            dtype,
+                dtype,
             out: dtype,
         })?;
         if let Some(lora) = &head.lora {

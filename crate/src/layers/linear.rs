@@ -145,17 +145,6 @@ impl Linear {
         gelu::forward(&self.forward(x, None, run)?, run)
     }
 
-    /// The backward of a gelu and this layer on top of it: dy to the gradient of gelu's input.
-    pub fn backward_gelu(&self, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
-        #[cfg(feature = "cuda")]
-        if dy.device().is_cuda() {
-            return super::cuda::linear_gelu_backward(self, dy, run);
-        }
-        let dx = self.backward(dy, true, run)?;
-        let dx = dx.ok_or_else(|| candle_core::Error::Msg(format!("{} gave no gradient", self.name)).bt())?;
-        gelu::backward(&dx, run)
-    }
-
     /// Saves what [`Linear::forward`] saves, without its result: for a block that is computed again on the way back.
     pub fn remember(&self, x: &Tensor, run: &mut Run) -> Result<()> {
         #[cfg(feature = "cuda")]

@@ -17,6 +17,7 @@ use crate::{
     layers::{
         attention::{Attention, HeadLayout, alibi_slopes},
         embedding::Embedding,
+        gelu,
         layer_norm::LayerNorm,
         linear::{Linear, Weight},
         norm::Norm,
@@ -93,7 +94,8 @@ impl Block for BloomBlock {
     }
 
     fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
-        let mut d = self.dense_4h_to_h.backward_gelu(dy, run)?; // (M, 4C)
+        let mut d = through(&self.dense_4h_to_h, dy, run)?; // (M, 4C)
+        d = gelu::backward(&d, run)?; // (M, 4C)
         d = through(&self.dense_h_to_4h, &d, run)?; // (M, C)
         let dx = self.norm_backward(&self.post_attention_layernorm, d, dy, run)?; // (M, C)
 
@@ -163,22 +165,19 @@ impl Block for BloomBlock {
     fn needs(&self, gpu: Option<DType>) -> Needs {
         let c = self.input_layernorm.weight.elem_count();
         let adapted = |linear: &Linear, width: usize| if linear.lora.is_some() { width } else { 0 };
-        let adapters = adapted(&self.query_key_value, c)
-            + adapted(&self.dense_h_to_4h, c)
-            + adapted(&self.dense_4h_to_h, 4 * c);
+        let adapters =
+            adapted(&self.query_key_value, c) + adapted(&self.dense_h_to_4h, c) + adapted(&self.dense_4h_to_h, 4 * c);
         // Both norms' inputs and statistics, the projection, the input of gelu.
         let (saved, statistics) = (2 * c + 3 * c + 4 * c + adapters, 4);
         // Around gelu's backward: dy, its input's gradient and its output's.
         let working = 9 * c;
-        let Some(dtype) = gpu else {
+        if gpu.is_none() {
             return Needs { saved: saved + adapted(&self.dense, c), statistics, working };
-        };
+        }
         // And attention's output, which is dense's input; the sums of its rows; A x of the adapters.
         let ranks: usize = self.linears().iter().filter_map(|l| Some(l.lora.as_ref()?.rank())).sum();
         let statistics = statistics + self.attention.layout.heads + ranks;
-        // Gelu's backward is the product's own, unless an adapter comes between.
-        let fused = dtype != DType::F32 && self.dense_4h_to_h.lora.is_none();
-        Needs { saved: saved + c, statistics, working: if fused { 5 * c } else { working } }
+        Needs { saved: saved + c, statistics, working }
     }
 }
 

@@ -66,7 +66,7 @@ pub enum RopeScaling {
 
 impl RopeScaling {
     /// Reads `rope_parameters` (transformers 5) or `rope_scaling` (before).
-    fn from_json(config: &Value, rope: &Value) -> Result<Self> {
+    pub(crate) fn from_json(config: &Value, rope: &Value) -> Result<Self> {
         let unsupported = |what: &str, got: &Value, supported: &[&str]| Error::Unsupported {
             what: what.into(),
             got: got.as_str().map_or_else(|| got.to_string(), String::from),
@@ -103,7 +103,7 @@ impl RopeScaling {
     }
 
     /// What a frequency (radians a position) becomes.
-    fn apply(self, frequency: f64) -> f64 {
+    pub(crate) fn apply(self, frequency: f64) -> f64 {
         match self {
             Self::Default => frequency,
             Self::Linear { factor } => frequency / factor,
@@ -161,6 +161,12 @@ impl LlamaConfig {
             mlp_bias: flag("mlp_bias"),
             pad_token_id: config["pad_token_id"].as_u64().map(|id| id as usize),
         };
+        // Beyond any model: a damaged file must not ask for that much memory.
+        let wide = [heads, this.num_key_value_heads].map(|n| n.checked_mul(this.head_dim));
+        if wide.into_iter().any(|width| width.is_none_or(|w| w > 1 << 24)) {
+            let expected = format!("a head_dim of which {heads} heads are not wider than 2^24");
+            return Err(Error::argument("head_dim", this.head_dim, &expected, BAD_CONFIG));
+        }
         let whole = [
             ("num_key_value_heads", this.num_key_value_heads, "a divisor of num_attention_heads", heads),
             ("head_dim: halves", 2, "an even head_dim", this.head_dim),
@@ -342,7 +348,7 @@ pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions)
         slopes: Vec::new(),
     };
     let rope = Rope::new(config.inv_freq());
-    let mut blocks: Vec<Arc<dyn Block>> = Vec::with_capacity(config.num_hidden_layers);
+    let mut blocks: Vec<Arc<dyn Block>> = Vec::new();
     for i in 0..config.num_hidden_layers {
         let p = format!("model.layers.{i}");
         let attention_linear = |weights: &mut Weights, name: &str, shape| {

@@ -3,6 +3,7 @@
 pub mod bloom;
 pub mod causal_lm;
 pub mod decoder;
+pub mod gguf;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 pub mod llama;

@@ -22,7 +22,7 @@ use safetensors::Dtype as FileDtype;
 use crate::{
     error::{Error, Result},
     hub::Snapshot,
-    models::options::BitsAndBytesConfig,
+    models::{gguf::Gguf, options::BitsAndBytesConfig},
     quant::QuantizedTensor,
 };
 
@@ -47,6 +47,8 @@ struct Entry {
 pub struct Weights {
     files: Vec<PathBuf>,
     entries: BTreeMap<String, Entry>,
+    /// Instead of `entries`.
+    gguf: Option<Gguf>,
     used: BTreeSet<String>,
     missing: Vec<String>,
     prefix: &'static str,
@@ -82,16 +84,27 @@ impl Weights {
         for (file, path) in files.iter().enumerate() {
             read_header(path, file, &mut entries)?;
         }
-        Ok(Self {
+        Ok(Self { entries, ..Self::empty(files) })
+    }
+
+    /// The tensors of a GGUF file, under Hugging Face's names.
+    pub fn of_gguf(gguf: Gguf) -> Self {
+        let files = vec![gguf.path().to_path_buf()];
+        Self { gguf: Some(gguf), ..Self::empty(files) }
+    }
+
+    fn empty(files: Vec<PathBuf>) -> Self {
+        Self {
             files,
-            entries,
+            entries: BTreeMap::new(),
+            gguf: None,
             used: BTreeSet::new(),
             missing: Vec::new(),
             prefix: "",
             device: Device::Cpu,
             #[cfg(feature = "cuda")]
             reader: Default::default(),
-        })
+        }
     }
 
     /// The same, read to `device`.
@@ -109,7 +122,7 @@ impl Weights {
 
     /// Accepts names with or without `prefix` in the file: the model asks with it.
     pub fn optional_prefix(&mut self, prefix: &'static str) {
-        if !self.entries.keys().any(|k| k.starts_with(prefix)) {
+        if self.gguf.is_none() && !self.entries.keys().any(|k| k.starts_with(prefix)) {
             self.prefix = prefix;
         }
     }
@@ -120,7 +133,10 @@ impl Weights {
 
     /// Whether the checkpoint has this tensor.
     pub fn contains(&self, name: &str) -> bool {
-        self.entries.contains_key(self.key(name))
+        match &self.gguf {
+            Some(gguf) => gguf.names().iter().any(|n| n == name),
+            None => self.entries.contains_key(self.key(name)),
+        }
     }
 
     /// A tensor in `dtype`, of the given shape. A tensor that is not there is noted and
@@ -132,6 +148,14 @@ impl Weights {
     /// [`Weights::tensor`], in memory of at least `elements` elements; on a GPU only.
     fn padded(&mut self, name: &str, shape: &[usize], dtype: DType, elements: usize) -> Result<Tensor> {
         let key = self.key(name).to_string();
+        if let Some(gguf) = &self.gguf {
+            let Some(tensor) = gguf.tensor(&key, shape, dtype)? else {
+                self.missing.push(key);
+                return Ok(Tensor::zeros(shape, dtype, &self.device)?);
+            };
+            self.used.insert(key);
+            return self.with_padding(&tensor, elements);
+        }
         let Some(entry) = self.entries.get(&key) else {
             self.missing.push(key);
             return Ok(Tensor::zeros(shape, dtype, &self.device)?);
@@ -148,6 +172,17 @@ impl Weights {
         let tensor = self.read(&key, entry, dtype, elements)?;
         self.used.insert(key);
         Ok(tensor)
+    }
+
+    /// A copy on the device, which has room for `elements` elements there: those behind its own are zeros.
+    fn with_padding(&self, tensor: &Tensor, elements: usize) -> Result<Tensor> {
+        let n = tensor.elem_count();
+        if self.device.is_cpu() || elements <= n {
+            return Ok(tensor.to_device(&self.device)?);
+        }
+        let padded = Tensor::zeros(elements, tensor.dtype(), &self.device)?;
+        padded.slice_set(&tensor.to_device(&self.device)?.flatten_all()?, 0, 0)?;
+        Ok(padded.narrow(0, 0, n)?.reshape(tensor.shape())?)
     }
 
     fn read(&self, key: &str, entry: &Entry, dtype: DType, elements: usize) -> Result<Tensor> {
@@ -219,7 +254,8 @@ impl Weights {
 
     /// Fails if anything was missing; gives the names that the model did not ask for.
     pub fn finish(self) -> Result<Vec<String>> {
-        let unexpected: Vec<String> = self.entries.into_keys().filter(|k| !self.used.contains(k)).collect();
+        let names = self.gguf.iter().flat_map(Gguf::names).chain(self.entries.into_keys());
+        let unexpected: Vec<String> = names.filter(|k| !self.used.contains(k)).collect();
         if self.missing.is_empty() {
             return Ok(unexpected);
         }

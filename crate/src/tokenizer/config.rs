@@ -24,6 +24,8 @@ pub(super) struct Config {
     pub padding_side: PaddingSide,
     pub model_max_length: Option<usize>,
     pub clean_up_tokenization_spaces: bool,
+    /// Jinja.
+    pub chat_template: Option<String>,
 }
 
 impl Config {
@@ -68,6 +70,7 @@ impl Config {
             // transformers writes 1e30 for "no limit", which no usize holds.
             model_max_length: config["model_max_length"].as_u64().and_then(|n| usize::try_from(n).ok()),
             clean_up_tokenization_spaces: config["clean_up_tokenization_spaces"].as_bool().unwrap_or(false),
+            chat_template: chat_template(snapshot, &config)?,
             class,
         })
     }
@@ -75,6 +78,19 @@ impl Config {
     pub fn token(&self, name: &str) -> Option<&str> {
         self.special.iter().find(|(n, _)| *n == name).map(|(_, token)| token.as_str())
     }
+}
+
+/// chat_template.jinja, or tokenizer_config.json's own: one, or the one of several that is named
+/// `default`.
+fn chat_template(snapshot: &Snapshot, config: &Value) -> Result<Option<String>> {
+    if let Some(path) = snapshot.optional_file("chat_template.jinja")? {
+        return Ok(Some(std::fs::read_to_string(&path).map_err(Error::io("read", &path))?));
+    }
+    let template = match &config["chat_template"] {
+        Value::Array(several) => &several.iter().find(|t| t["name"] == "default").unwrap_or(&Value::Null)["template"],
+        one => one,
+    };
+    Ok(template.as_str().map(String::from))
 }
 
 /// A token is written as a string, or as an AddedToken object.

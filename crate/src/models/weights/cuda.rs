@@ -128,16 +128,21 @@ impl Weights {
     fn needed(&self, options: &ModelOptions) -> usize {
         let width = options.torch_dtype.size_in_bytes();
         let quantization = options.quantization_config.as_ref().filter(|q| q.load_in_4bit);
-        let (mut sum, mut beside) = (0, 0);
+        // Names and shapes; bytes of those that stay as they are.
+        let mut all: Vec<(String, &[usize], Option<usize>)> = Vec::new();
         for (name, entry) in &self.entries {
-            let n: usize = entry.shape.iter().product();
-            let raw = (entry.bytes.1 - entry.bytes.0) as usize;
             let is_float = matches!(entry.dtype, FileDtype::F32 | FileDtype::F16 | FileDtype::BF16);
             // bitsandbytes puts statistics beside a weight: `weight.absmax`.
-            let is_statistic = name.contains(".weight.");
-            sum += match quantization {
-                _ if !is_float || is_statistic => raw,
-                Some(config) if entry.shape.len() == 2 && is_inside_block(name) => {
+            let stays = !is_float || name.contains(".weight.");
+            all.push((name.clone(), &entry.shape, stays.then(|| (entry.bytes.1 - entry.bytes.0) as usize)));
+        }
+        all.extend(self.gguf.iter().flat_map(|g| g.shapes()).map(|(name, shape)| (name, shape, None)));
+        let (mut sum, mut beside) = (0, 0);
+        for (name, shape, raw) in all {
+            let n: usize = shape.iter().product();
+            sum += match (quantization, raw) {
+                (_, Some(raw)) => raw,
+                (Some(config), _) if shape.len() == 2 && is_inside_block(&name) => {
                     // While it is quantized, it is there too.
                     beside = beside.max(n * width);
                     quantized_bytes(n, config)

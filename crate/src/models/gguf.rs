@@ -1,0 +1,448 @@
+//! Models in one GGUF file (llama.cpp's format): configuration, tokenizer and weights.
+//!
+//! candle reads the format and undoes its quantizations. What is ours: the names and the
+//! configuration as Hugging Face has them, and the rows of q_proj and k_proj put back in their
+//! order, which llama.cpp changes to rotate neighbouring elements.
+
+use std::{
+    fs::File,
+    io::{BufReader, Read},
+    path::{Path, PathBuf},
+};
+
+use candle_core::{
+    DType, Device, Tensor,
+    quantized::gguf_file::{Content, Value as Field},
+};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    error::{Error, Result},
+    quant::tensor::with_f32,
+};
+
+/// Types of tensors that can be read.
+const READABLE: [&str; 13] =
+    ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"];
+
+/// ggml's numbers of the types that candle does not know.
+const OTHER_TYPES: [(u32, &str); 16] = [
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+];
+
+/// Where a path, or a folder, means a GGUF file: a file of that ending, or a folder that holds
+/// one such file and no `instead` (`config.json`: then it is a folder in Hugging Face layout).
+///
+/// # Errors
+/// [`Error::NotFound`] for a file that is not there, [`Error::InvalidArgument`] for a folder with
+/// several.
+pub fn find(name_or_path: &Path, instead: &str) -> Result<Option<PathBuf>> {
+    let is_gguf = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if is_gguf(name_or_path) && !name_or_path.is_dir() {
+        if name_or_path.is_file() {
+            return Ok(Some(name_or_path.into()));
+        }
+        return Err(Error::NotFound {
+            what: "GGUF file".into(),
+            path: name_or_path.into(),
+            remedy: "check the path; a relative path starts at the notebook's folder".into(),
+        });
+    }
+    if !name_or_path.is_dir() || name_or_path.join(instead).exists() {
+        return Ok(None);
+    }
+    let entries = std::fs::read_dir(name_or_path).map_err(Error::io("read", name_or_path))?;
+    let mut found: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| is_gguf(p)).collect();
+    found.sort();
+    match found.len() {
+        0 => Ok(None),
+        1 => Ok(found.pop()),
+        n => {
+            let names: Vec<_> = found.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy()).collect();
+            let expected = format!("one GGUF file, there are {n}: {}", names.join(", "));
+            Err(Error::argument(
+                "the model's folder",
+                name_or_path.display(),
+                &expected,
+                "give the path of one of them",
+            ))
+        }
+    }
+}
+
+/// An opened GGUF file.
+///
+/// ```no_run
+/// use qlora_nb::models::gguf::Gguf;
+/// let gguf = Gguf::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
+/// println!("{:#}", gguf.config()?); // as the config.json of the same model
+/// println!("{:?}", gguf.types()); // {"F32": 61, "Q4_1": 210, "Q8_0": 1}
+/// # Ok::<(), qlora_nb::error::Error>(())
+/// ```
+pub struct Gguf {
+    path: PathBuf,
+    content: Content,
+}
+
+impl Gguf {
+    /// Reads the header: metadata, and where the tensors are.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] for a damaged file, [`Error::Unsupported`] for a tensor type that cannot
+    /// be read and for one part of a model that is split into several files.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_path(path.as_ref())
+    }
+
+    fn open_path(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        refuse_alignment_zero(&file, path)?;
+        let mut file = File::open(path).map(BufReader::new).map_err(Error::io("read", path))?;
+        let content = Content::read(&mut file).map_err(|e| header_error(path, &first_line(&e)))?;
+        let this = Self { path: path.into(), content };
+        if this.number("split.count").is_some_and(|n| n > 1.0) {
+            return Err(Error::Unsupported {
+                what: "GGUF file".into(),
+                got: format!("{}: one part of several", path.display()),
+                supported: vec!["models in one file".into()],
+                remedy: "join the parts with llama.cpp's llama-gguf-split --merge".into(),
+            });
+        }
+        Ok(this)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many tensors there are of each type.
+    pub fn types(&self) -> std::collections::BTreeMap<String, usize> {
+        let mut types = std::collections::BTreeMap::new();
+        for info in self.content.tensor_infos.values() {
+            *types.entry(type_name(info.ggml_dtype)).or_default() += 1;
+        }
+        types
+    }
+
+    /// config.json as Hugging Face has it for this model.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an architecture other than llama, [`Error::Malformed`] for metadata
+    /// that are missing.
+    pub fn config(&self) -> Result<Value> {
+        let architecture = self.text("general.architecture").unwrap_or_default();
+        let experts = self.number("llama.expert_count").is_some_and(|n| n > 0.0);
+        if architecture != "llama" || experts {
+            return Err(Error::Unsupported {
+                what: format!("architecture of {}", self.path.display()),
+                got: if experts { "llama with experts".into() } else { architecture },
+                supported: vec!["llama".into()],
+                remedy: "choose a model of a supported architecture".into(),
+            });
+        }
+        let need = |key: &str| {
+            self.number(&format!("llama.{key}"))
+                .ok_or_else(|| self.malformed(format!("there is no number llama.{key}")))
+        };
+        let size = |key: &str| need(key).map(|n| n as u64);
+        let optional = |key: &str| self.number(&format!("llama.{key}"));
+        let vocab = self.content.tensor_infos.get("token_embd.weight").and_then(|t| t.shape.dims().first().copied());
+        let (heads, hidden) = (size("attention.head_count")?, size("embedding_length")?);
+        let kv_heads = optional("attention.head_count_kv").map_or(heads, |n| n as u64);
+        let head_dim = optional("attention.key_length").or(optional("rope.dimension_count")).map(|n| n as u64);
+        let has = |name: &str| self.content.tensor_infos.contains_key(name);
+        let layers = size("block_count")?;
+        if !has(&format!("blk.{}.attn_norm.weight", layers.saturating_sub(1))) {
+            return Err(self.malformed(format!("llama.block_count is {layers}, but that many blocks are not there")));
+        }
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": vocab.ok_or_else(|| self.malformed("there is no token_embd.weight".into()))?,
+            "hidden_size": hidden,
+            "intermediate_size": size("feed_forward_length")?,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim.unwrap_or(hidden / heads.max(1)),
+            "hidden_act": "silu",
+            "max_position_embeddings": size("context_length")?,
+            "rms_norm_eps": need("attention.layer_norm_rms_epsilon")?,
+            "rope_parameters": self.rope_parameters(head_dim.unwrap_or(hidden / heads.max(1)) as usize)?,
+            "tie_word_embeddings": !has("output.weight"),
+            "attention_bias": has("blk.0.attn_q.bias"),
+            "mlp_bias": has("blk.0.ffn_up.bias"),
+        });
+        for (key, name) in
+            [("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id"), ("unknown", "unk_token_id")]
+        {
+            if let Some(id) = self.number(&format!("tokenizer.ggml.{key}_token_id")) {
+                config[name] = (id as u64).into();
+            }
+        }
+        Ok(config)
+    }
+
+    /// `rope_parameters` of config.json. A Llama 3.1 has its scaling as a tensor of factors.
+    fn rope_parameters(&self, head_dim: usize) -> Result<Value> {
+        let mut rope = Map::new();
+        let theta = self.number("llama.rope.freq_base").unwrap_or(10_000.0);
+        rope.insert("rope_theta".into(), theta.into());
+        let kind = self.text("llama.rope.scaling.type").filter(|kind| kind != "none");
+        rope.insert("rope_type".into(), kind.unwrap_or_else(|| "default".into()).into());
+        if let Some(factor) = self.number("llama.rope.scaling.factor") {
+            rope.insert("factor".into(), factor.into());
+        }
+        if let Some(factors) = self.read("rope_freqs.weight")? {
+            let factors = factors.flatten_all()?.to_vec1::<f32>()?;
+            let factor = factors.iter().copied().fold(1f32, f32::max);
+            for (key, value) in [
+                ("rope_type", json!("llama3")),
+                ("factor", factor.into()),
+                ("low_freq_factor", 1.0.into()),
+                ("high_freq_factor", 4.0.into()),
+                ("original_max_position_embeddings", 8192.into()),
+            ] {
+                rope.insert(key.into(), value);
+            }
+            let ours = super::llama::RopeScaling::from_json(&Value::Null, &Value::Object(rope.clone()))?;
+            let plain = crate::layers::rope::Rope::frequencies(theta, head_dim);
+            let same = |(f, want): (&f32, &f32)| {
+                (f64::from(*f) / ours.apply(f64::from(*f)) / f64::from(*want) - 1.0).abs() < 1e-3
+            };
+            if plain.len() != factors.len() || !plain.iter().zip(&factors).all(same) {
+                return Err(Error::Unsupported {
+                    what: format!("rope_freqs.weight of {}", self.path.display()),
+                    got: "other factors".into(),
+                    supported: vec!["those of Llama 3.1 to 3.3".into()],
+                    remedy: "load the model from its folder in Hugging Face layout".into(),
+                });
+            }
+        }
+        Ok(rope.into())
+    }
+
+    /// The names, as Hugging Face has them, of the tensors that have one.
+    pub fn names(&self) -> Vec<String> {
+        self.content.tensor_infos.keys().filter_map(|name| hf_name(name)).collect()
+    }
+
+    /// Those names, with the tensors' shapes.
+    #[cfg(feature = "cuda")]
+    pub(super) fn shapes(&self) -> Vec<(String, &[usize])> {
+        let infos = self.content.tensor_infos.iter();
+        infos.filter_map(|(name, info)| Some((hf_name(name)?, info.shape.dims()))).collect()
+    }
+
+    /// A tensor by the name that Hugging Face has for it, in `dtype`; none if the file has no such
+    /// tensor.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another shape, [`Error::Unsupported`] for a type that cannot be read,
+    /// [`Error::Malformed`] for one that goes beyond the file's end or holds a NaN.
+    pub fn tensor(&self, name: &str, shape: &[usize], dtype: DType) -> Result<Option<Tensor>> {
+        let Some(gguf) = gguf_name(name) else { return Ok(None) };
+        let Some(info) = self.content.tensor_infos.get(&gguf) else { return Ok(None) };
+        if info.shape.dims() != shape {
+            return Err(Error::Shape {
+                name: format!("{gguf} ({name})"),
+                path: Some(self.path.clone()),
+                expected: shape.to_vec(),
+                got: info.shape.dims().to_vec(),
+                remedy: "the file is damaged: get it again".into(),
+            });
+        }
+        let Some(mut tensor) = self.read(&gguf)? else { return Ok(None) };
+        let heads = match () {
+            () if gguf.contains(".attn_q.") => self.number("llama.attention.head_count"),
+            () if gguf.contains(".attn_k.") => {
+                self.number("llama.attention.head_count_kv").or(self.number("llama.attention.head_count"))
+            }
+            () => None,
+        };
+        if let Some(heads) = heads.map(|n| n as usize).filter(|n| *n > 0 && shape[0].is_multiple_of(2 * n)) {
+            let rows = shape[0];
+            // (heads, head_dim / 2, 2, in): neighbours are a pair; Hugging Face has the halves apart.
+            let pairs = tensor.reshape((heads, rows / heads / 2, 2, shape[1..].iter().product::<usize>()))?;
+            tensor = pairs.transpose(1, 2)?.contiguous()?.reshape(shape)?;
+        }
+        Ok(Some(tensor.to_dtype(dtype)?))
+    }
+
+    /// A tensor by its own name, in f32.
+    fn read(&self, name: &str) -> Result<Option<Tensor>> {
+        let Some(info) = self.content.tensor_infos.get(name) else { return Ok(None) };
+        let kind = type_name(info.ggml_dtype);
+        if !READABLE.contains(&kind.as_str()) {
+            return Err(unreadable(&self.path, name, &kind));
+        }
+        // candle multiplies the dimensions unchecked.
+        let elements = info.shape.dims().iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+        if elements.is_none_or(|n| n == 0 || n > 1 << 40) {
+            return Err(self.malformed(format!("{name} has the shape {:?}", info.shape.dims())));
+        }
+        let mut file = File::open(&self.path).map_err(Error::io("read", &self.path))?;
+        let read = self.content.tensor(&mut file, name, &Device::Cpu).and_then(|t| t.dequantize(&Device::Cpu));
+        let tensor = read.map_err(|e| self.malformed(format!("{name}: {}", first_line(&e))))?;
+        if !with_f32(&tensor, |x| x.iter().fold(true, |ok, v| ok & v.is_finite()))? {
+            return Err(self.malformed(format!("{name} has a NaN or an infinity")));
+        }
+        Ok(Some(tensor))
+    }
+
+    /// A string of the metadata.
+    pub fn text(&self, key: &str) -> Option<String> {
+        match self.content.metadata.get(key)? {
+            Field::String(text) => Some(text.clone()),
+            _ => None,
+        }
+    }
+
+    /// A number of the metadata, whatever its width; true is 1.
+    pub fn number(&self, key: &str) -> Option<f64> {
+        number(self.content.metadata.get(key)?)
+    }
+
+    /// A list of strings.
+    pub fn texts(&self, key: &str) -> Option<Vec<&str>> {
+        let Field::Array(list) = self.content.metadata.get(key)? else { return None };
+        list.iter().map(|v| if let Field::String(text) = v { Some(text.as_str()) } else { None }).collect()
+    }
+
+    /// A list of numbers.
+    pub fn numbers(&self, key: &str) -> Option<Vec<f64>> {
+        let Field::Array(list) = self.content.metadata.get(key)? else { return None };
+        list.iter().map(number).collect()
+    }
+
+    pub(crate) fn malformed(&self, detail: String) -> Error {
+        malformed(&self.path, detail)
+    }
+}
+
+fn number(field: &Field) -> Option<f64> {
+    Some(match field {
+        Field::U8(v) => f64::from(*v),
+        Field::I8(v) => f64::from(*v),
+        Field::U16(v) => f64::from(*v),
+        Field::I16(v) => f64::from(*v),
+        Field::U32(v) => f64::from(*v),
+        Field::I32(v) => f64::from(*v),
+        Field::U64(v) => *v as f64,
+        Field::I64(v) => *v as f64,
+        // The shortest decimal: 1e-5 is written as an f32, and meant.
+        Field::F32(v) => v.to_string().parse().ok()?,
+        Field::F64(v) => *v,
+        Field::Bool(v) => f64::from(u8::from(*v)),
+        Field::String(_) | Field::Array(_) => return None,
+    })
+}
+
+fn malformed(path: &Path, detail: String) -> Error {
+    Error::Malformed {
+        path: path.into(),
+        format: "GGUF file",
+        detail,
+        remedy: "the file is damaged or half downloaded: get it again".into(),
+    }
+}
+
+fn unreadable(path: &Path, tensor: &str, kind: &str) -> Error {
+    Error::Unsupported {
+        what: format!("type of {tensor} in {}", path.display()),
+        got: kind.into(),
+        supported: READABLE.map(String::from).into(),
+        remedy: "get the model in one of these types, Q4_1 or Q8_0 for example, or make them with llama-quantize"
+            .into(),
+    }
+}
+
+/// candle's message without its backtrace.
+fn first_line(e: &candle_core::Error) -> String {
+    e.to_string().lines().next().unwrap_or_default().into()
+}
+
+fn header_error(path: &Path, message: &str) -> Error {
+    let unknown = message.strip_prefix("unknown dtype for tensor ").and_then(|n| n.trim().parse::<u32>().ok());
+    match unknown {
+        None => malformed(path, message.into()),
+        Some(id) => {
+            let name = OTHER_TYPES.iter().find(|(n, _)| *n == id).map(|(_, name)| name.to_string());
+            unreadable(path, "a tensor", &name.unwrap_or_else(|| format!("ggml type {id}")))
+        }
+    }
+}
+
+/// candle divides by the file's alignment, and would panic on 0.
+fn refuse_alignment_zero(file: &File, path: &Path) -> Result<()> {
+    const KEY: &[u8] = b"general.alignment";
+    let mut head = Vec::new();
+    // Metadata, tokens and merges among them, are the file's beginning: a few MB.
+    file.take(64 << 20).read_to_end(&mut head).map_err(Error::io("read", path))?;
+    let value = head.windows(KEY.len()).position(|w| w == KEY).and_then(|at| head.get(at + KEY.len() + 4..));
+    match value {
+        Some(value) if value.iter().take(4).all(|b| *b == 0) => Err(malformed(path, "general.alignment is 0".into())),
+        _ => Ok(()),
+    }
+}
+
+/// `Q4_1`, `Q6_K`: as llama.cpp writes the type.
+fn type_name(dtype: candle_core::quantized::GgmlDType) -> String {
+    let name = format!("{dtype:?}");
+    match name.strip_suffix('K').filter(|n| n.starts_with('Q') && !n.contains('_')) {
+        Some(bits) => format!("{bits}_K"),
+        None => name,
+    }
+}
+
+/// (Hugging Face, GGUF) of the parts of a block.
+const BLOCK: [(&str, &str); 9] = [
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+];
+
+/// (Hugging Face, GGUF) of the parts around the blocks.
+const AROUND: [(&str, &str); 3] =
+    [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+
+fn gguf_name(hf: &str) -> Option<String> {
+    let (module, part) = hf.rsplit_once('.')?;
+    if let Some((_, name)) = AROUND.iter().find(|(theirs, _)| *theirs == module) {
+        return Some(format!("{name}.{part}"));
+    }
+    let (layer, module) = module.strip_prefix("model.layers.")?.split_once('.')?;
+    let (_, name) = BLOCK.iter().find(|(theirs, _)| *theirs == module)?;
+    Some(format!("blk.{layer}.{name}.{part}"))
+}
+
+fn hf_name(gguf: &str) -> Option<String> {
+    let (module, part) = gguf.rsplit_once('.')?;
+    if let Some((name, _)) = AROUND.iter().find(|(_, ours)| *ours == module) {
+        return Some(format!("{name}.{part}"));
+    }
+    let (layer, module) = module.strip_prefix("blk.")?.split_once('.')?;
+    let (name, _) = BLOCK.iter().find(|(_, ours)| *ours == module)?;
+    Some(format!("model.layers.{layer}.{name}.{part}"))
+}

@@ -1,0 +1,227 @@
+//! Chat templates: a conversation as the text that a model was tuned on.
+//!
+//! A template is a Jinja program that comes with the tokenizer. It is rendered as transformers'
+//! `apply_chat_template` renders it: `trim_blocks` and `lstrip_blocks`, Python's string methods,
+//! `raise_exception`, `strftime_now`, `tojson`, and the special tokens by their names.
+
+use std::{ffi::CString, sync::LazyLock};
+
+use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+use super::{Encoding, Tokenizer, failed};
+use crate::error::{Error, Result};
+
+/// One turn of a conversation.
+///
+/// ```
+/// use qlora_nb::prelude::*;
+/// let chat = [Message::system("You answer in one word."), Message::user("What colour is snow?")];
+/// assert_eq!(chat[1].role, "user");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, or what else the template knows.
+    pub role: String,
+    pub content: String,
+}
+
+impl Message {
+    pub fn new(role: &str, content: &str) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+
+    /// What the model is told before the conversation.
+    pub fn system(content: &str) -> Self {
+        Self::new("system", content)
+    }
+
+    /// What a person says.
+    pub fn user(content: &str) -> Self {
+        Self::new("user", content)
+    }
+
+    /// What the model answers.
+    pub fn assistant(content: &str) -> Self {
+        Self::new("assistant", content)
+    }
+}
+
+impl Tokenizer {
+    /// The Jinja source of the chat template, if the tokenizer has one.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.config.chat_template.as_deref()
+    }
+
+    /// The same tokenizer with another chat template.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] with the line that is no Jinja.
+    pub fn with_chat_template(&self, template: &str) -> Result<Self> {
+        environment(template)?;
+        let config = super::Config { chat_template: Some(template.into()), ..(*self.config).clone() };
+        Ok(Self { core: self.core.clone(), config: config.into() })
+    }
+
+    /// The conversation as the text that the model knows, as `apply_chat_template(messages,
+    /// tokenize=False)` gives it in Python. `add_generation_prompt` ends it with the beginning of an
+    /// answer, which the model is to continue.
+    ///
+    /// The text has its special tokens already: tokenize it by [`Tokenizer::encode_chat`], which
+    /// adds no more.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] when there is no template, when it is no Jinja, and for what the
+    /// template itself refuses, in its own words.
+    ///
+    /// ```no_run
+    /// # use qlora_nb::prelude::*;
+    /// # fn f(tokenizer: Tokenizer) -> Result<()> {
+    /// let prompt = tokenizer.apply_chat_template(&[Message::user("What colour is snow?")], true)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn apply_chat_template(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let template = self.chat_template().ok_or_else(|| {
+            let remedy = "give it one: tokenizer.with_chat_template(\"{% for message in messages %}...\")?";
+            Error::argument("chat_template", "none", "a tokenizer with a chat template", remedy)
+        })?;
+        let environment = environment(template)?;
+        let mut context = serde_json::Map::new();
+        for (name, token) in &self.config.special {
+            context.insert(name.to_string(), token.as_str().into());
+        }
+        let messages = serde_json::json!(messages);
+        context.insert("messages".into(), messages);
+        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
+        // transformers passes both, as None: templates ask for them by "is not none".
+        context.insert("tools".into(), serde_json::Value::Null);
+        context.insert("documents".into(), serde_json::Value::Null);
+        let rendered = environment.get_template(NAME).and_then(|t| t.render(Value::from(Serde(context))));
+        rendered.map_err(|e| match refusal(&e) {
+            Some(words) => {
+                let expected = format!("a conversation that the chat template takes; it says: {words}");
+                Error::argument("messages", "this conversation", &expected, "change the order or roles of the messages")
+            }
+            None => bad_template(&e),
+        })
+    }
+
+    /// The tokens of a conversation, as `apply_chat_template(messages)` gives them in Python: the
+    /// template's text, to which no special token is added.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::apply_chat_template`].
+    pub fn encode_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Encoding> {
+        let text = self.apply_chat_template(messages, add_generation_prompt)?;
+        self.encode_without_special_tokens(&text)
+    }
+
+    /// What `tokenizer(text, add_special_tokens=False)` gives in Python: special tokens that the
+    /// text spells are tokens, none is added.
+    pub fn encode_without_special_tokens(&self, text: &str) -> Result<Encoding> {
+        let encoding = self.core.encode_fast(text, false).map_err(failed)?;
+        Ok(Encoding { input_ids: encoding.get_ids().to_vec(), attention_mask: encoding.get_attention_mask().to_vec() })
+    }
+}
+
+const NAME: &str = "chat_template";
+/// Marks what a template refuses among minijinja's own errors.
+const REFUSED: &str = "raise_exception: ";
+
+/// What the template itself said by `raise_exception`.
+fn refusal(e: &minijinja::Error) -> Option<&str> {
+    e.detail().and_then(|detail| detail.strip_prefix(REFUSED))
+}
+
+fn bad_template(e: &minijinja::Error) -> Error {
+    let line = e.line().map(|line| format!("line {line}")).unwrap_or_else(|| "somewhere".into());
+    let said = e.detail().map(|detail| format!("{}: {detail}", e.kind())).unwrap_or_else(|| e.kind().to_string());
+    let expected = format!("a Jinja template; {said}");
+    let remedy = "correct the template, or give another one: tokenizer.with_chat_template(...)?";
+    Error::argument("chat_template", line, &expected, remedy)
+}
+
+/// transformers' Jinja with the template compiled.
+fn environment(template: &str) -> Result<Environment<'static>> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.map_err(|e| bad_template(&e))?);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_function("raise_exception", |message: String| -> std::result::Result<Value, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{REFUSED}{message}")))
+    });
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_filter("tojson", to_json);
+    // `{% generation %}` marks the answers for training; what it encloses is rendered as it is.
+    static GENERATION: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
+    let template = match &*GENERATION {
+        Some(regex) => regex.replace_all(template, |found: &regex::Captures| match found.get(2) {
+            Some(_) => format!("{{%{} endif {}%}}", &found[1], &found[3]),
+            None => format!("{{%{} if true {}%}}", &found[1], &found[3]),
+        }),
+        None => template.into(),
+    };
+    environment.add_template_owned(NAME, template.into_owned()).map_err(|e| bad_template(&e))?;
+    Ok(environment)
+}
+
+/// The time now as strftime(3) formats it.
+fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
+    let bad = |why: &str| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {why}"));
+    let format = CString::new(format).map_err(|_| bad("a zero byte in the format"))?;
+    let mut text = [0u8; 256];
+    // SAFETY: plain calls with valid pointers; strftime writes at most the buffer's length.
+    let written = unsafe {
+        let now = libc::time(std::ptr::null_mut());
+        let mut local: libc::tm = std::mem::zeroed();
+        if libc::localtime_r(&now, &mut local).is_null() {
+            return Err(bad("there is no local time"));
+        }
+        libc::strftime(text.as_mut_ptr().cast(), text.len(), format.as_ptr(), &local)
+    };
+    Ok(String::from_utf8_lossy(&text[..written]).into_owned())
+}
+
+/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
+fn to_json(value: Value, options: minijinja::value::Kwargs) -> std::result::Result<String, minijinja::Error> {
+    let bad = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+    let indent: Option<usize> = options.get("indent")?;
+    // What else json.dumps takes changes nothing here.
+    for known in ["ensure_ascii", "separators", "sort_keys"] {
+        let _: Option<Value> = options.get(known)?;
+    }
+    options.assert_all_used()?;
+    let mut out = Vec::new();
+    match indent {
+        Some(indent) => {
+            let spaces = " ".repeat(indent);
+            let pretty = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty)).map_err(bad)?;
+        }
+        None => {
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonJson)).map_err(bad)?;
+        }
+    }
+    Ok(String::from_utf8_lossy(&out).into_owned())
+}
+
+/// JSON with a space after commas and colons.
+struct PythonJson;
+
+impl serde_json::ser::Formatter for PythonJson {
+    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        out.write_all(b": ")
+    }
+}
