@@ -24,6 +24,7 @@ fn compile() -> Result<(), String> {
     println!("cargo::rerun-if-changed={}", folder.display());
     let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
     let capability = capability()?;
+    println!("cargo::rustc-env=QLORA_NB_CUDA_TOOLKIT={}", toolkit()?);
     let mut sources: Vec<PathBuf> = fs::read_dir(&folder)
         .map_err(|e| format!("{}: {e}", folder.display()))?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -43,10 +44,7 @@ fn compile() -> Result<(), String> {
 
 /// One source to a fat binary: machine code for the capability and PTX for later cards.
 fn nvcc(source: &Path, out: &Path, capability: &str) -> Result<PathBuf, String> {
-    let nvcc = match env::var_os("CUDA_HOME") {
-        Some(home) => PathBuf::from(home).join("bin/nvcc"),
-        None => "nvcc".into(),
-    };
+    let nvcc = nvcc_path();
     let name = source.file_stem().unwrap_or_default().to_string_lossy();
     let file = out.join(format!("{name}.fatbin"));
     let output = Command::new(&nvcc)
@@ -56,11 +54,31 @@ fn nvcc(source: &Path, out: &Path, capability: &str) -> Result<PathBuf, String> 
         .arg(&file)
         .arg(source)
         .output()
-        .map_err(|e| format!("{}: {e}; install the CUDA toolkit 12 or 13, or set CUDA_HOME", nvcc.display()))?;
+        .map_err(|e| no_nvcc(&nvcc, &e))?;
     let said = String::from_utf8_lossy(&output.stderr);
     // Registers, spills and shared memory of each kernel, for those who tune them.
     let _ = fs::write(out.join(format!("{name}.ptxas.txt")), said.as_bytes());
     if output.status.success() { Ok(file) } else { Err(format!("nvcc {name}: {}", said.replace('\n', " | "))) }
+}
+
+fn nvcc_path() -> PathBuf {
+    match env::var_os("CUDA_HOME") {
+        Some(home) => PathBuf::from(home).join("bin/nvcc"),
+        None => "nvcc".into(),
+    }
+}
+
+fn no_nvcc(nvcc: &Path, e: &std::io::Error) -> String {
+    format!("{}: {e}; install the CUDA toolkit 12 or 13, or set CUDA_HOME", nvcc.display())
+}
+
+/// `13.0`: the toolkit's version, which the driver must not be older than.
+fn toolkit() -> Result<String, String> {
+    let nvcc = nvcc_path();
+    let output = Command::new(&nvcc).arg("--version").output().map_err(|e| no_nvcc(&nvcc, &e))?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let version = said.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+    version.map(str::to_string).ok_or_else(|| format!("{} --version names no release: {said}", nvcc.display()))
 }
 
 /// `90` for a card of compute capability 9.0: CUDA_COMPUTE_CAP, or what nvidia-smi says.

@@ -7,6 +7,7 @@
 mod check;
 mod layers;
 mod load;
+mod memory;
 mod model;
 mod optim;
 mod quant;
@@ -16,15 +17,19 @@ use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&mut Checks) -> Result<()>);
 
-const GROUPS: [Group; 5] = [
+const GROUPS: [Group; 6] = [
     ("quant", quant::run),
     ("load", load::run),
     ("layers", layers::run),
     ("optim", optim::run),
     ("model", model::run),
+    ("memory", memory::run),
 ];
 
 fn main() -> Result<()> {
+    if std::env::args().nth(1).as_deref() == Some(memory::WITHOUT_GPU) {
+        return memory::without_gpu();
+    }
     let (mut seed, mut names) = (None, Vec::new());
     for argument in std::env::args().skip(1) {
         match argument.parse::<u64>() {

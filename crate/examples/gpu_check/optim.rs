@@ -72,7 +72,7 @@ impl Twins {
 fn numbers(rng: &mut Rng, n: usize) -> Vec<f32> {
     let mut scale = 1f32;
     let mut one = |i: usize| {
-        if i % 64 == 0 {
+        if i.is_multiple_of(64) {
             scale = [1.0, 1.0, 1.0, 1e-2, 1e-4, 1e3, 0.0, 1e-40][rng.below(8)];
         }
         let value = if rng.below(16) == 0 { [0.0, -0.0, 1.0, -1.0][rng.below(4)] } else { rng.normal() };

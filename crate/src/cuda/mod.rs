@@ -10,13 +10,18 @@ mod grads;
 mod graph;
 mod inputs;
 mod managed;
+mod memory;
+mod select;
 mod staging;
 mod tensor;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
-    sync::{Arc, Mutex, OnceLock},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use candle_core::{
@@ -34,6 +39,9 @@ pub use grads::{Grads, Outputs};
 pub use graph::Graph;
 pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
 pub use managed::{Managed, Place};
+pub(crate) use memory::out_of_memory_in;
+pub(crate) use select::first;
+pub use select::{TOOLKIT, check_capability, check_driver, count};
 pub use staging::{Piece, Staging};
 pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
 pub(crate) use tensor::write;
@@ -64,16 +72,21 @@ const OVERLAPPING: [&str; 19] = [
 ];
 
 /// Bytes that cuBLAS may use beside its operands.
-const WORKSPACE: usize = 32 << 20;
+pub(crate) const WORKSPACE: usize = 32 << 20;
+
+/// Free bytes below which it is the memory that keeps CUDA's libraries from starting.
+const LIBRARIES: usize = 256 << 20;
 
 /// One GPU, ready for the engine.
 pub struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
-    /// Nothing runs here; it gives and takes memory. A recorded pass would repeat the giving and taking if it were
-    /// done on the stream that is recorded. Everything that uses the memory is in the order of that one stream, so
-    /// a piece may be given again as soon as its tensor is dropped.
+    /// Nothing runs here; it gives and takes memory while a pass is recorded, which would repeat the giving and taking
+    /// if it were done on the stream that is recorded. What uses the memory is in the order of that one stream, so
+    /// a piece may be given again as soon as its tensor is dropped. Never for tensors that others get to see: candle
+    /// copies a tensor to the CPU in the order of the stream that gave its memory.
     memory_stream: Arc<CudaStream>,
+    is_recording: AtomicBool,
     /// Where the memory of recorded passes comes from: nobody else gets it.
     recorded_memory: sys::CUmemoryPool,
     modules: Vec<Arc<CudaModule>>,
@@ -112,24 +125,6 @@ macro_rules! kernel_arg {
 }
 
 kernel_arg!(u64, i64, u32, i32, f32, f64, [f32; 16]);
-
-/// Number of GPUs that the driver shows; why there is none.
-pub fn count() -> Result<usize> {
-    // cudarc panics where the driver's library is missing; the binary would not start then.
-    let count = CudaContext::device_count().map_err(|e| no_device(0, &e.to_string()))?;
-    Ok(count.max(0) as usize)
-}
-
-fn no_device(ordinal: usize, why: &str) -> Error {
-    Error::Unsupported {
-        what: "device_map".into(),
-        got: format!("Cuda({ordinal}): {why}"),
-        supported: vec!["Cpu".into()],
-        remedy: "check with nvidia-smi that a driver for CUDA 13 (580 or newer) and a GPU of compute capability 8.0 \
-                 or more are there, or load the model with DeviceMap::Cpu"
-            .into(),
-    }
-}
 
 /// The device of that number; one for the whole process, so that all tensors share its stream.
 pub fn device(ordinal: usize) -> Result<Device> {
@@ -170,36 +165,37 @@ fn gpu(ordinal: usize) -> Result<Arc<Gpu>> {
 /// A driver's error as ours.
 pub(crate) fn driver_error(doing: &str) -> impl Fn(driver::DriverError) -> Error + '_ {
     move |e| {
-        if e.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
-            return Error::OutOfDeviceMemory { doing: doing.into(), remedy: MEMORY_REMEDY.into() };
+        if memory::is_out_of_memory(&e) {
+            return memory::out_of_memory(doing);
         }
         Error::Tensor(candle_core::Error::Msg(format!("CUDA, {doing}: {e}")).bt())
     }
 }
 
-const MEMORY_REMEDY: &str = "print model.memory_report() and trainer.memory_plan(); gradient_checkpointing: true and a \
-                             smaller per_device_train_batch_size (with more gradient_accumulation_steps) save most";
-
 impl Gpu {
     fn new(ordinal: usize) -> Result<Self> {
-        let count = count()?;
-        if ordinal >= count {
-            return Err(no_device(ordinal, &format!("the driver shows {count} GPUs")));
-        }
+        select::check_ordinal(ordinal, count()?)?;
+        let failed = |e| select::driver_failed(ordinal, &e);
+        select::check_driver(ordinal, select::driver_version().map_err(failed)?)?;
+        // Before the libraries, whose errors say less.
+        let first = CudaContext::new(ordinal).map_err(failed)?;
+        let capability = first.compute_capability().map_err(failed)?;
+        select::check_capability(ordinal, capability)?;
         // A stream of our own: the default one cannot be captured into a graph.
-        let device = CudaDevice::new_with_stream(ordinal).map_err(|e| no_device(ordinal, &e.to_string()))?;
+        let device = CudaDevice::new_with_stream(ordinal).map_err(|e| match first.mem_get_info() {
+            Ok((free, _)) if free < LIBRARIES => select::no_room(ordinal),
+            _ => select::unusable(ordinal, e.to_string(), "reinstall CUDA's libraries, or load with DeviceMap::Cpu"),
+        })?;
         // SAFETY: everything runs on one stream, so no two uses of a tensor need an event between them.
         unsafe { device.disable_event_tracking() };
         let stream = device.cuda_stream();
         let context = stream.context().clone();
-        let (major, minor) = context.compute_capability().map_err(driver_error("asking for its capability"))?;
-        if major < 8 {
-            return Err(no_device(ordinal, &format!("compute capability {major}.{minor} is below 8.0")));
-        }
         let load = |image: &&[u8]| {
-            context
-                .load_module(Ptx::from_binary(image.to_vec()))
-                .map_err(|e| no_device(ordinal, &format!("the kernels do not fit this GPU ({major}.{minor}): {e}")))
+            let loaded = context.load_module(Ptx::from_binary(image.to_vec()));
+            loaded.map_err(|e| match memory::is_out_of_memory(&e) {
+                true => select::no_room(ordinal),
+                false => select::other_capability(ordinal, capability, &e),
+            })
         };
         let modules = MODULES.iter().map(load).collect::<Result<_>>()?;
         let memory_stream = context.new_stream().map_err(driver_error("making a stream"))?;
@@ -210,7 +206,7 @@ impl Gpu {
             .map_err(driver_error("asking for its processors"))? as usize;
         let blas = gemm::Handle::new()?;
         let (functions, constants) = (Mutex::default(), Mutex::default());
-        Ok(Self { device, stream, memory_stream, recorded_memory, overlaps: major >= 9, modules, functions, blas, workspace, constants, scratch: Mutex::default(), processors })
+        Ok(Self { device, stream, memory_stream, is_recording: AtomicBool::new(false), recorded_memory, overlaps: major >= 9, modules, functions, blas, workspace, constants, scratch: Mutex::default(), processors })
     }
 
     /// Memory for a weight that is dequantized to be used once, by what is launched next. One place for all: what
@@ -219,7 +215,7 @@ impl Gpu {
         let mut places = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
         if places.last().is_none_or(|place| place.len() < bytes) {
             // SAFETY: any bits are a number; it is written before it is read.
-            let place = unsafe { self.stream.alloc::<u8>(bytes) };
+            let place = self.with_room(|| unsafe { self.stream.alloc::<u8>(bytes) });
             places.push(place.map_err(driver_error("asking for room for a dequantized weight"))?);
         }
         Ok(places[places.len() - 1].device_ptr(&self.stream).0)
@@ -303,15 +299,23 @@ impl Gpu {
         Ok((pool, recorded, graphs))
     }
 
+    /// The stream whose order a new tensor's memory follows.
+    fn giving_stream(&self) -> &Arc<CudaStream> {
+        if self.is_recording.load(Ordering::SeqCst) { &self.memory_stream } else { &self.stream }
+    }
+
     /// Runs `work` with new tensors from the memory of recorded passes. They all share it: passes run one after
     /// another, and nothing in it outlives a pass.
     fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<R> {
         self.bind()?;
         let (device, default) = (self.stream.context().cu_device(), default_pool(self.stream.context())?);
+        let recording = |on| self.is_recording.store(on, Ordering::SeqCst);
         // SAFETY: both pools live as long as the device.
         let choose = |pool| unsafe { sys::cuDeviceSetMemPool(device, pool).result() };
         choose(self.recorded_memory).map_err(driver_error("choosing a memory pool"))?;
+        recording(true);
         let done = work();
+        recording(false);
         choose(default).map_err(driver_error("choosing a memory pool"))?;
         Ok(done)
     }

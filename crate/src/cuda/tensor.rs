@@ -61,11 +61,16 @@ fn make(gpu: &Gpu, shape: Shape, dtype: DType, zeroed: bool) -> Result<Tensor> {
             match dtype {
                 $(DType::$dtype => {
                     let doing = format!("asking for {:.1} MiB", (n * size_of::<$t>()) as f64 / (1 << 20) as f64);
-                    let slice = match zeroed {
+                    let slice = gpu.with_room(|| match zeroed {
                         true => gpu.stream.alloc_zeros::<$t>(n),
                         // SAFETY: any bits are a number of this type; the caller writes before it reads.
-                        false => unsafe { gpu.memory_stream.alloc::<$t>(n) },
+<<<<<<< HEAD
+                        false => unsafe { gpu.giving_stream().alloc::<$t>(n) },
                     };
+=======
+                        false => unsafe { gpu.stream.alloc::<$t>(n) },
+                    });
+>>>>>>> cuda-quant
                     CudaStorageSlice::$dtype(slice.map_err(super::driver_error(&doing))?)
                 })*
                 other => return Err(candle_core::Error::Msg(format!("no kernel makes {other:?}")).bt().into()),

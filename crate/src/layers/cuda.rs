@@ -647,7 +647,7 @@ pub fn attention_backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> 
 // ---------------------------------------------------------------------------------- head and loss
 
 /// Rows of logits that exist at a time.
-const CHUNK_ROWS: usize = 256;
+const CHUNK_ROWS: usize = super::cross_entropy::GPU_CHUNK_ROWS;
 
 /// The head's weight with as many rows as its memory has: those of a padded table are zeros, and a
 /// product of a round size is faster.

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     causal_lm::{Pass, PassOptions},
+    memory::Needs,
     options::ModelOptions,
     weights::Weights,
 };
@@ -53,11 +54,9 @@ pub trait Block: Send + Sync {
     /// The modules as PyTorch prints them, each linear's node made by `linear`.
     fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode;
 
-    /// Floats a token that [`Block::forward`] saves when there is a backward to come.
-    fn saved_floats_per_token(&self) -> usize;
-
-    /// Floats a token that exist for a while, at the widest point of the backward.
-    fn working_floats_per_token(&self) -> usize;
+    /// What [`Block::forward`] saves for each token when there is a backward to come, and what that backward needs
+    /// besides. `gpu`: the dtype that a GPU computes in, which keeps other things than the CPU (`None`).
+    fn needs(&self, gpu: Option<DType>) -> Needs;
 }
 
 /// The dtype of a parameter; prints as PyTorch does: `torch.float16`.

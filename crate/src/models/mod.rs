@@ -53,11 +53,17 @@ pub(crate) fn config_size(config: &Value, names: &[&str]) -> Result<usize> {
 
 /// Builds the network that `config` (config.json) describes from `weights`; gives the names
 /// of tensors that the model did not ask for.
-pub fn build(config: &Value, mut weights: Weights, options: &ModelOptions) -> Result<(Decoder, Vec<String>)> {
+pub fn build(config: &Value, weights: Weights, options: &ModelOptions) -> Result<(Decoder, Vec<String>)> {
     check_supported(config)?;
-    let decoder = match config["model_type"].as_str() {
-        Some("llama") => llama::load(&llama::LlamaConfig::from_json(config)?, &mut weights, options)?,
-        _ => bloom::load(&bloom::BloomConfig::from_json(config)?, &mut weights, options)?,
+    let load = |mut weights: Weights| {
+        let decoder = match config["model_type"].as_str() {
+            Some("llama") => llama::load(&llama::LlamaConfig::from_json(config)?, &mut weights, options)?,
+            _ => bloom::load(&bloom::BloomConfig::from_json(config)?, &mut weights, options)?,
+        };
+        Ok((decoder, weights.finish()?))
     };
-    Ok((decoder, weights.finish()?))
+    #[cfg(feature = "cuda")]
+    return weights.with_room(options, load);
+    #[cfg(not(feature = "cuda"))]
+    load(weights)
 }

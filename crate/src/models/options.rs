@@ -86,13 +86,10 @@ impl DeviceMap {
             #[cfg(feature = "cuda")]
             Self::Cuda(index) => Ok((crate::cuda::device(index)?, None)),
             #[cfg(feature = "cuda")]
-            Self::Auto if crate::cuda::count().is_ok_and(|n| n > 0) => {
-                let device = crate::cuda::device(0)?;
-                let name = crate::cuda::of(&device)?.name();
-                Ok((device, Some(format!("device_map auto: cuda:0 ({name})"))))
-            }
-            #[cfg(feature = "cuda")]
-            Self::Auto => Ok((Device::Cpu, Some("device_map auto: cpu (the driver shows no GPU)".into()))),
+            Self::Auto => Ok(match crate::cuda::first() {
+                Ok((index, gpu)) => (gpu.device(), Some(format!("device_map auto: cuda:{index} ({})", gpu.name()))),
+                Err(why) => (Device::Cpu, Some(format!("device_map auto: cpu ({why})"))),
+            }),
             #[cfg(not(feature = "cuda"))]
             _ => Ok((Device::Cpu, Some("device_map auto: cpu (this build has no CUDA kernels)".into()))),
         }

@@ -154,7 +154,7 @@ impl Weights {
                 return Ok(Tensor::zeros(shape, dtype, &self.device)?);
             };
             self.used.insert(key);
-            return Ok(tensor.to_device(&self.device)?);
+            return self.with_padding(&tensor, elements);
         }
         let Some(entry) = self.entries.get(&key) else {
             self.missing.push(key);
@@ -172,6 +172,17 @@ impl Weights {
         let tensor = self.read(&key, entry, dtype, elements)?;
         self.used.insert(key);
         Ok(tensor)
+    }
+
+    /// A copy on the device, which has room for `elements` elements there: those behind its own are zeros.
+    fn with_padding(&self, tensor: &Tensor, elements: usize) -> Result<Tensor> {
+        let n = tensor.elem_count();
+        if self.device.is_cpu() || elements <= n {
+            return Ok(tensor.to_device(&self.device)?);
+        }
+        let padded = Tensor::zeros(elements, tensor.dtype(), &self.device)?;
+        padded.slice_set(&tensor.to_device(&self.device)?.flatten_all()?, 0, 0)?;
+        Ok(padded.narrow(0, 0, n)?.reshape(tensor.shape())?)
     }
 
     fn read(&self, key: &str, entry: &Entry, dtype: DType, elements: usize) -> Result<Tensor> {

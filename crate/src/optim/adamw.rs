@@ -142,6 +142,11 @@ impl AdamW {
         self.forms.iter().flatten().map(Form::num_bytes).sum()
     }
 
+    /// Bytes that the state would have in 8 bits.
+    pub(crate) fn num_bytes_in_8bit(&self) -> usize {
+        self.params.iter().flat_map(|p| forms(p, true)).map(|form| form.num_bytes()).sum()
+    }
+
     /// Moves the state of a paged optimizer from the GPU to the host's memory, to make room for something else;
     /// the next step brings it back. Does nothing on the CPU and for an optimizer that is not paged.
     pub fn page_out(&self) -> Result<()> {

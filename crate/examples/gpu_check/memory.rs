@@ -1,0 +1,307 @@
+//! The memory that was planned and the memory that was used; a card without room, and other machines that cannot
+//! be used: an error that says what to do, and a process that lives on.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use qlora_nb::{
+    candle_core::{Device, Tensor},
+    cuda::{self, check_capability, check_driver},
+    prelude::*,
+};
+
+use crate::check::Checks;
+
+/// The argument of the child process that must see no GPU.
+pub const WITHOUT_GPU: &str = "--without-gpu";
+
+const TOKENIZER: &str = "notebooks/models/poet-bloom-zh";
+
+pub fn run(checks: &mut Checks) -> Result<()> {
+    unusable(checks)?;
+    let folder = std::env::temp_dir().join(format!("qlora-nb-gpu-check-memory-{}", std::process::id()));
+    let done = std::fs::create_dir_all(&folder)
+        .and_then(|()| write_bloom(&folder, &mut checks.rng))
+        .map_err(qlora_nb::error::Error::io("write", &folder))
+        .and_then(|()| plans(checks, &folder))
+        .and_then(|()| no_room_to_load(checks, &folder))
+        .and_then(|()| no_room_to_train(checks, &folder));
+    // What is left of a failed run is in the system's own folder for such files.
+    let _ = std::fs::remove_dir_all(&folder);
+    done
+}
+
+/// What a text lacks of the words that it must have.
+fn lacks(text: &str, words: &[&str]) -> Option<String> {
+    let missing: Vec<&&str> = words.iter().filter(|w| !text.contains(**w)).collect();
+    (!missing.is_empty()).then(|| format!("{missing:?} is not in: {text}"))
+}
+
+fn text<T>(result: Result<T>) -> String {
+    result.map_or_else(|e| e.to_string(), |_| "no error".into())
+}
+
+fn unusable(checks: &mut Checks) -> Result<()> {
+    let mut cases = vec![
+        lacks(
+            &text(DeviceMap::Cuda(99).device()),
+            &["cuda:99 cannot be used", "the driver shows", "what to do", "DeviceMap"],
+        ),
+        lacks(&text(check_driver(0, 11_080)), &["CUDA 11.8", "this build for CUDA", "update the driver"]),
+        lacks(&text(check_driver(0, 99_000)), &["no error"]),
+        lacks(&text(check_capability(0, (7, 5))), &["7.5", "8.0", "DeviceMap::Cpu"]),
+        lacks(&text(check_capability(0, (8, 0))), &["no error"]),
+        lacks(&text(check_capability(0, (12, 1))), &["no error"]),
+    ];
+    let (_, choice) = DeviceMap::Auto.device()?;
+    cases.push(lacks(&choice.unwrap_or_default(), &["device_map auto: cuda:0", &checks.gpu.name()]));
+    // A machine whose driver shows no GPU.
+    let program = std::env::current_exe().map_err(qlora_nb::error::Error::io("read", "the program"))?;
+    let child = std::process::Command::new(program).arg(WITHOUT_GPU).env("CUDA_VISIBLE_DEVICES", "").output();
+    let said = child.map_or_else(
+        |e| e.to_string(),
+        |output| {
+            let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            format!("{}{out}{err}", output.status)
+        },
+    );
+    let words = [
+        "exit status: 0",
+        "cuda:0 cannot be used: the driver shows no GPU",
+        "device_map auto: cpu (the driver shows no GPU)",
+    ];
+    cases.push(lacks(&said, &words));
+    checks.equal("GPUs that cannot be used", &cases);
+    Ok(())
+}
+
+/// What the child process does.
+pub fn without_gpu() -> Result<()> {
+    println!("{}", text(DeviceMap::Cuda(0).device()));
+    let (device, choice) = DeviceMap::Auto.device()?;
+    println!("{}", choice.unwrap_or_default());
+    assert!(device.is_cpu());
+    Ok(())
+}
+
+const HIDDEN: usize = 1024;
+const LAYERS: usize = 6;
+const VOCAB: usize = 46_145;
+
+/// A BLOOM of small random weights in f16: 123 million parameters.
+fn write_bloom(folder: &Path, rng: &mut crate::check::Rng) -> std::io::Result<()> {
+    let c = HIDDEN;
+    let config = format!(
+        "{{\"model_type\": \"bloom\", \"vocab_size\": {VOCAB}, \"hidden_size\": {c}, \"n_layer\": {LAYERS}, \
+         \"n_head\": 16, \"layer_norm_epsilon\": 1e-5, \"eos_token_id\": 2, \"pad_token_id\": 3}}"
+    );
+    std::fs::write(folder.join("config.json"), config)?;
+    let mut tensors = vec![("word_embeddings.weight".to_string(), vec![VOCAB, c])];
+    let mut both = |name: String, shape: Vec<usize>| {
+        tensors.push((format!("{name}.bias"), vec![shape[0]]));
+        tensors.push((format!("{name}.weight"), shape));
+    };
+    both("word_embeddings_layernorm".into(), vec![c]);
+    for i in 0..LAYERS {
+        both(format!("h.{i}.input_layernorm"), vec![c]);
+        both(format!("h.{i}.self_attention.query_key_value"), vec![3 * c, c]);
+        both(format!("h.{i}.self_attention.dense"), vec![c, c]);
+        both(format!("h.{i}.post_attention_layernorm"), vec![c]);
+        both(format!("h.{i}.mlp.dense_h_to_4h"), vec![4 * c, c]);
+        both(format!("h.{i}.mlp.dense_4h_to_h"), vec![c, 4 * c]);
+    }
+    both("ln_f".into(), vec![c]);
+    let mut end = 0;
+    let entries: Vec<String> = (tensors.iter())
+        .map(|(name, shape)| {
+            let begin = end;
+            end += 2 * shape.iter().product::<usize>();
+            format!("\"{name}\": {{\"dtype\": \"F16\", \"shape\": {shape:?}, \"data_offsets\": [{begin}, {end}]}}")
+        })
+        .collect();
+    let header = format!("{{{}}}", entries.join(", "));
+    let mut file = std::io::BufWriter::new(std::fs::File::create(folder.join("model.safetensors"))?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+    for (name, shape) in &tensors {
+        let is_norm = name.contains("layernorm.weight") || name == "ln_f.weight";
+        for _ in 0..shape.iter().product::<usize>().div_ceil(4) {
+            // Signs and mantissas; the exponent is that of 1, or of 2^-6.
+            let bits = if is_norm {
+                0x3c00_3c00_3c00_3c00
+            } else {
+                rng.next() & 0x83ff_83ff_83ff_83ff | 0x2400_2400_2400_2400
+            };
+            file.write_all(&bits.to_le_bytes())?;
+        }
+    }
+    file.flush()
+}
+
+fn load(folder: &Path, dtype: DType, nf4: bool) -> Result<Model> {
+    let quantization = BitsAndBytesConfig {
+        load_in_4bit: true,
+        bnb_4bit_use_double_quant: true,
+        bnb_4bit_compute_dtype: dtype,
+        ..Default::default()
+    };
+    let options = ModelOptions {
+        torch_dtype: dtype,
+        device_map: DeviceMap::Cuda(0),
+        quantization_config: nf4.then_some(quantization),
+        ..Default::default()
+    };
+    AutoModelForCausalLM::from_pretrained(folder, options)
+}
+
+/// Four rows of 250 tokens, all with labels, a micro-batch.
+fn trainer(model: &PeftModel, output: PathBuf, gradient_checkpointing: bool) -> Result<Trainer> {
+    let tokenizer = AutoTokenizer::from_pretrained(TOKENIZER)?;
+    let rows: Vec<Features> = (0..24)
+        .map(|r| {
+            let ids: Vec<u32> = (0..250).map(|i| (r * 7919 + i * 104_729) % VOCAB as u32).collect();
+            let labels = ids.iter().map(|&i| i64::from(i)).collect();
+            Features { attention_mask: vec![1; ids.len()], labels, input_ids: ids }
+        })
+        .collect();
+    let source = Dataset::from_columns([("row", (0..24i64).collect::<Vec<_>>())])?;
+    let tokenized = source.map(|ex| Ok(rows[ex.int("row")? as usize].clone()))?;
+    let args = TrainingArguments {
+        output_dir: output,
+        per_device_train_batch_size: 4,
+        max_steps: 6,
+        gradient_checkpointing,
+        optim: Optim::AdamWTorch,
+        save_strategy: SaveStrategy::No,
+        disable_tqdm: true,
+        ..Default::default()
+    };
+    Trainer::new(model, args, &tokenized, DataCollatorForSeq2Seq::new(&tokenizer))
+}
+
+fn adapted(base: &Model, modules: &[&str]) -> Result<PeftModel> {
+    let target_modules = modules.to_vec().into();
+    get_peft_model(base, &LoraConfig { r: 8, target_modules, ..Default::default() })
+}
+
+fn plans(checks: &mut Checks, folder: &Path) -> Result<()> {
+    let all = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
+    for (dtype, nf4, modules, checkpointing) in [
+        (DType::F16, true, &all[..1], true),
+        (DType::F16, true, &all[..1], false),
+        (DType::F16, false, &all[..1], true),
+        (DType::BF16, true, &all[..], false),
+        (DType::F32, true, &all[..], true),
+        (DType::F32, false, &all[..1], false),
+    ] {
+        let measure = || -> Result<(usize, usize)> {
+            let before = checks.gpu.used()?;
+            let base = load(folder, dtype, nf4)?;
+            let reported = base.memory_report().total();
+            let loaded = checks.gpu.used()? - before;
+            let model = adapted(&base, modules)?;
+            let mut trainer = trainer(&model, folder.join("out"), checkpointing)?;
+            let plan = trainer.memory_plan()?;
+            // Launched, then recorded, then repeated.
+            trainer.train_steps(3)?;
+            checks.gpu.reset_peak()?;
+            trainer.train_steps(3)?;
+            let peak = checks.gpu.peak()? - before;
+            // Those were there before.
+            let kept = ["room for a dequantized weight", "workspace of the matrix products"];
+            let planned = plan.terms.iter().filter(|t| !kept.contains(&t.name.as_str())).map(|t| t.bytes).sum();
+            println!(
+                "       loaded {} MiB, reported {} MiB; planned {} MiB, peak {} MiB",
+                loaded >> 20,
+                reported >> 20,
+                planned >> 20,
+                peak >> 20
+            );
+            Ok((planned, peak))
+        };
+        measure()?;
+        let (planned, peak) = measure()?;
+        let ratio = planned as f64 / peak as f64;
+        let found = ((ratio - 1.0).abs() > 0.1).then(|| format!("planned / measured {ratio:.3}: {planned}, {peak}"));
+        let bits = if nf4 { " NF4" } else { "" };
+        let what =
+            format!("memory plan, {}{bits}, {} layers, checkpointing {checkpointing}", dtype.as_str(), modules.len());
+        checks.equal(&what, &[found]);
+    }
+    Ok(())
+}
+
+/// Takes the card's memory until about `leave` bytes are left.
+fn ballast(checks: &Checks, leave: usize) -> Result<Vec<Tensor>> {
+    let mut pieces = Vec::new();
+    let mut size = checks.gpu.available()?.saturating_sub(leave);
+    while size >= 1 << 20 && checks.gpu.available()? > leave {
+        match cuda::uninit(&checks.gpu, size.min(checks.gpu.available()? - leave), DType::U8) {
+            Ok(piece) => pieces.push(piece),
+            Err(_) => size /= 2,
+        }
+    }
+    Ok(pieces)
+}
+
+fn no_room_to_load(checks: &mut Checks, folder: &Path) -> Result<()> {
+    let mut cases = Vec::new();
+    {
+        let _ballast = ballast(checks, 64 << 20)?;
+        for (dtype, words) in [
+            (DType::F16, &["loading", "GiB are free", "load_in_4bit and bnb_4bit_use_double_quant", "what to do"][..]),
+            (DType::F32, &["DType::F16 needs 0.2", "load_in_4bit", "nvidia-smi"][..]),
+        ] {
+            cases.push(lacks(&text(load(folder, dtype, false)), words));
+        }
+        // Other tensors.
+        let other = Tensor::zeros(1 << 28, DType::F32, &checks.device).map_err(qlora_nb::error::Error::from);
+        cases.push(lacks(&text(other), &["the GPU is out of memory", "what to do"]));
+        let other = cuda::zeros(&checks.gpu, 1 << 28, DType::F32);
+        cases.push(lacks(&text(other), &["the GPU is out of memory", "1024.0 MiB", "are free"]));
+    }
+    checks.gpu.trim()?;
+    cases.push(load(folder, DType::F16, false).err().map(|e| format!("with room again: {e}")));
+    checks.equal("no room to load, and room again", &cases);
+    Ok(())
+}
+
+fn no_room_to_train(checks: &mut Checks, folder: &Path) -> Result<()> {
+    let base = load(folder, DType::F16, true)?;
+    let values = |model: &PeftModel| -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for p in qlora_nb::models::causal_lm::Trainable::trainable_parameters(model) {
+            all.extend(p.value().to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(all)
+    };
+    let model = adapted(&base, &["query_key_value"])?;
+    trainer(&model, folder.join("out"), false)?.train()?;
+    let expected = values(&model)?;
+
+    let model = adapted(&base, &["query_key_value"])?;
+    let mut trainer = trainer(&model, folder.join("out"), false)?;
+    trainer.train_steps(2)?;
+    checks.gpu.trim()?;
+    let mut cases = Vec::new();
+    {
+        let _ballast = ballast(checks, 8 << 20)?;
+        let words = [
+            "the GPU is out of memory",
+            "in update 3",
+            "memory_plan() says",
+            "gradient_checkpointing: true saves",
+            "per_device_train_batch_size: 2",
+        ];
+        cases.push(lacks(&text(trainer.train()), &words));
+    }
+    trainer.train()?;
+    let steps = trainer.state().global_step;
+    cases.push((steps != 6).then(|| format!("{steps} updates")));
+    let differ = values(&model)?.iter().zip(&expected).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+    cases.push((differ > 0).then(|| format!("{differ} weights differ from those of a run with room")));
+    checks.equal("no room to train, and room again", &cases);
+    Ok(())
+}
