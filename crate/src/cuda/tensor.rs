@@ -64,13 +64,8 @@ fn make(gpu: &Gpu, shape: Shape, dtype: DType, zeroed: bool) -> Result<Tensor> {
                     let slice = gpu.with_room(|| match zeroed {
                         true => gpu.stream.alloc_zeros::<$t>(n),
                         // SAFETY: any bits are a number of this type; the caller writes before it reads.
-<<<<<<< HEAD
                         false => unsafe { gpu.giving_stream().alloc::<$t>(n) },
-                    };
-=======
-                        false => unsafe { gpu.stream.alloc::<$t>(n) },
                     });
->>>>>>> cuda-quant
                     CudaStorageSlice::$dtype(slice.map_err(super::driver_error(&doing))?)
                 })*
                 other => return Err(candle_core::Error::Msg(format!("no kernel makes {other:?}")).bt().into()),
