@@ -43,8 +43,8 @@ pub(crate) use memory::out_of_memory_in;
 pub(crate) use select::first;
 pub use select::{TOOLKIT, check_capability, check_driver, count};
 pub use staging::{Piece, Staging};
-pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
 pub(crate) use tensor::write;
+pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
@@ -206,7 +206,21 @@ impl Gpu {
             .map_err(driver_error("asking for its processors"))? as usize;
         let blas = gemm::Handle::new()?;
         let (functions, constants) = (Mutex::default(), Mutex::default());
-        Ok(Self { device, stream, memory_stream, is_recording: AtomicBool::new(false), recorded_memory, overlaps: major >= 9, modules, functions, blas, workspace, constants, scratch: Mutex::default(), processors })
+        Ok(Self {
+            device,
+            stream,
+            memory_stream,
+            is_recording: AtomicBool::new(false),
+            recorded_memory,
+            overlaps: capability.0 >= 9,
+            modules,
+            functions,
+            blas,
+            workspace,
+            constants,
+            scratch: Mutex::default(),
+            processors,
+        })
     }
 
     /// Memory for a weight that is dequantized to be used once, by what is launched next. One place for all: what
@@ -366,10 +380,10 @@ impl Gpu {
         let (function, allowed) = match functions.entry(name.into()) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-            self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
-            let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
-            let missing = || Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt());
-            entry.insert((function.ok_or_else(missing)?, 48 << 10))
+                self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+                let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
+                let missing = || Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt());
+                entry.insert((function.ok_or_else(missing)?, 48 << 10))
             }
         };
         if shared_bytes > *allowed {
