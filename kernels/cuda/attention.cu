@@ -355,16 +355,19 @@ __device__ void flash_dkv(const T *qkv, const int4 *tiles, const float *slopes, 
 #define DEFINE(NAME, T, D)                                                                                                \
     extern "C" __global__ void __launch_bounds__(128)                                                                     \
         flash_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, T *out, float *lse, Layout l) {          \
+        begin();                                                                                                          \
         flash_forward<T, D>(qkv, tiles, slopes, out, lse, l);                                                             \
     }                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(128)                                                                     \
         flash_dq_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *out, const T *dout,          \
                               const float *lse, float *delta, T *grad, Layout l) {                                        \
+        begin();                                                                                                          \
         flash_dq<T, D>(qkv, tiles, slopes, out, dout, lse, delta, grad, l);                                               \
     }                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(128)                                                                     \
         flash_dkv_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *dout, const float *lse,     \
                                const float *delta, T *grad, Layout l) {                                                   \
+        begin();                                                                                                          \
         flash_dkv<T, D>(qkv, tiles, slopes, dout, lse, delta, grad, l);                                                   \
     }
 DEFINE(f16, f16, 32) DEFINE(f16, f16, 64) DEFINE(f16, f16, 128)
@@ -617,6 +620,7 @@ __device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys
     extern "C" __global__ void __launch_bounds__(1024)                                                                   \
         decode_attention_##NAME##_##D(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes,    \
                                       T *out, Layout l) {                                                                \
+        begin();                                                                                                         \
         decode<T, D>(qkv, k, v, k_row, keys, slopes, out, l);                                                            \
     }
 #define DEFINE(NAME, T) DEFINE_D(NAME, T, 32) DEFINE_D(NAME, T, 64) DEFINE_D(NAME, T, 128)
@@ -639,19 +643,23 @@ __device__ void append(const T *qkv, const int *places, T *k, T *v, Layout l, in
     extern "C" __global__ void __launch_bounds__(128)                                                                    \
         rows_attention_##NAME(const T *qkv, T *k, T *v, int64_t k_row, Place kp, Place vp, const int2 *keys,             \
                               const float *slopes, T *out, float *lse, Layout l, int d) {                    \
+        begin();                                                                                             \
         rows_forward(qkv, k, v, k_row, kp, vp, keys, slopes, out, lse, l, d);                                            \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(128)                                                                    \
         rows_attention_dq_##NAME(const T *qkv, const int2 *keys, const float *slopes, const T *out, const T *dout,       \
                                  const float *lse, float *delta, T *grad, Layout l, int d) {                             \
+        begin();                                                                                                         \
         rows_dq(qkv, keys, slopes, out, dout, lse, delta, grad, l, d);                                                   \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(128)                                                                    \
         rows_attention_dkv_##NAME(const T *qkv, const int *after, const float *slopes, const T *dout, const float *lse,  \
                                   const float *delta, T *grad, Layout l, int d) {                                        \
+        begin();                                                                                                         \
         rows_dkv(qkv, after, slopes, dout, lse, delta, grad, l, d);                                                      \
     }                                                                                                                    \
     extern "C" __global__ void append_##NAME(const T *qkv, const int *places, T *k, T *v, Layout l, int d) {             \
+        begin();                                                                                                         \
         append(qkv, places, k, v, l, d);                                                                                 \
     }
 FOR_DTYPES(DEFINE)

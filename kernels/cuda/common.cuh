@@ -15,6 +15,24 @@ template <> __device__ __forceinline__ float from_f32<float>(float x) { return x
 template <> __device__ __forceinline__ f16 from_f32<f16>(float x) { return __float2half_rn(x); }
 template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return __float2bfloat16_rn(x); }
 
+// A kernel may be launched before the one in front of it has ended (programmatic dependent launch): it lets the next one
+// come as early, and waits here for what the one in front has written. Every kernel that `Gpu::launch` calls
+// overlapping begins with this, or with its two halves around what depends on nothing.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void begin() {
+    let_next_start();
+    wait_for_previous();
+}
+
 // N neighbours, read and written at once.
 template <typename T, int N> struct alignas(sizeof(T) * N) Vec {
     T v[N];

@@ -56,12 +56,14 @@ __device__ void loss_and_grad(const float *logits, const int *targets, float *lo
 #define DEFINE(NAME, T)                                                                                               \
     extern "C" __global__ void cross_entropy_##NAME(const float *logits, const int *targets, float *losses, T *grad,  \
                                                     const float *scale, int vocab, int ld) {                          \
+        begin();                                                                                                      \
         loss_and_grad(logits, targets, losses, grad, scale, vocab, ld);                                               \
     }
 FOR_DTYPES(DEFINE)
 
 // out[0] = the sum of n numbers, in f64 and always in the same order. One block of 256.
 extern "C" __global__ void sum_f64(const float *x, double *out, int n) {
+    begin();
     __shared__ double part[256];
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += 256) sum += x[i];

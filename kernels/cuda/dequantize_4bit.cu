@@ -135,14 +135,17 @@ __device__ __forceinline__ void dequantize_int8(const uint8_t *packed, const Abs
         int log_block2, const __grid_constant__ Code code, T *out, long long n, int via, int aligned
 #define DEFINE(NAME, T)                                                                                                \
     extern "C" __global__ void __launch_bounds__(256) dequantize_4bit_##NAME(PARAMS(T)) {                              \
+        begin();                                                                                                       \
         const Absmax a{absmax, absmax2, code2, offset, log_block, log_block2};                                         \
         dequantize_4bit<false>(packed, a, code, out, n, 0, aligned);                                                   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256) dequantize_4bit_via_##NAME(PARAMS(T)) {                          \
+        begin();                                                                                                       \
         const Absmax a{absmax, absmax2, code2, offset, log_block, log_block2};                                         \
         dequantize_4bit<true>(packed, a, code, out, n, via, aligned);                                                  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(256) dequantize_int8_##NAME(PARAMS(T)) {                              \
+        begin();                                                                                                       \
         const Absmax a{absmax, absmax2, code2, offset, log_block, log_block2};                                         \
         dequantize_int8(packed, a, out, n, via, aligned);                                                              \
     }

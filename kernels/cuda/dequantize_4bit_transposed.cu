@@ -48,6 +48,7 @@ __device__ void transposed(const uint8_t *packed, const void *absmax, const floa
         dequantize_4bit_transposed_##NAME##_via_##VIA(const uint8_t *packed, const void *absmax, const float *absmax2,     \
                                                       const float *code2, float offset, int log_block, int log_block2,     \
                                                       Code code, T *out, int n, int k) {                                   \
+        begin();                                                                                                           \
         transposed<T, V>(packed, absmax, absmax2, code2, offset, log_block, log_block2, code, out, n, k);                  \
     }
 DEFINE(f16, f16, f16, f16) DEFINE(f16, f16, bf16, bf16) DEFINE(f16, f16, f32, float)

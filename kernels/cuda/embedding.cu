@@ -19,11 +19,12 @@ template <typename T> __device__ void rows(const T *table, const int *index, T *
 }
 
 #define DEFINE(NAME, T)                                                                                  \
-    extern "C" __global__ void rows_##NAME(const T *table, const int *index, T *out, int c) { rows(table, index, out, c); }
+    extern "C" __global__ void rows_##NAME(const T *table, const int *index, T *out, int c) { begin(); rows(table, index, out, c); }
 FOR_DTYPES(DEFINE)
 
 // The first `narrow` columns of rows of `wide`. A block takes 1024 of them.
 extern "C" __global__ void copy_columns(const float *from, float *to, int wide, int narrow) {
+    begin();
     const int64_t row = blockIdx.y;
     for (int i = blockIdx.x * 1024 + threadIdx.x; i < min(narrow, int(blockIdx.x + 1) * 1024); i += blockDim.x)
         to[row * narrow + i] = from[row * wide + i];

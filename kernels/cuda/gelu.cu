@@ -34,6 +34,6 @@ template <typename T> __device__ void backward(const T *dy, const T *x, T *dx, i
 }
 
 #define DEFINE(NAME, T)                                                                                              \
-    extern "C" __global__ void gelu_##NAME(const T *x, T *y, int64_t n) { forward(x, y, n); }                        \
-    extern "C" __global__ void gelu_backward_##NAME(const T *dy, const T *x, T *dx, int64_t n) { backward(dy, x, dx, n); }
+    extern "C" __global__ void gelu_##NAME(const T *x, T *y, int64_t n) { begin(); forward(x, y, n); }                        \
+    extern "C" __global__ void gelu_backward_##NAME(const T *dy, const T *x, T *dx, int64_t n) { begin(); backward(dy, x, dx, n); }
 FOR_DTYPES(DEFINE)

@@ -197,6 +197,7 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, Absmax a, const Code
     __shared__ float table1[16], table2[256];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int row = blockIdx.x * 16 + g, blocks = k / 64;
+    let_next_start();
     Flight<T> flight;
     flight.fetch(w, a, row, n, k, warp, blocks, t);
     if (a.absmax2) table2[threadIdx.x] = a.code2[threadIdx.x];
@@ -210,6 +211,8 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, Absmax a, const Code
         pair.v[0] = from_f32<T>(table1[b >> 4]), pair.v[1] = from_f32<T>(table1[b & 15]);
         table[b * 32 + lane] = reinterpret_cast<const uint32_t &>(pair);
     }
+    // The weight depends on nothing: only now is the previous kernel's result needed.
+    wait_for_previous();
     for (int r = 0; r < m; r++)
         for (int i = threadIdx.x * 8; i < k; i += 256 * 8)
             *reinterpret_cast<Vec<T, 8> *>(xs + r * stride + i) = *reinterpret_cast<const Vec<T, 8> *>(x + int64_t(r) * k + i);
@@ -329,20 +332,23 @@ template <typename T> __device__ void down_few(const T *x, const float *w, float
                                float offset, int log_block, int log_block2, Code code, T *y, int m, int n, int k,         \
                                const T *bias, const float *u, const float *b, float alpha, int rank, const T *c,          \
                                int gelu) {                                                                                \
+        begin();                                                                                                          \
         gemv_4bit<T, M>(x, w, {absmax, absmax2, code2, offset, log_block, log_block2}, code, y, m, n, k,                  \
                         {bias, u, b, alpha, rank, c, gelu});                                                              \
     }                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256)                                                                     \
         gemv_##NAME##_##M(const T *x, const T *w, T *y, int m, int n, int k, int64_t ld, const T *bias, const float *u,   \
                           const float *b, float alpha, int rank, const T *c, int gelu) {                                  \
+        begin();                                                                                                          \
         gemv<T, T, M>(x, w, y, m, n, k, ld, {bias, u, b, alpha, rank, c, gelu});                                          \
     }                                                                                                                     \
     extern "C" __global__ void __launch_bounds__(256)                                                                     \
         gemv_logits_##NAME##_##M(const T *x, const T *w, float *y, int m, int n, int k, int64_t ld, const T *bias,        \
                                  const float *u, const float *b, float alpha, int rank, const float *c, int gelu) {       \
+        begin();                                                                                                          \
         gemv<T, float, M>(x, w, y, m, n, k, ld, {bias, u, b, alpha, rank, c, gelu});                                      \
     }
 #define DEFINE(NAME, T)                                                                                                   \
     DEFINE_M(NAME, T, 1) DEFINE_M(NAME, T, 8)                                                                             \
-    extern "C" __global__ void down_few_##NAME(const T *x, const float *w, float *u, int k, int r) { down_few(x, w, u, k, r); }
+    extern "C" __global__ void down_few_##NAME(const T *x, const float *w, float *u, int k, int r) { begin(); down_few(x, w, u, k, r); }
 FOR_DTYPES(DEFINE)

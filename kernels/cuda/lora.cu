@@ -223,15 +223,18 @@ __device__ void grad(const T *x, const float *u, float *g, int64_t gn, int64_t g
     extern "C" __global__ void __launch_bounds__(512) lora_down_##NAME(const T *x, const float *w, int64_t wr, int64_t wk, float *u,           \
                                                 float alpha, int m, int k, int r, const uint64_t *key, uint64_t id,     \
                                                 double p) {                                                             \
+        begin();                                                                                                        \
         down(x, w, wr, wk, u, alpha, m, k, r, {key, id, p});                                                      \
     }                                                                                                                   \
     extern "C" __global__ void lora_up_##NAME(const float *u, const float *w, int64_t wn, int64_t wr, T *y, float alpha, \
                                               int m, int n, int r, const uint64_t *key, uint64_t id, double p) {        \
+        begin();                                                                                                        \
         up(u, w, wn, wr, y, alpha, m, n, r, {key, id, p});                                                              \
     }                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(256)                                                                   \
         lora_grad_##NAME(const T *x, const float *u, float *g, int64_t gn, int64_t gr, const float *scale, float alpha, \
                          int m, int n, int r, const uint64_t *key, uint64_t id, double p) {                             \
+        begin();                                                                                                        \
         grad(x, u, g, gn, gr, scale, alpha, m, n, r, {key, id, p});                                                     \
     }
 FOR_DTYPES(DEFINE)

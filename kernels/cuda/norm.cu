@@ -75,20 +75,24 @@ __device__ void backward(const T *dy, const T *x, const float *w, const float2 *
 #define DEFINE(NAME, T)                                                                                               \
     extern "C" __global__ void layer_norm_##NAME(const T *x, const float *w, const float *b, T *y, float2 *stats,     \
                                                  int c, float eps) {                                                  \
+        begin();                                                                                                      \
         if (c % 8 == 0) forward<T, 8, true>(x, w, b, y, stats, c, eps);                                               \
         else forward<T, 1, true>(x, w, b, y, stats, c, eps);                                                          \
     }                                                                                                                 \
     extern "C" __global__ void rms_norm_##NAME(const T *x, const float *w, T *y, float2 *stats, int c, float eps) {   \
+        begin();                                                                                                      \
         if (c % 8 == 0) forward<T, 8, false>(x, w, nullptr, y, stats, c, eps);                                        \
         else forward<T, 1, false>(x, w, nullptr, y, stats, c, eps);                                                   \
     }                                                                                                                 \
     extern "C" __global__ void layer_norm_backward_##NAME(const T *dy, const T *x, const float *w,                    \
                                                           const float2 *stats, const T *residual, T *dx, int c) {     \
+        begin();                                                                                                      \
         if (c % 8 == 0) backward<T, 8, true>(dy, x, w, stats, residual, dx, c);                                       \
         else backward<T, 1, true>(dy, x, w, stats, residual, dx, c);                                                  \
     }                                                                                                                 \
     extern "C" __global__ void rms_norm_backward_##NAME(const T *dy, const T *x, const float *w, const float2 *stats, \
                                                         const T *residual, T *dx, int c) {                            \
+        begin();                                                                                                      \
         if (c % 8 == 0) backward<T, 8, false>(dy, x, w, stats, residual, dx, c);                                      \
         else backward<T, 1, false>(dy, x, w, stats, residual, dx, c);                                                 \
     }

@@ -55,15 +55,18 @@ template <typename T> __device__ void swiglu_backward(const T *dy, const T *gate
 #define DEFINE(NAME, T)                                                                                                  \
     extern "C" __global__ void rope_join_##NAME(const int *positions, const float *inv_freq, T *q, T *k, T *v, T *joined, \
                                                 int heads, int kv_heads, int d) {                                        \
+        begin();                                                                                                         \
         turn<T, false>(positions, inv_freq, q, k, v, joined, heads, kv_heads, d);                                        \
     }                                                                                                                    \
     extern "C" __global__ void rope_split_##NAME(const int *positions, const float *inv_freq, T *q, T *k, T *v,          \
                                                  T *joined, int heads, int kv_heads, int d) {                            \
+        begin();                                                                                                         \
         turn<T, true>(positions, inv_freq, q, k, v, joined, heads, kv_heads, d);                                         \
     }                                                                                                                    \
-    extern "C" __global__ void swiglu_##NAME(const T *gate, const T *up, T *y, int64_t n) { swiglu(gate, up, y, n); }    \
+    extern "C" __global__ void swiglu_##NAME(const T *gate, const T *up, T *y, int64_t n) { begin(); swiglu(gate, up, y, n); }    \
     extern "C" __global__ void swiglu_backward_##NAME(const T *dy, const T *gate, const T *up, T *dgate, T *dup,         \
                                                       int64_t n) {                                                       \
+        begin();                                                                                                         \
         swiglu_backward(dy, gate, up, dgate, dup, n);                                                                    \
     }
 FOR_DTYPES(DEFINE)

@@ -15,16 +15,16 @@ pub struct Graph(CudaGraph);
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Records what `work` launches; nothing runs. Memory that `work` asks for it must also let go.
+    /// Records what `work` launches; nothing runs. Tensors that `work` makes it must also drop.
     pub fn record(gpu: &Gpu, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let stream = gpu.stream();
-        // Other threads may use the driver meanwhile; what they do is not recorded.
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // Relaxed: what is done on other streams, giving memory above all, is not recorded and goes on.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).map_err(driver_error("beginning to record"))?;
-        let done = work();
+        let done = gpu.with_recorded_memory(work);
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags).map_err(driver_error("recording a pass"));
-        done?;
+        done??;
         match graph? {
             Some(graph) => Ok(Self(graph)),
             None => Err(Error::Tensor(candle_core::Error::Msg("CUDA recorded nothing".into()).bt())),

@@ -18,7 +18,7 @@ mod tensor;
 use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
-    sync::{Arc, Mutex, OnceLock},
+    sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
 };
 
 use candle_core::{
@@ -45,6 +45,29 @@ pub(crate) use tensor::write;
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
+/// Kernels that wait themselves for the one in front of them (`begin()` in common.cuh), by the start of their names.
+const OVERLAPPING: [&str; 19] = [
+    "append_",
+    "copy_columns",
+    "cross_entropy_",
+    "decode_attention_",
+    "dequantize_4bit",
+    "dequantize_int8",
+    "down_few_",
+    "flash_",
+    "gelu_",
+    "gemv_",
+    "grads_",
+    "layer_norm_",
+    "lora_",
+    "rms_norm_",
+    "rope_",
+    "rows_",
+    "set_int",
+    "sum_f64",
+    "swiglu_",
+];
+
 /// Bytes that cuBLAS may use beside its operands.
 pub(crate) const WORKSPACE: usize = 32 << 20;
 
@@ -55,6 +78,12 @@ const LIBRARIES: usize = 256 << 20;
 pub struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
+    /// Nothing runs here; it gives and takes memory. A recorded pass would repeat the giving and taking if it were
+    /// done on the stream that is recorded. Everything that uses the memory is in the order of that one stream, so
+    /// a piece may be given again as soon as its tensor is dropped.
+    memory_stream: Arc<CudaStream>,
+    /// Where the memory of recorded passes comes from: nobody else gets it.
+    recorded_memory: sys::CUmemoryPool,
     modules: Vec<Arc<CudaModule>>,
     /// With the shared memory that each may have beyond what every kernel may.
     functions: Mutex<HashMap<String, (CudaFunction, usize)>>,
@@ -64,9 +93,18 @@ pub struct Gpu {
     constants: Mutex<HashMap<Vec<u32>, CudaSlice<f32>>>,
     /// See [`Gpu::scratch`]. What was outgrown stays: recorded passes have its address.
     scratch: Mutex<Vec<CudaSlice<u8>>>,
+    /// Whether a kernel may start before the one in front of it has ended.
+    overlaps: bool,
+    /// See [`Gpu::take_no_room_to_record`].
+    no_room_to_record: AtomicBool,
     /// Multiprocessors.
     pub processors: usize,
 }
+
+// SAFETY: the pool's handle may be used by any thread.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; what changes is behind mutexes.
+unsafe impl Sync for Gpu {}
 
 /// A kernel's argument: a number or an address, passed as it is.
 pub trait KernelArg {
@@ -157,14 +195,29 @@ impl Gpu {
             })
         };
         let modules = MODULES.iter().map(load).collect::<Result<_>>()?;
-        keep_freed_memory(&context)?;
+        let memory_stream = context.new_stream().map_err(driver_error("making a stream"))?;
+        let recorded_memory = memory_pools(&context)?;
         let workspace = stream.alloc_zeros::<u8>(WORKSPACE).map_err(driver_error("making cuBLAS's workspace"))?;
         let processors = context
             .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
             .map_err(driver_error("asking for its processors"))? as usize;
         let blas = gemm::Handle::new()?;
         let (functions, constants) = (Mutex::default(), Mutex::default());
-        Ok(Self { device, stream, modules, functions, blas, workspace, constants, scratch: Mutex::default(), processors })
+        Ok(Self {
+            device,
+            stream,
+            memory_stream,
+            recorded_memory,
+            modules,
+            functions,
+            blas,
+            workspace,
+            constants,
+            scratch: Mutex::default(),
+            overlaps: capability.0 >= 9,
+            no_room_to_record: AtomicBool::new(false),
+            processors,
+        })
     }
 
     /// Memory for a weight that is dequantized to be used once, by what is launched next. One place for all: what
@@ -222,8 +275,8 @@ impl Gpu {
     /// The most device memory that tensors had at one time since [`Gpu::reset_peak`], bytes: those of
     /// the pool and those of recorded passes.
     pub fn peak(&self) -> Result<usize> {
-        let (pool, graphs) = self.peaks(None)?;
-        Ok((pool + graphs) as usize)
+        let (pool, recorded, graphs) = self.peaks(None)?;
+        Ok((pool + recorded + graphs) as usize)
     }
 
     /// Forgets the peak so far.
@@ -231,29 +284,43 @@ impl Gpu {
         self.peaks(Some(0)).map(drop)
     }
 
-    fn peaks(&self, reset: Option<u64>) -> Result<(u64, u64)> {
+    /// Of the pool, of recorded passes, and of what candle's own operations asked for while a pass was recorded. The
+    /// memory of recorded passes counts from when they were recorded.
+    fn peaks(&self, reset: Option<u64>) -> Result<(u64, u64, u64)> {
         use sys::{CUgraphMem_attribute_enum as Graph, CUmemPool_attribute_enum as Pool};
-        let context = self.stream.context();
-        context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
-        let device = context.cu_device();
-        let (mut pool, mut graphs) = (reset.unwrap_or(0), reset.unwrap_or(0));
-        let mut handle = std::ptr::null_mut();
+        self.bind()?;
+        let device = self.stream.context().cu_device();
+        let (mut pool, mut recorded, mut graphs) = (reset.unwrap_or(0), 0, reset.unwrap_or(0));
         let to = |place: &mut u64| std::ptr::from_mut(place).cast::<c_void>();
         let (what, whose) = (Pool::CU_MEMPOOL_ATTR_USED_MEM_HIGH, Graph::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH);
+        let default = default_pool(self.stream.context())?;
         // SAFETY: plain calls of the driver with places for their 64-bit results.
         unsafe {
-            let found = sys::cuDeviceGetDefaultMemPool(&mut handle, device).result();
-            found.and_then(|()| match reset {
-                Some(_) => sys::cuMemPoolSetAttribute(handle, what, to(&mut pool))
+            match reset {
+                Some(_) => sys::cuMemPoolSetAttribute(default, what, to(&mut pool))
                     .result()
                     .and_then(|()| sys::cuDeviceSetGraphMemAttribute(device, whose, to(&mut graphs)).result()),
-                None => sys::cuMemPoolGetAttribute(handle, what, to(&mut pool))
+                None => sys::cuMemPoolGetAttribute(default, what, to(&mut pool))
                     .result()
+                    .and_then(|()| sys::cuMemPoolGetAttribute(self.recorded_memory, what, to(&mut recorded)).result())
                     .and_then(|()| sys::cuDeviceGetGraphMemAttribute(device, whose, to(&mut graphs)).result()),
-            })
+            }
         }
         .map_err(driver_error("asking for its memory"))?;
-        Ok((pool, graphs))
+        Ok((pool, recorded, graphs))
+    }
+
+    /// Runs `work` with new tensors from the memory of recorded passes. They all share it: passes run one after
+    /// another, and nothing in it outlives a pass.
+    fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<R> {
+        self.bind()?;
+        let (device, default) = (self.stream.context().cu_device(), default_pool(self.stream.context())?);
+        // SAFETY: both pools live as long as the device.
+        let choose = |pool| unsafe { sys::cuDeviceSetMemPool(device, pool).result() };
+        choose(self.recorded_memory).map_err(driver_error("choosing a memory pool"))?;
+        let done = work();
+        choose(default).map_err(driver_error("choosing a memory pool"))?;
+        Ok(done)
     }
 
     /// Launches a kernel of `kernels/cuda` by its name.
@@ -271,17 +338,28 @@ impl Gpu {
         let function = self.function(name, shared_bytes)?;
         let mut params: Vec<*mut c_void> = args.iter().map(|a| a.pointer()).collect();
         let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
-        // SAFETY: the callers keep what is said above; `params` lives until the call returns, and the driver copies
-        // what it points to.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0,
+            gridDimY: grid.1,
+            gridDimZ: grid.2,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut overlap,
+            numAttrs: (self.overlaps && OVERLAPPING.iter().any(|start| name.starts_with(start))).into(),
+        };
+        self.bind()?;
+        // SAFETY: the callers keep what is said above; what is pointed to lives until the call returns, and the
+        // driver copies it.
         unsafe {
-            driver::result::launch_kernel(
-                function.cu_function(),
-                grid,
-                (block as u32, 1, 1),
-                shared_bytes as u32,
-                self.stream.cu_stream(),
-                &mut params,
-            )
+            sys::cuLaunchKernelEx(&config, function.cu_function(), params.as_mut_ptr(), std::ptr::null_mut()).result()
         }
         .map_err(driver_error(name))
     }
@@ -308,19 +386,34 @@ impl Gpu {
     }
 }
 
-/// Memory that is freed stays with the process: asking the driver again would stop the stream.
-fn keep_freed_memory(context: &CudaContext) -> Result<()> {
-    context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+fn default_pool(context: &CudaContext) -> Result<sys::CUmemoryPool> {
     let mut pool = std::ptr::null_mut();
-    let mut all = u64::MAX;
-    // SAFETY: plain calls of the driver with valid places to write to.
+    // SAFETY: a plain call with a place to write to.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result() }
+        .map_err(driver_error("asking for its memory pool"))?;
+    Ok(pool)
+}
+
+/// Memory that is freed stays with the process: asking the driver again would stop the stream. Gives a second pool.
+fn memory_pools(context: &CudaContext) -> Result<sys::CUmemoryPool> {
+    context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+    let default = default_pool(context)?;
+    let mut second = std::ptr::null_mut();
+    // SAFETY: zeros are valid for what is not set; plain calls of the driver with valid places to read and write.
     unsafe {
-        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device())
+        let mut properties: sys::CUmemPoolProps = std::mem::zeroed();
+        properties.allocType = sys::CUmemAllocationType_enum::CU_MEM_ALLOCATION_TYPE_PINNED;
+        properties.location.type_ = sys::CUmemLocationType_enum::CU_MEM_LOCATION_TYPE_DEVICE;
+        properties.location.id = context.cu_device();
+        let keep = |pool| {
+            let (mut all, what) = (u64::MAX, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD);
+            sys::cuMemPoolSetAttribute(pool, what, std::ptr::from_mut(&mut all).cast()).result()
+        };
+        sys::cuMemPoolCreate(&mut second, &properties)
             .result()
-            .and_then(|()| {
-                let what = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-                sys::cuMemPoolSetAttribute(pool, what, std::ptr::from_mut(&mut all).cast()).result()
-            })
-            .map_err(driver_error("setting its memory pool"))
+            .and_then(|()| keep(default))
+            .and_then(|()| keep(second))
+            .map_err(driver_error("setting its memory pools"))?;
     }
+    Ok(second)
 }
