@@ -146,7 +146,7 @@ __device__ __forceinline__ double block_sum(double x) {
 
 // One sum of squares a block of threads, over its chunk.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    grads_squares(const Entry *table, const uint32_t *blocks, double *sums) {
+    square_sums(const Entry *table, const uint32_t *blocks, double *sums) {
     const Entry e = table[blocks[blockIdx.x]];
     const long long at = (blockIdx.x - e.first) * CHUNK;
     double sum = 0;

@@ -27,11 +27,14 @@ const GROUPS: [Group; 6] = [
 ];
 
 fn main() -> Result<()> {
-    if std::env::args().nth(1).as_deref() == Some(memory::WITHOUT_GPU) {
-        return memory::without_gpu();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.first().map(String::as_str) {
+        Some(memory::WITHOUT_GPU) => return memory::without_gpu(),
+        Some(memory::PLAN) => return memory::plan(&arguments[1..]),
+        _ => {}
     }
     let (mut seed, mut names) = (None, Vec::new());
-    for argument in std::env::args().skip(1) {
+    for argument in arguments {
         match argument.parse::<u64>() {
             Ok(number) => seed = Some(number),
             Err(_) => names.push(argument),

@@ -9,7 +9,11 @@ use super::{Gpu, driver_error};
 use crate::error::{Error, Result};
 
 /// A recorded pass.
-pub struct Graph(CudaGraph);
+pub struct Graph {
+    graph: CudaGraph,
+    /// Memory that its tensors have at the most.
+    bytes: usize,
+}
 
 // SAFETY: the driver's graph handles may be used by any thread; ours are behind a mutex.
 unsafe impl Send for Graph {}
@@ -24,15 +28,17 @@ impl Graph {
         let done = gpu.with_recorded_memory(work);
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = stream.end_capture(flags).map_err(driver_error("recording a pass"));
-        done??;
+        let (done, bytes) = done?;
+        done?;
         match graph? {
-            Some(graph) => Ok(Self(graph)),
+            Some(graph) => Ok(Self { graph, bytes }),
             None => Err(Error::Tensor(candle_core::Error::Msg("CUDA recorded nothing".into()).bt())),
         }
     }
 
     /// Runs it.
-    pub fn launch(&self) -> Result<()> {
-        self.0.launch().map_err(driver_error("running a recorded pass"))
+    pub fn launch(&self, gpu: &Gpu) -> Result<()> {
+        gpu.count_recorded(self.bytes);
+        self.graph.launch().map_err(driver_error("running a recorded pass"))
     }
 }

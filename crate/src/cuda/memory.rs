@@ -1,5 +1,7 @@
 //! How much memory the card has, what to do when it is not enough.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
 
 use super::{Gpu, driver_error};
@@ -37,25 +39,27 @@ pub(crate) fn out_of_memory_in(error: &candle_core::Error) -> Option<Error> {
 }
 
 impl Gpu {
-    /// Bytes that tensors have.
+    /// Bytes that tensors have; the memory of recorded passes is theirs as long as the process runs.
     pub fn used(&self) -> Result<usize> {
         use sys::{CUgraphMem_attribute_enum as Graph, CUmemPool_attribute_enum as Pool};
-        Ok(self.of_pool(Pool::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?
-            + self.of_graphs(Graph::CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT)?)
+        Ok(self.of_pool(self.pool()?, Pool::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?
+            + self.of_pool(self.recorded_memory, Pool::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?
+            + self.of_graphs(Graph::CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT)?)
     }
 
     /// Bytes that tensors can still have: what the card has free, and what this process keeps without using it.
     pub fn available(&self) -> Result<usize> {
-        use sys::{CUgraphMem_attribute_enum as Graph, CUmemPool_attribute_enum as Pool};
-        let reserved = self.of_pool(Pool::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?
-            + self.of_graphs(Graph::CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT)?;
-        Ok(self.memory()?.0 + reserved.saturating_sub(self.used()?))
+        use sys::CUmemPool_attribute_enum as Pool;
+        let reserved = self.of_pool(self.pool()?, Pool::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        let used = self.of_pool(self.pool()?, Pool::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        Ok(self.memory()?.0 + reserved.saturating_sub(used))
     }
 
-    fn of_pool(&self, what: sys::CUmemPool_attribute) -> Result<usize> {
+    fn of_pool(&self, pool: sys::CUmemoryPool, what: sys::CUmemPool_attribute) -> Result<usize> {
         let mut bytes = 0u64;
+        self.bind()?;
         // SAFETY: the attributes that are asked for are 64-bit numbers.
-        unsafe { sys::cuMemPoolGetAttribute(self.pool()?, what, std::ptr::from_mut(&mut bytes).cast()) }
+        unsafe { sys::cuMemPoolGetAttribute(pool, what, std::ptr::from_mut(&mut bytes).cast()) }
             .result()
             .map_err(driver_error("asking for its memory"))?;
         Ok(bytes as usize)
@@ -72,21 +76,22 @@ impl Gpu {
 
     /// Gives the memory that this process keeps without using it back to the driver, which takes a while.
     pub fn trim(&self) -> Result<()> {
+        // A tensor's memory counts as free as soon as it is dropped, though kernels may still work on it.
         self.synchronize()?;
         let pool = self.pool()?;
-        // SAFETY: plain calls of the driver; nothing that is in use goes.
-        unsafe {
-            sys::cuMemPoolTrimTo(pool, 0)
-                .result()
-                .and_then(|()| sys::cuDeviceGraphMemTrim(self.stream.context().cu_device()).result())
-        }
-        .map_err(driver_error("giving memory back"))
+        // SAFETY: nothing works on what is not in use. Recorded passes keep theirs, whose addresses they have.
+        unsafe { sys::cuMemPoolTrimTo(pool, 0) }.result().map_err(driver_error("giving memory back"))
     }
 
     /// Runs `work`, and once more with all that can be given back when the card has no room for it.
     pub(super) fn with_room<T>(&self, work: impl Fn() -> Result<T, DriverError>) -> Result<T, DriverError> {
         match work() {
-            Err(e) if is_out_of_memory(&e) && self.is_capturing().is_ok_and(|capturing| !capturing) => {
+            Err(e) if is_out_of_memory(&e) => {
+                if self.is_capturing().unwrap_or(true) {
+                    // Waiting for the stream would end the recording.
+                    self.no_room_to_record.store(true, Relaxed);
+                    return Err(e);
+                }
                 // The error that counts is the first one.
                 self.trim().map_err(|_| e)?;
                 work()
@@ -95,12 +100,13 @@ impl Gpu {
         }
     }
 
+    /// Whether a recording failed for lack of memory since this was last asked: after [`Gpu::trim`] it may succeed.
+    pub(crate) fn take_no_room_to_record(&self) -> bool {
+        self.no_room_to_record.swap(false, Relaxed)
+    }
+
     fn pool(&self) -> Result<sys::CUmemoryPool> {
         self.bind()?;
-        let mut pool = std::ptr::null_mut();
-        // SAFETY: a place for the result.
-        unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, self.stream.context().cu_device()).result() }
-            .map_err(driver_error("asking for its memory"))?;
-        Ok(pool)
+        super::default_pool(self.stream.context())
     }
 }

@@ -20,7 +20,7 @@ use std::{
     ffi::c_void,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -71,6 +71,8 @@ const OVERLAPPING: [&str; 19] = [
     "swiglu_",
 ];
 
+const USED_HIGH: sys::CUmemPool_attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+
 /// Bytes that cuBLAS may use beside its operands.
 pub(crate) const WORKSPACE: usize = 32 << 20;
 
@@ -89,6 +91,8 @@ pub struct Gpu {
     is_recording: AtomicBool,
     /// Where the memory of recorded passes comes from: nobody else gets it.
     recorded_memory: sys::CUmemoryPool,
+    /// The most that a recorded pass held which ran since [`Gpu::reset_peak`].
+    recorded_peak: AtomicUsize,
     modules: Vec<Arc<CudaModule>>,
     /// With the shared memory that each may have beyond what every kernel may.
     functions: Mutex<HashMap<String, (CudaFunction, usize)>>,
@@ -100,6 +104,8 @@ pub struct Gpu {
     scratch: Mutex<Vec<CudaSlice<u8>>>,
     /// Whether a kernel may start before the one in front of it has ended.
     overlaps: bool,
+    /// See [`Gpu::take_no_room_to_record`].
+    no_room_to_record: AtomicBool,
     /// Multiprocessors.
     pub processors: usize,
 }
@@ -212,13 +218,15 @@ impl Gpu {
             memory_stream,
             is_recording: AtomicBool::new(false),
             recorded_memory,
-            overlaps: capability.0 >= 9,
+            recorded_peak: AtomicUsize::new(0),
             modules,
             functions,
             blas,
             workspace,
             constants,
             scratch: Mutex::default(),
+            overlaps: capability.0 >= 9,
+            no_room_to_record: AtomicBool::new(false),
             processors,
         })
     }
@@ -275,42 +283,39 @@ impl Gpu {
         self.stream.context().mem_get_info().map_err(driver_error("asking for its memory"))
     }
 
-    /// The most device memory that tensors had at one time since [`Gpu::reset_peak`], bytes: those of
-    /// the pool and those of recorded passes.
+    /// The most device memory that tensors had at one time since [`Gpu::reset_peak`], bytes. What a recorded pass has
+    /// comes on top of what is held when this is asked.
     pub fn peak(&self) -> Result<usize> {
-        let (pool, recorded, graphs) = self.peaks(None)?;
-        Ok((pool + recorded + graphs) as usize)
+        let (pool, what) =
+            (default_pool(self.stream.context())?, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
+        let recorded = match self.recorded_peak.load(Ordering::SeqCst) {
+            0 => 0,
+            bytes => self.pool_attribute(pool, what)? + bytes,
+        };
+        Ok(recorded.max(self.pool_attribute(pool, USED_HIGH)?))
     }
 
     /// Forgets the peak so far.
     pub fn reset_peak(&self) -> Result<()> {
-        self.peaks(Some(0)).map(drop)
+        self.recorded_peak.store(0, Ordering::SeqCst);
+        self.reset_high(default_pool(self.stream.context())?)
     }
 
-    /// Of the pool, of recorded passes, and of what candle's own operations asked for while a pass was recorded. The
-    /// memory of recorded passes counts from when they were recorded.
-    fn peaks(&self, reset: Option<u64>) -> Result<(u64, u64, u64)> {
-        use sys::{CUgraphMem_attribute_enum as Graph, CUmemPool_attribute_enum as Pool};
+    fn reset_high(&self, pool: sys::CUmemoryPool) -> Result<()> {
         self.bind()?;
-        let device = self.stream.context().cu_device();
-        let (mut pool, mut recorded, mut graphs) = (reset.unwrap_or(0), 0, reset.unwrap_or(0));
-        let to = |place: &mut u64| std::ptr::from_mut(place).cast::<c_void>();
-        let (what, whose) = (Pool::CU_MEMPOOL_ATTR_USED_MEM_HIGH, Graph::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH);
-        let default = default_pool(self.stream.context())?;
-        // SAFETY: plain calls of the driver with places for their 64-bit results.
-        unsafe {
-            match reset {
-                Some(_) => sys::cuMemPoolSetAttribute(default, what, to(&mut pool))
-                    .result()
-                    .and_then(|()| sys::cuDeviceSetGraphMemAttribute(device, whose, to(&mut graphs)).result()),
-                None => sys::cuMemPoolGetAttribute(default, what, to(&mut pool))
-                    .result()
-                    .and_then(|()| sys::cuMemPoolGetAttribute(self.recorded_memory, what, to(&mut recorded)).result())
-                    .and_then(|()| sys::cuDeviceGetGraphMemAttribute(device, whose, to(&mut graphs)).result()),
-            }
-        }
-        .map_err(driver_error("asking for its memory"))?;
-        Ok((pool, recorded, graphs))
+        let mut zero = 0u64;
+        // SAFETY: the attribute takes 64 bits.
+        unsafe { sys::cuMemPoolSetAttribute(pool, USED_HIGH, std::ptr::from_mut(&mut zero).cast()).result() }
+            .map_err(driver_error("asking for its memory"))
+    }
+
+    fn pool_attribute(&self, pool: sys::CUmemoryPool, what: sys::CUmemPool_attribute) -> Result<usize> {
+        self.bind()?;
+        let mut bytes = 0u64;
+        // SAFETY: the attribute has 64 bits.
+        unsafe { sys::cuMemPoolGetAttribute(pool, what, std::ptr::from_mut(&mut bytes).cast()).result() }
+            .map_err(driver_error("asking for its memory"))?;
+        Ok(bytes as usize)
     }
 
     /// The stream whose order a new tensor's memory follows.
@@ -319,19 +324,24 @@ impl Gpu {
     }
 
     /// Runs `work` with new tensors from the memory of recorded passes. They all share it: passes run one after
-    /// another, and nothing in it outlives a pass.
-    fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<R> {
+    /// another, and nothing in it outlives a pass. Also gives the most bytes that were held at a time.
+    fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<(R, usize)> {
         self.bind()?;
         let (device, default) = (self.stream.context().cu_device(), default_pool(self.stream.context())?);
-        let recording = |on| self.is_recording.store(on, Ordering::SeqCst);
         // SAFETY: both pools live as long as the device.
         let choose = |pool| unsafe { sys::cuDeviceSetMemPool(device, pool).result() };
+        self.reset_high(self.recorded_memory)?;
         choose(self.recorded_memory).map_err(driver_error("choosing a memory pool"))?;
-        recording(true);
+        self.is_recording.store(true, Ordering::SeqCst);
         let done = work();
-        recording(false);
+        self.is_recording.store(false, Ordering::SeqCst);
         choose(default).map_err(driver_error("choosing a memory pool"))?;
-        Ok(done)
+        Ok((done, self.pool_attribute(self.recorded_memory, USED_HIGH)?))
+    }
+
+    /// Counts a run of a recorded pass that holds `bytes`.
+    fn count_recorded(&self, bytes: usize) {
+        self.recorded_peak.fetch_max(bytes, Ordering::SeqCst);
     }
 
     /// Launches a kernel of `kernels/cuda` by its name.

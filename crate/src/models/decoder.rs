@@ -269,7 +269,7 @@ impl Decoder {
         let packed = self.pack(batch)?;
         #[cfg(feature = "cuda")]
         if self.device().is_cuda() {
-            return self.forward_backward_on_gpu(&packed, options);
+            return self.with_room_to_record(|| self.forward_backward_on_gpu(&packed, options));
         }
         let key = Some(options.dropout_key);
         let run = |saves: bool| match saves {
@@ -334,6 +334,19 @@ impl Decoder {
         Ok(())
     }
 
+    /// Runs `pass`, and once more when there was no room to record it: a pass that was only launched before leaves
+    /// memory that can be given back, and a recording that failed has changed nothing.
+    #[cfg(feature = "cuda")]
+    fn with_room_to_record<T>(&self, mut pass: impl FnMut() -> Result<T>) -> Result<T> {
+        let done = pass();
+        let gpu = crate::cuda::of(self.device())?;
+        if matches!(done, Err(Error::OutOfDeviceMemory { .. })) && gpu.take_no_room_to_record() {
+            gpu.trim()?;
+            return pass();
+        }
+        done
+    }
+
     /// Where the weights are.
     pub fn device(&self) -> &Device {
         self.embedding.weight.device()
@@ -378,7 +391,7 @@ impl Decoder {
         cache.reserve(&lengths)?;
         #[cfg(feature = "cuda")]
         if self.device().is_cuda() {
-            let logits = self.next_token_logits_on_gpu(&ids, &sequences, cache)?;
+            let logits = self.with_room_to_record(|| self.next_token_logits_on_gpu(&ids, &sequences, cache))?;
             cache.advance(&lengths);
             return Ok(logits);
         }

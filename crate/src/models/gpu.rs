@@ -216,11 +216,11 @@ impl Decoder {
         let work = || self.launch_pass(gpu, inputs, grads, outputs, host, checkpointing);
         // The first pass also chooses algorithms and loads kernels, which cannot be recorded.
         match (&shape.graph, shape.passes) {
-            (Some(graph), _) => graph.launch()?,
+            (Some(graph), _) => graph.launch(gpu)?,
             (None, 0) => work()?,
             (None, _) => {
                 let graph = Graph::record(gpu, work)?;
-                graph.launch()?;
+                graph.launch(gpu)?;
                 shape.graph = Some(graph);
             }
         }
@@ -288,11 +288,11 @@ impl Decoder {
                 layers::copy_rows(&logits, &decode.logits)
             };
             match (&decode.graph, decode.passes) {
-                (Some(graph), _) => graph.launch()?,
+                (Some(graph), _) => graph.launch(&gpu)?,
                 (None, 0) => work()?,
                 (None, _) => {
                     let graph = Graph::record(&gpu, work)?;
-                    graph.launch()?;
+                    graph.launch(&gpu)?;
                     decode.graph = Some(graph);
                 }
             }

@@ -71,7 +71,7 @@ pub(super) fn sum_of_squares(params: &[&Param]) -> Result<f64> {
         // The sums of the blocks, and behind them their own.
         let sums = cuda::uninit(gpu, table.num_blocks + 1, DType::F64)?;
         let (entries, blocks, sums_at) = (address(&table.entries)?, address(&table.blocks)?, address(&sums)?);
-        gpu.launch("grads_squares", (table.num_blocks, 1, 1), THREADS, 0, &[&entries, &blocks, &sums_at])?;
+        gpu.launch("square_sums", (table.num_blocks, 1, 1), THREADS, 0, &[&entries, &blocks, &sums_at])?;
         let (count, out) = (table.num_blocks as i32, sums_at + 8 * table.num_blocks as u64);
         gpu.launch("sum_of_sums", (1, 1, 1), THREADS, 0, &[&sums_at, &count, &out])?;
         let mut sum = [0f64];
