@@ -114,8 +114,7 @@ pub fn profile(bench: &Bench) -> Result<()> {
 fn measure(bench: &Bench, model: &PeftModel, name: &str, batches: &[Batch], checkpointing: bool) -> Result<()> {
     let params = model.trainable_parameters();
     let pass = |batch: &Batch| {
-        let options =
-            PassOptions { num_items: 8.0 * 1020.0, gradient_checkpointing: checkpointing, dropout_key: 1 };
+        let options = PassOptions { num_items: 8.0 * 1020.0, gradient_checkpointing: checkpointing, dropout_key: 1 };
         model.forward_backward(batch, &options)
     };
     // Once launched, once recorded.

@@ -158,13 +158,7 @@ fn attention(checks: &mut Checks, dtype: DType, (heads, kv_heads, d): (usize, us
     Ok(())
 }
 
-fn linear(
-    checks: &mut Checks,
-    dtype: DType,
-    (m, k, n): (usize, usize, usize),
-    r: usize,
-    dropout: f64,
-) -> Result<()> {
+fn linear(checks: &mut Checks, dtype: DType, (m, k, n): (usize, usize, usize), r: usize, dropout: f64) -> Result<()> {
     let (sequences, targets) = batch(checks, m, 9);
     let scalars = Scalars { grad_scale: 0.5, ..ONE };
     let inputs = inputs(checks, &sequences, &targets, scalars)?;

@@ -120,7 +120,12 @@ fn compare(checks: &mut Checks, folder: &PathBuf, dtype: DType, nf4: bool, toler
             if pass == 0 {
                 let worst = got.iter().zip(&want).map(|(g, w)| relative(g, w)).collect::<Result<Vec<_>>>()?;
                 let worst = worst.into_iter().fold(0.0, f64::max);
-                checks.close(&format!("{case}: worst gradient"), &scalar(1.0 + worst)?, &scalar(1.0)?, 6.0 * tolerance)?;
+                checks.close(
+                    &format!("{case}: worst gradient"),
+                    &scalar(1.0 + worst)?,
+                    &scalar(1.0)?,
+                    6.0 * tolerance,
+                )?;
             }
             match &first {
                 None => first = Some(all),

@@ -7,9 +7,7 @@ use std::{collections::HashMap, ffi::c_void, sync::Mutex};
 
 use candle_core::{
     DType,
-    cuda_backend::cudarc::{
-        cublaslt::{result, result::CublasError, sys},
-    },
+    cuda_backend::cudarc::cublaslt::{result, result::CublasError, sys},
 };
 
 use super::{Gpu, WORKSPACE, driver_error};

@@ -18,7 +18,10 @@ mod tensor;
 use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
-    sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use candle_core::{
@@ -40,8 +43,8 @@ pub(crate) use memory::out_of_memory_in;
 pub(crate) use select::first;
 pub use select::{TOOLKIT, check_capability, check_driver, count};
 pub use staging::{Piece, Staging};
-pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
 pub(crate) use tensor::write;
+pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
 
 include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
@@ -78,10 +81,12 @@ const LIBRARIES: usize = 256 << 20;
 pub struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
-    /// Nothing runs here; it gives and takes memory. A recorded pass would repeat the giving and taking if it were
-    /// done on the stream that is recorded. Everything that uses the memory is in the order of that one stream, so
-    /// a piece may be given again as soon as its tensor is dropped.
+    /// Nothing runs here; it gives and takes memory while a pass is recorded, which would repeat the giving and taking
+    /// if it were done on the stream that is recorded. What uses the memory is in the order of that one stream, so
+    /// a piece may be given again as soon as its tensor is dropped. Never for tensors that others get to see: candle
+    /// copies a tensor to the CPU in the order of the stream that gave its memory.
     memory_stream: Arc<CudaStream>,
+    is_recording: AtomicBool,
     /// Where the memory of recorded passes comes from: nobody else gets it.
     recorded_memory: sys::CUmemoryPool,
     modules: Vec<Arc<CudaModule>>,
@@ -207,14 +212,15 @@ impl Gpu {
             device,
             stream,
             memory_stream,
+            is_recording: AtomicBool::new(false),
             recorded_memory,
+            overlaps: capability.0 >= 9,
             modules,
             functions,
             blas,
             workspace,
             constants,
             scratch: Mutex::default(),
-            overlaps: capability.0 >= 9,
             no_room_to_record: AtomicBool::new(false),
             processors,
         })
@@ -310,15 +316,23 @@ impl Gpu {
         Ok((pool, recorded, graphs))
     }
 
+    /// The stream whose order a new tensor's memory follows.
+    fn giving_stream(&self) -> &Arc<CudaStream> {
+        if self.is_recording.load(Ordering::SeqCst) { &self.memory_stream } else { &self.stream }
+    }
+
     /// Runs `work` with new tensors from the memory of recorded passes. They all share it: passes run one after
     /// another, and nothing in it outlives a pass.
     fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<R> {
         self.bind()?;
         let (device, default) = (self.stream.context().cu_device(), default_pool(self.stream.context())?);
+        let recording = |on| self.is_recording.store(on, Ordering::SeqCst);
         // SAFETY: both pools live as long as the device.
         let choose = |pool| unsafe { sys::cuDeviceSetMemPool(device, pool).result() };
         choose(self.recorded_memory).map_err(driver_error("choosing a memory pool"))?;
+        recording(true);
         let done = work();
+        recording(false);
         choose(default).map_err(driver_error("choosing a memory pool"))?;
         Ok(done)
     }
@@ -369,10 +383,10 @@ impl Gpu {
         let (function, allowed) = match functions.entry(name.into()) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-            self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
-            let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
-            let missing = || Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt());
-            entry.insert((function.ok_or_else(missing)?, 48 << 10))
+                self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+                let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
+                let missing = || Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt());
+                entry.insert((function.ok_or_else(missing)?, 48 << 10))
             }
         };
         if shared_bytes > *allowed {

@@ -64,7 +64,7 @@ fn make(gpu: &Gpu, shape: Shape, dtype: DType, zeroed: bool) -> Result<Tensor> {
                     let slice = gpu.with_room(|| match zeroed {
                         true => gpu.stream.alloc_zeros::<$t>(n),
                         // SAFETY: any bits are a number of this type; the caller writes before it reads.
-                        false => unsafe { gpu.memory_stream.alloc::<$t>(n) },
+                        false => unsafe { gpu.giving_stream().alloc::<$t>(n) },
                     });
                     CudaStorageSlice::$dtype(slice.map_err(super::driver_error(&doing))?)
                 })*

@@ -170,8 +170,7 @@ fn rope(
     let (positions, freq) = (inputs(run)?.positions(), gpu.constant(inv_freq)?);
     let (q_at, k_at, v_at, joined_at) = (address(q)?, address(k)?, address(v)?, address(joined)?);
     let (heads, kv_heads, d) = (l.heads as i32, l.kv_heads as i32, l.head_dim as i32);
-    let args: [&dyn KernelArg; 9] =
-        [&positions, &freq, &q_at, &k_at, &v_at, &joined_at, &heads, &kv_heads, &d];
+    let args: [&dyn KernelArg; 9] = [&positions, &freq, &q_at, &k_at, &v_at, &joined_at, &heads, &kv_heads, &d];
     gpu.launch(&name(kernel, joined.dtype())?, (joined.dims()[0], 1, 1), 256, 0, &args)
 }
 
@@ -295,8 +294,7 @@ fn grad(
     let (gn, gr) = (gn as i64, gr as i64);
     let (m_arg, n_arg, r) = (m as i32, n as i32, rank as i32);
     let (key, id, p) = dropout;
-    let args: [&dyn KernelArg; 13] =
-        [&x_at, &u_at, &g, &gn, &gr, &scale, &alpha, &m_arg, &n_arg, &r, &key, &id, &p];
+    let args: [&dyn KernelArg; 13] = [&x_at, &u_at, &g, &gn, &gr, &scale, &alpha, &m_arg, &n_arg, &r, &key, &id, &p];
     gpu.launch(&name("lora_grad", x.dtype())?, (n.div_ceil(16), 1, 1), 256, 0, &args)
 }
 
@@ -320,14 +318,7 @@ fn is_few(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
 }
 
 /// [`linear_forward`] for few rows; `n` rows of the weight are multiplied and `ld` is y's row.
-fn few_rows(
-    gpu: &Gpu,
-    linear: &Linear,
-    x: &Tensor,
-    c: Option<&Tensor>,
-    y: &Tensor,
-    gelu: bool,
-) -> Result<()> {
+fn few_rows(gpu: &Gpu, linear: &Linear, x: &Tensor, c: Option<&Tensor>, y: &Tensor, gelu: bool) -> Result<()> {
     let ((m, k), dtype, out) = (x.dims2()?, x.dtype(), y.dtype());
     let (n, _) = linear.weight.dims2()?;
     let u = match &linear.lora {
@@ -357,8 +348,25 @@ fn few_rows(
         Weight::Quantized(q) => {
             let (w, a, code) = (address(q.packed())?, AbsmaxArgs::new(q.state())?, values(q.state().quant_type));
             let args: [&dyn KernelArg; 19] = [
-                &x_at, &w, &a.at, &a.absmax2, &a.code2, &a.offset, &a.log_block, &a.log_block2, &code, &y_at, &m_arg,
-                &n_arg, &k_arg, &bias, &u_at, &b, &alpha, &rank, &c_at,
+                &x_at,
+                &w,
+                &a.at,
+                &a.absmax2,
+                &a.code2,
+                &a.offset,
+                &a.log_block,
+                &a.log_block2,
+                &code,
+                &y_at,
+                &m_arg,
+                &n_arg,
+                &k_arg,
+                &bias,
+                &u_at,
+                &b,
+                &alpha,
+                &rank,
+                &c_at,
             ];
             let args: Vec<&dyn KernelArg> = args.into_iter().chain([&gelu as &dyn KernelArg]).collect();
             let bytes = (32 << 10) + m * (k + 8) * 2 + 8 * 16 * 8 * 4;
@@ -373,9 +381,8 @@ fn few_rows(
         }
         Weight::Dense(w) => {
             let w = address(w)?;
-            let args: [&dyn KernelArg; 14] = [
-                &x_at, &w, &y_at, &m_arg, &n_arg, &k_arg, &ld, &bias, &u_at, &b, &alpha, &rank, &c_at, &gelu,
-            ];
+            let args: [&dyn KernelArg; 14] =
+                [&x_at, &w, &y_at, &m_arg, &n_arg, &k_arg, &ld, &bias, &u_at, &b, &alpha, &rank, &c_at, &gelu];
             let kernel = if out == dtype { "gemv" } else { "gemv_logits" };
             gpu.launch(&format!("{}_{rows}", name(kernel, dtype)?), grid, 256, shared, &args)
         }
@@ -548,7 +555,8 @@ pub fn attention_forward(attention: &Attention, projected: &Tensor, run: &mut Ru
     let out = uninit(&gpu, (m, l.heads * d), dtype)?;
     let lse = run.saved.is_some().then(|| uninit(&gpu, (l.heads, m), DType::F32)).transpose()?;
     let lse_at = lse.as_ref().map(address).transpose()?.unwrap_or(0);
-    let (qkv, slopes, out_at, arg) = (address(projected)?, slopes_at(attention, &gpu)?, address(&out)?, layout_arg(l, m));
+    let (qkv, slopes, out_at, arg) =
+        (address(projected)?, slopes_at(attention, &gpu)?, address(&out)?, layout_arg(l, m));
     let fresh = match &run.cache {
         None => true,
         Some(cache) => cache.lengths().iter().all(|held| *held == 0),
@@ -583,9 +591,8 @@ pub fn attention_forward(attention: &Attention, projected: &Tensor, run: &mut Ru
             }
         };
         let d_arg = d as i32;
-        let args: [&dyn KernelArg; 12] = [
-            &qkv, &k_at, &v_at, &k_row, &k_place, &v_place, &keys, &slopes, &out_at, &lse_at, &arg, &d_arg,
-        ];
+        let args: [&dyn KernelArg; 12] =
+            [&qkv, &k_at, &v_at, &k_row, &k_place, &v_place, &keys, &slopes, &out_at, &lse_at, &arg, &d_arg];
         gpu.launch(&name("rows_attention", dtype)?, (m, l.heads, 1), 128, 0, &args)?;
     }
     if let Some(lse) = lse {
@@ -626,8 +633,7 @@ pub fn attention_backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> 
         let tiles = inputs.tiles();
         let bytes = tile_bytes(2 * 64 + 4 * 32, d);
         let kernel = format!("{}_{d}", name("flash_dq", dtype)?);
-        let args: [&dyn KernelArg; 9] =
-            [&qkv, &tiles, &slopes, &out_at, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
+        let args: [&dyn KernelArg; 9] = [&qkv, &tiles, &slopes, &out_at, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
         gpu.launch(&kernel, (l.heads, inputs.shape.tiles(), 1), 128, bytes, &args)?;
         let kernel = format!("{}_{d}", name("flash_dkv", dtype)?);
         let args: [&dyn KernelArg; 8] = [&qkv, &tiles, &slopes, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
@@ -637,8 +643,7 @@ pub fn attention_backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> 
         let args: [&dyn KernelArg; 10] =
             [&qkv, &keys, &slopes, &out_at, &dy_at, &lse_at, &delta_at, &grad_at, &arg, &d_arg];
         gpu.launch(&name("rows_attention_dq", dtype)?, (m, l.heads, 1), 128, 0, &args)?;
-        let args: [&dyn KernelArg; 9] =
-            [&qkv, &after, &slopes, &dy_at, &lse_at, &delta_at, &grad_at, &arg, &d_arg];
+        let args: [&dyn KernelArg; 9] = [&qkv, &after, &slopes, &dy_at, &lse_at, &delta_at, &grad_at, &arg, &d_arg];
         gpu.launch(&name("rows_attention_dkv", dtype)?, (m, l.kv_heads, 1), 128, 0, &args)?;
     }
     Ok(grad)
@@ -722,8 +727,7 @@ pub fn head_and_loss(hidden: &Tensor, head: &Linear, learn: bool, loss: u64, run
         let (logits_at, targets, chunk_losses) = (address(&logits)?, at(inputs.targets(), 4), at(losses_at, 4));
         let (grad_at, scale) = (dlogits.as_ref().map(address).transpose()?.unwrap_or(0), inputs.loss_scale());
         let (vocab_arg, ld_arg) = (vocab as i32, ld as i32);
-        let args: [&dyn KernelArg; 7] =
-            [&logits_at, &targets, &chunk_losses, &grad_at, &scale, &vocab_arg, &ld_arg];
+        let args: [&dyn KernelArg; 7] = [&logits_at, &targets, &chunk_losses, &grad_at, &scale, &vocab_arg, &ld_arg];
         gpu.launch(&name("cross_entropy", dtype)?, (count, 1, 1), 1024, 0, &args)?;
         drop(logits);
         let (Some(dlogits), Some(grads)) = (dlogits, &grads) else { continue };
@@ -739,7 +743,7 @@ pub fn head_and_loss(hidden: &Tensor, head: &Linear, learn: bool, loss: u64, run
             y: Operand { address: at(address(grads)?, row_bytes), row: c },
             c: None,
             bias: None,
-                dtype,
+            dtype,
             out: dtype,
         })?;
         if let Some(lora) = &head.lora {

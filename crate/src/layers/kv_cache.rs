@@ -29,7 +29,14 @@ impl KvCache {
                 Ok((part()?, part()?))
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { blocks, lengths: vec![0; sequences], capacity, width, #[cfg(feature = "cuda")] recorded: None })
+        Ok(Self {
+            blocks,
+            lengths: vec![0; sequences],
+            capacity,
+            width,
+            #[cfg(feature = "cuda")]
+            recorded: None,
+        })
     }
 
     /// Tokens held of each sequence.

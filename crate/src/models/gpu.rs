@@ -194,7 +194,13 @@ impl Decoder {
     }
 
     /// The summed loss, and whether a gradient is not finite.
-    fn pass_on_gpu(&self, gpu: &Gpu, training: &mut Training, host: &HostInputs, checkpointing: bool) -> Result<(f64, bool)> {
+    fn pass_on_gpu(
+        &self,
+        gpu: &Gpu,
+        training: &mut Training,
+        host: &HostInputs,
+        checkpointing: bool,
+    ) -> Result<(f64, bool)> {
         let key = (host.shape(true), checkpointing);
         if training.shapes.len() >= MAX_SHAPES && !training.shapes.contains_key(&key) {
             training.shapes.clear();

@@ -71,9 +71,8 @@ pub fn dequantize_transposed_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64,
     let &[n, k] = weight.shape() else { return Err(candle_core::Error::Msg("not a matrix".into()).bt().into()) };
     let (packed, a, code) = (address(weight.packed())?, AbsmaxArgs::new(state)?, values(state.quant_type));
     let (n_arg, k_arg) = (n as i32, k as i32);
-    let args: [&dyn KernelArg; 11] = [
-        &packed, &a.at, &a.absmax2, &a.code2, &a.offset, &a.log_block, &a.log_block2, &code, &out, &n_arg, &k_arg,
-    ];
+    let args: [&dyn KernelArg; 11] =
+        [&packed, &a.at, &a.absmax2, &a.code2, &a.offset, &a.log_block, &a.log_block2, &code, &out, &n_arg, &k_arg];
     let (to, via) = (dtype_suffix(dtype)?, dtype_suffix(state.dtype)?);
     gpu.launch(&format!("dequantize_4bit_transposed_{to}_via_{via}"), (k / 64, n / 64, 1), 256, 0, &args)
 }

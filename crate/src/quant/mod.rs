@@ -44,9 +44,9 @@ pub use blockwise::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState, dequantize_bl
 pub use code::{QuantType, create_dynamic_map};
 pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};
 #[cfg(feature = "cuda")]
-pub use cuda::{dequantize_into, dequantize_transposed_into, transposes};
-#[cfg(feature = "cuda")]
 pub(crate) use cuda::{AbsmaxArgs, values};
+#[cfg(feature = "cuda")]
+pub use cuda::{dequantize_into, dequantize_transposed_into, transposes};
 pub use state::{QuantState, QuantizedTensor};
 
 use crate::error::{Error, Result};
