@@ -76,7 +76,7 @@ impl Gpu {
 
     /// Gives the memory that this process keeps without using it back to the driver, which takes a while.
     pub fn trim(&self) -> Result<()> {
-        // A tensor's memory counts as free as soon as it is dropped, though kernels may still work on it.
+        // A tensor that was dropped keeps its memory until the stream has come there.
         self.synchronize()?;
         let pool = self.pool()?;
         // SAFETY: nothing works on what is not in use. Recorded passes keep theirs, whose addresses they have.

@@ -371,7 +371,7 @@ fn few_rows(gpu: &Gpu, linear: &Linear, x: &Tensor, c: Option<&Tensor>, y: &Tens
             let args: Vec<&dyn KernelArg> = args.into_iter().chain([&gelu as &dyn KernelArg]).collect();
             let bytes = (32 << 10) + m * (k + 8) * 2 + 8 * 16 * 8 * 4;
             let whole = k % 64 == 0 && q.state().blocksize % 64 == 0 && bytes <= MAX_SHARED;
-            if dtype != DType::F32 && whole && std::env::var_os("QLORA_GEMV").is_none() {
+            if dtype != DType::F32 && whole {
                 let kernel = name("gemv_4bit_mma", dtype)?;
                 return gpu.launch(&kernel, (n.div_ceil(16), 1, 1), 256, bytes, &args);
             }
