@@ -34,3 +34,23 @@ fn take_a_new_type() {
     run.assert_success();
     assert_eq!(run.outputs(2)[0]["data"]["text/plain"][0], "\"1 as text\"");
 }
+
+/// A cell that only calls the library is compiled without optimising; others are optimised. What cells define and keep
+/// is the same to both.
+#[test]
+fn are_the_same_to_optimised_cells_and_plain_ones() {
+    // Fails where the mark of a plain cell is, for that is a file.
+    let is_marked = "println!(\"{}\", LoraConfig::default().save_pretrained(&mark).is_err());";
+    // In a session with much code cells keep what was compiled, each level by itself.
+    for much in ["", &"// much\n".repeat(2000)] {
+        let run = Run::cells(&[
+            &format!("fn code() {{\n{much}}}\nstruct Mine(u8);\nlet mine = Mine(7);"),
+            "use qlora_nb::prelude::*;\nlet mark = format!(\"{}/plain\", std::env::var(\"EVCXR_TMPDIR\").unwrap());",
+            is_marked,
+            "println!(\"{}\", mine.0);",
+            &format!("(|| {{ {is_marked} }})();"),
+        ]);
+        run.assert_success();
+        assert_eq!([2, 3, 4].map(|cell| run.stream(cell, "stdout")), ["true\n", "7\n", "false\n"]);
+    }
+}

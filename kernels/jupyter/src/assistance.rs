@@ -1,6 +1,7 @@
 //! Completion and inspection in the words of the Jupyter protocol, which counts in characters and not in bytes.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -13,7 +14,7 @@ use crate::session::Names;
 
 /// What is known of the library.
 pub struct Assistance {
-    api: Api,
+    pub api: Arc<Api>,
 }
 
 /// Tells the type of an expression.
@@ -21,7 +22,7 @@ pub type Ask<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl Assistance {
     pub fn new(prefix: &Path) -> Assistance {
-        Assistance { api: Api::load(&Layout::new(prefix).api()) }
+        Assistance { api: Arc::new(Api::load(&Layout::new(prefix).api())) }
     }
 
     fn scope<'a>(&'a self, names: &'a Names, ask: Ask<'a>) -> Scope<'a> {
@@ -73,7 +74,7 @@ mod tests {
 
     #[test]
     fn characters_are_counted_and_not_bytes() {
-        let api = Api::load(Path::new("/nowhere"));
+        let api = Arc::new(Api::load(Path::new("/nowhere")));
         let names = Names { variables: vec![("model".into(), "u8".into())], items: Vec::new() };
         let reply = Assistance { api }.complete("\"诗\"; mod", 8, &names, &|_| None);
         assert_eq!((reply["cursor_start"].as_u64(), reply["cursor_end"].as_u64()), (Some(5), Some(8)));

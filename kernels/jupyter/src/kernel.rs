@@ -517,7 +517,7 @@ impl Executor {
 
     fn start(&mut self) -> Result<()> {
         let folder = std::env::current_dir().context("the notebook's folder is gone")?;
-        let session = Session::start(&Layout::new(&self.prefix), &folder)?;
+        let session = Session::start(&Layout::new(&self.prefix), self.shared.assistance.api.clone(), &folder)?;
         *lock(&self.shared.session) = Some((session.controls(), session.names()));
         self.session = Some(session);
         Ok(())

@@ -10,7 +10,8 @@
 //!    ([`runner`]);
 //! 3. [`supervisor`] is the process that evcxr believes to run the cells. It starts the one that does, and
 //!    reports what evcxr hides: panics, `Err` through `?`, a death;
-//! 4. [`types`] stands before rustc and asks it for the types of a cell's variables.
+//! 4. [`types`] stands before rustc: it asks it for the types of a cell's variables, and has it not optimise where
+//!    nothing is to be gained ([`plain`]).
 
 mod api;
 mod assistance;
@@ -31,6 +32,7 @@ mod kernelspec;
 mod layout;
 mod notebook;
 mod outputs;
+mod plain;
 mod processes;
 mod repl;
 mod runner;

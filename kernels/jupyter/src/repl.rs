@@ -32,15 +32,12 @@ Rust, one cell at a time; a cell that is not whole goes on in the next line.
 pub fn run(prefix: &Path) -> Result<ExitCode> {
     let folder = std::env::current_dir().context("the current folder is gone")?;
     println!("qlora-nb {}. Ctrl-D leaves, :help helps.", env!("CARGO_PKG_VERSION"));
-    let session = Arc::new(Session::start(&Layout::new(prefix), &folder)?);
+    let assistance = Assistance::new(prefix);
+    let session = Arc::new(Session::start(&Layout::new(prefix), assistance.api.clone(), &folder)?);
     interrupt_on_ctrl_c(session.controls());
     let config = Config::builder().auto_add_history(true).completion_type(CompletionType::List).build();
     let mut editor: Editor<Assistant, _> = Editor::with_config(config).context("the terminal cannot be used")?;
-    editor.set_helper(Some(Assistant {
-        assistance: Assistance::new(prefix),
-        names: session.names(),
-        session: session.clone(),
-    }));
+    editor.set_helper(Some(Assistant { assistance, names: session.names(), session: session.clone() }));
     let history = layout::data_home().context("HOME is not set")?.join("qlora-nb/repl_history");
     // None yet, the first time.
     let _ = editor.load_history(&history);

@@ -2,12 +2,14 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::api::Api;
 use crate::layout::Layout;
 use crate::notebook::Notebook;
 use crate::outputs::{Client, Output, Recorder, Update, error};
@@ -58,7 +60,9 @@ pub fn run_cells(path: &Path, timeout: Duration, prefix: &Path) -> Result<()> {
     let notebook = Notebook::read(path)?;
     // Cells run in the notebook's folder.
     let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
-    let session = Session::start(&Layout::new(prefix), path.parent().unwrap_or(Path::new("/")))?;
+    let layout = Layout::new(prefix);
+    let api = Arc::new(Api::load(&layout.api()));
+    let session = Session::start(&layout, api, path.parent().unwrap_or(Path::new("/")))?;
     report(&Report::Ready { seconds: begin.elapsed().as_secs_f64() })?;
     crate::repl::interrupt_on_ctrl_c(session.controls());
     let options = Options { timeout: Some(timeout), hold: None };

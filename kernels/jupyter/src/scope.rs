@@ -151,7 +151,7 @@ impl Cell {
 }
 
 /// The text with `name![...]` as `name (...)`, of the same length.
-fn as_a_call(text: &str, call: &ast::MacroCall) -> Option<String> {
+pub(crate) fn as_a_call(text: &str, call: &ast::MacroCall) -> Option<String> {
     let mut bytes = text.as_bytes().to_vec();
     let mut put = |at: TextSize, byte: u8| bytes[usize::from(at)] = byte;
     put(call.excl_token()?.text_range().start(), b' ');
@@ -164,7 +164,7 @@ fn as_a_call(text: &str, call: &ast::MacroCall) -> Option<String> {
 }
 
 /// What stands before the last `::` of a path, with the paths of `use a::{b::{` around it.
-fn qualifier_of(path: &ast::Path) -> Option<String> {
+pub(crate) fn qualifier_of(path: &ast::Path) -> Option<String> {
     let own = path.qualifier().map(|qualifier| without_generics(&qualifier.syntax().text().to_string()));
     let trees = path.syntax().ancestors().filter_map(ast::UseTree::cast).skip(1);
     let mut parts: Vec<String> = own.into_iter().collect();
@@ -173,13 +173,13 @@ fn qualifier_of(path: &ast::Path) -> Option<String> {
     Some(parts.join("::")).filter(|qualifier| !qualifier.is_empty())
 }
 
-fn without_generics(path: &str) -> String {
+pub(crate) fn without_generics(path: &str) -> String {
     let end = path.find('<').unwrap_or(path.len());
     path[..end].trim_end_matches("::").trim().to_owned()
 }
 
 /// A type without references and pointers: methods are looked up through them.
-fn peeled(ty: &str) -> &str {
+pub(crate) fn peeled(ty: &str) -> &str {
     let mut ty = ty.trim();
     loop {
         let before = ty;

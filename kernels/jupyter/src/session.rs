@@ -16,6 +16,7 @@ use crate::diagnostics;
 use crate::keep::{self, Replaced};
 use crate::layout::{self, Layout};
 use crate::outputs::{self, Client, Forms, Outputs, Update};
+use crate::plain::{self, Mark};
 use crate::processes;
 use crate::scope::Scope;
 use crate::supervisor::{self, Event};
@@ -164,8 +165,8 @@ pub struct Options {
 }
 
 impl Session {
-    /// Starts evcxr for cells that run in `working_dir`.
-    pub fn start(layout: &Layout, working_dir: &Path) -> Result<Session> {
+    /// Starts evcxr for cells that run in `working_dir`. `api` is the index of the layout's library.
+    pub fn start(layout: &Layout, api: Arc<Api>, working_dir: &Path) -> Result<Session> {
         layout.check()?;
         let folder = tempfile::Builder::new().prefix("qlora-nb-").tempdir().context("cannot make a folder in /tmp")?;
         prepare_environment(layout, folder.path())?;
@@ -182,9 +183,10 @@ impl Session {
         let evcxr = Evcxr {
             folder: folder.path().to_owned(),
             question: Question::new(folder.path()),
+            mark: Mark::new(folder.path()),
             replaced: Vec::new(),
             typed: None,
-            api: Api::load(&layout.api()),
+            api,
             must_set_up_process: true,
             stopping: stopping.clone(),
             names: names.clone(),
@@ -442,10 +444,11 @@ type Started = Result<(Arc<Mutex<Child>>, Receiver<String>)>;
 struct Evcxr {
     folder: PathBuf,
     question: Question,
+    mark: Mark,
     replaced: Vec<Replaced>,
     typed: Option<String>,
     /// What the library's functions return.
-    api: Api,
+    api: Arc<Api>,
     /// Whether the process for the cells is a new one.
     must_set_up_process: bool,
     stopping: Arc<AtomicBool>,
@@ -479,6 +482,7 @@ impl Evcxr {
                 Request::Restore => {
                     // One that could not be cloned is not there to be restored.
                     let replaced = std::mem::take(&mut self.replaced);
+                    self.mark.set(true);
                     replaced.iter().for_each(|variable| drop(context.execute(&variable.restore())));
                     Ok(Forms::new())
                 }
@@ -488,13 +492,11 @@ impl Evcxr {
                 }
             };
             self.must_set_up_process |= matches!(&result, Err(failure) if failure.kind == FailureKind::Died);
-            let variables: Vec<_> =
-                context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned())).collect();
-            let is_lost = |name: &String| !variables.iter().any(|(kept, _)| kept == name);
+            let now = names(&context);
+            let is_lost = |name: &String| !now.variables.iter().any(|(kept, _)| kept == name);
             let lost = before.into_iter().filter(is_lost).collect();
             if let Ok(mut names) = self.names.lock() {
-                let items = context.defined_item_names().map(str::to_owned).collect();
-                *names = Names { variables, items };
+                *names = now;
             }
             let reply =
                 Reply { result, compiled: context.last_source().unwrap_or_default(), lost, typed: self.typed.take() };
@@ -516,6 +518,7 @@ impl Evcxr {
             format!("{FLUSH} Ok::<(), String>(())?;"),
             keep::PRELUDE.to_owned(),
         ];
+        self.mark.set(true);
         for command in setup {
             context.execute(&command).map_err(|e| anyhow::anyhow!("evcxr refuses {command:?}: {e}"))?;
         }
@@ -526,6 +529,7 @@ impl Evcxr {
     /// Compiles and runs one cell. What it shows comes as events; returned are outputs of evcxr's own commands.
     fn execute(&mut self, context: &mut CommandContext, code: &str) -> Result<Forms, Failure> {
         if std::mem::take(&mut self.must_set_up_process) {
+            self.mark.set(true);
             context.execute(FLUSH).map_err(|error| diagnostics::failure(&error, FLUSH))?;
         }
         // Answers that came too late belong to nobody.
@@ -534,7 +538,8 @@ impl Evcxr {
         self.replaced = replaced_by(&bindings, context);
         // Types that the index tells cost nothing; rustc has to be asked for the others, which takes as long as
         // compiling a small cell.
-        let told = self.told(context, code, &bindings);
+        let (told, is_plain) = self.seen(context, code, &bindings);
+        self.mark.set(is_plain);
         let was_told = told.is_some();
         let mut prepared = prepare(context, &self.question, code, &bindings, &self.replaced, told)?;
         let (ask, answered) = (&self.ask, &self.answered);
@@ -561,16 +566,23 @@ impl Evcxr {
         result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
     }
 
-    /// The types of all variables of a cell that does not write them, if the index tells them all.
-    fn told(&self, context: &CommandContext, code: &str, bindings: &[Binding]) -> Option<HashMap<String, String>> {
+    /// What can be told of a cell without compiling it: the types of all its variables, if it does not write them and
+    /// the index tells them all; and whether it is [`plain`].
+    fn seen(
+        &self,
+        context: &CommandContext,
+        code: &str,
+        bindings: &[Binding],
+    ) -> (Option<HashMap<String, String>>, bool) {
+        let Names { variables, items } = names(context);
+        let scope = Scope { api: &self.api, variables: &variables, items: &items, ask: &|_| None };
+        let is_plain = plain::is_plain(&scope, code);
         if bindings.iter().all(|variable| variable.is_typed) {
-            return None;
+            return (None, is_plain);
         }
-        let variables: Vec<_> =
-            context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned())).collect();
-        let told = Scope { api: &self.api, variables: &variables, items: &[], ask: &|_| None }.variables_of(code);
+        let told = scope.variables_of(code);
         let are_all = bindings.iter().all(|variable| variable.is_typed || told.contains_key(&variable.name));
-        are_all.then_some(told)
+        (are_all.then_some(told), is_plain)
     }
 
     /// The type of an expression, as rustc writes it.
@@ -580,6 +592,11 @@ impl Evcxr {
         let answer = self.question.ask(|| drop(context.check(&code))).ok()??;
         answer.types.get(NAME).cloned()
     }
+}
+
+fn names(context: &CommandContext) -> Names {
+    let variables = context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned()));
+    Names { variables: variables.collect(), items: context.defined_item_names().map(str::to_owned).collect() }
 }
 
 /// The cell with what it needs to be honest: types, old values kept, and a flush.

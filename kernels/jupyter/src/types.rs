@@ -19,6 +19,8 @@ use ra_ap_syntax::ast::{self, HasName};
 use ra_ap_syntax::{AstNode, Edition, SourceFile};
 use serde_json::{Value, json};
 
+use crate::plain::{self, Mark};
+
 /// Set for cargo where this binary is its rustc wrapper; names the folder of the [`Question`].
 pub const ASK_IN: &str = "QLORA_NB_ASK_IN";
 
@@ -119,11 +121,15 @@ pub fn statements(code: &str) -> Option<(ast::StmtList, usize)> {
     Some((function.body()?.stmt_list()?, begin.wrapping_sub(BEFORE.len())))
 }
 
-/// Whether evcxr shows the value of the cell's last expression.
+/// Whether the cell's last expression has a value to show. evcxr would compile a cell twice to find out that a loop's
+/// cannot be shown.
 pub fn ends_in_expression(code: &str) -> bool {
     let Some((list, _)) = statements(code) else { return false };
-    let last = list.syntax().children().last();
-    last.is_some_and(|node| ast::Expr::can_cast(node.kind()))
+    match list.syntax().children().last().and_then(ast::Expr::cast) {
+        None | Some(ast::Expr::ForExpr(_) | ast::Expr::WhileExpr(_)) => false,
+        Some(ast::Expr::IfExpr(branch)) => branch.else_branch().is_some(),
+        Some(_) => true,
+    }
 }
 
 /// The variables of a cell, in the order of the statements that bind them last.
@@ -181,24 +187,28 @@ pub fn is_asked_for() -> bool {
     std::env::var_os(ASK_IN).is_some()
 }
 
-/// Runs the rustc of the command line, or answers the question if one is asked and this is the cell's check.
+/// Runs the rustc of the command line, a plain cell's without optimising; or answers the question if one is asked and
+/// this is the cell's check.
 pub fn stand_before_rustc() -> ExitCode {
-    let mut args = std::env::args_os().skip(1);
-    let Some(rustc) = args.next() else { return ExitCode::FAILURE };
-    let mut command = Command::new(rustc);
-    command.args(args).env_remove(ASK_IN);
-    let is = |what: &str| std::env::args_os().any(|arg| arg == what);
-    if is("ctx") && is("--emit=dep-info,metadata") {
-        let file = std::env::var_os(ASK_IN).map(|folder| Path::new(&folder).join(QUESTION));
-        if let Some(file) = file.filter(|file| file.exists()) {
+    let mut args: Vec<_> = std::env::args_os().skip(1).collect();
+    let folder = std::env::var_os(ASK_IN).map(PathBuf::from).unwrap_or_default();
+    let is = |what: &str| args.iter().any(|arg| arg == what);
+    let is_cell = is("ctx");
+    if is_cell && is("--emit=dep-info,metadata") {
+        let file = folder.join(QUESTION);
+        if file.exists() {
             // A failure, so that cargo does not take the cell for checked.
             if let Err(error) = answer(&file) {
                 eprintln!("qlora-nb: asking rustc for types: {error}");
             }
             return ExitCode::FAILURE;
         }
+    } else if is_cell {
+        let source = std::fs::metadata("src/lib.rs").map_or(0, |file| file.len());
+        args = plain::for_a_cell(args, source, Mark::new(&folder).is_set());
     }
-    let error = command.exec();
+    let Some((rustc, args)) = args.split_first() else { return ExitCode::FAILURE };
+    let error = Command::new(rustc).args(args).env_remove(ASK_IN).exec();
     eprintln!("qlora-nb: cannot run rustc: {error}");
     ExitCode::FAILURE
 }
@@ -311,6 +321,11 @@ mod tests {
     fn tells_a_shown_expression_from_a_statement() {
         assert!(ends_in_expression("let a = 1;\na"));
         assert!(ends_in_expression("ds.head(3)? // shown\n"));
+        assert!(ends_in_expression("if a { 1 } else { 2 }"));
+        assert!(ends_in_expression("loop { break 1 }"));
+        assert!(!ends_in_expression("for a in 0..3 { println!(\"{a}\"); } // no value"));
+        assert!(!ends_in_expression("while f() {}"));
+        assert!(!ends_in_expression("if let Some(a) = f() { g(a) }"));
         assert!(!ends_in_expression("a;"));
         assert!(!ends_in_expression("fn f() {}"));
         assert!(!ends_in_expression(""));
