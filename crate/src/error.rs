@@ -19,6 +19,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The GPU has not as much memory as was asked for. Nothing was lost.
+    #[error("the GPU is out of memory, {doing}\n  what to do: {remedy}")]
+    OutOfDeviceMemory { doing: String, remedy: String },
+
+    /// A GPU that this build or this machine cannot use.
+    #[error("{device} cannot be used: {why}\n  what to do: {remedy}")]
+    UnusableDevice { device: String, why: String, remedy: String },
+
     /// A file or folder is not there.
     #[error("{what} not found: {}\n  what to do: {remedy}", path.display())]
     NotFound { what: String, path: PathBuf, remedy: String },
@@ -135,7 +143,17 @@ pub enum Error {
 
     /// The tensor library failed.
     #[error("tensor operation: {0}")]
-    Tensor(#[from] candle_core::Error),
+    Tensor(#[source] candle_core::Error),
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        #[cfg(feature = "cuda")]
+        if let Some(ours) = crate::cuda::out_of_memory_in(&error) {
+            return ours;
+        }
+        Error::Tensor(error)
+    }
 }
 
 impl fmt::Debug for Error {

@@ -38,6 +38,8 @@ pub mod pipeline;
 
 // Beneath the steps.
 pub mod batch;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod display;
 pub mod error;
 pub mod generation;

@@ -82,11 +82,12 @@ impl AutoModelForCausalLM {
                 (config, generation_config, Weights::of(&files)?)
             }
         };
+        let (device, choice) = options.device_map.device()?;
         let mut defaults = config.clone();
         if let (Value::Object(all), Value::Object(more)) = (&mut defaults, &generation_config) {
             all.extend(more.clone());
         }
-        let (decoder, unexpected) = models::build(&config, weights, &options)?;
+        let (decoder, unexpected) = models::build(&config, weights.on(&device), &options)?;
         if !unexpected.is_empty() {
             let few = &unexpected[..unexpected.len().min(4)];
             crate::display::notice(&format!(
@@ -95,8 +96,8 @@ impl AutoModelForCausalLM {
                 unexpected.len()
             ));
         }
-        if options.device_map == DeviceMap::Auto {
-            crate::display::notice_once("device_map auto: cpu (this build has no CUDA kernels)");
+        if let Some(choice) = choice {
+            crate::display::notice_once(&choice);
         }
         Ok(Model(Arc::new(Inner {
             decoder,

@@ -86,6 +86,7 @@ impl PeftModel {
         let (config, targets) = config.prepare(model_type, &names)?;
         let mut init = init::LoraInit::new(seed, config.init_lora_weights);
         let mut index = 0;
+        let device = base.device();
         let decoder = base.decoder().map_linears(|linear| {
             let chosen = targets.contains(&index);
             index += 1;
@@ -97,8 +98,8 @@ impl PeftModel {
             let (a, b) = init.next(r, input, out)?;
             let name = |part: &str| format!("base_model.model.{}.{part}.weight", linear.name);
             Ok(linear.with_lora(Lora {
-                a: Param::new(name("lora_A"), &a)?,
-                b: Param::new(name("lora_B"), &b)?,
+                a: Param::new(name("lora_A"), &a.to_device(device)?)?,
+                b: Param::new(name("lora_B"), &b.to_device(device)?)?,
                 scaling: config.scaling_of(&linear.name)?,
                 dropout: config.lora_dropout,
                 id: dropout::mix(index as u64),

@@ -39,7 +39,7 @@ impl CausalLM for Table {
     }
 
     fn new_cache(&self, sequences: usize) -> Result<KvCache> {
-        KvCache::new(1, sequences, 1, &Device::Cpu)
+        KvCache::new(1, sequences, 1, candle_core::DType::F32, &Device::Cpu)
     }
 
     fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor> {

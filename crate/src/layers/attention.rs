@@ -70,6 +70,10 @@ pub struct Attention {
 impl Attention {
     /// `projected` `[M, row]` to `[M, heads * head_dim]`; saves `projected`.
     pub fn forward(&self, projected: &Tensor, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if projected.device().is_cuda() {
+            return super::cuda::attention_forward(self, projected, run);
+        }
         only_cpu("attention", projected.device())?;
         run.save(projected);
         let width = self.layout.heads * self.layout.head_dim;
@@ -102,6 +106,10 @@ impl Attention {
 
     /// dy `[M, heads * head_dim]` to the gradient of `projected`.
     pub fn backward(&self, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return super::cuda::attention_backward(self, dy, run);
+        }
         let projected = run.take()?;
         let (view, dy) = (F32View::new(&projected)?, F32View::new(dy)?);
         let (heads, places) = self.heads(&view, run);

@@ -20,7 +20,10 @@ use crate::error::Result;
 /// Logits that exist at a time: 16 MiB of f32.
 pub const CHUNK: usize = 1 << 22;
 
-/// Rows of logits that exist at a time.
+/// Rows of logits that exist at a time on a GPU.
+pub const GPU_CHUNK_ROWS: usize = 256;
+
+/// Rows of logits that exist at a time on the CPU.
 pub fn chunk_rows(vocab_size: usize) -> usize {
     (CHUNK / vocab_size).max(16)
 }

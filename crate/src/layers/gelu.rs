@@ -15,6 +15,10 @@ const CHUNK: usize = 1 << 15;
 
 /// `[M, C]` to `[M, C]`; saves x.
 pub fn forward(x: &Tensor, run: &mut Run) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda::gelu_forward(x, run);
+    }
     only_cpu("gelu", x.device())?;
     run.save(x);
     let view = F32View::new(x)?;
@@ -25,6 +29,10 @@ pub fn forward(x: &Tensor, run: &mut Run) -> Result<Tensor> {
 
 /// dy to dx.
 pub fn backward(dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return super::cuda::gelu_backward(dy, run);
+    }
     let x = run.take()?;
     let (x, d) = (F32View::new(&x)?, F32View::new(dy)?);
     let mut dx = vec![0f32; d.len()];

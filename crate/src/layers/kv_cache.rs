@@ -13,16 +13,30 @@ pub struct KvCache {
     lengths: Vec<usize>,
     capacity: usize,
     width: usize,
+    /// The pass of one token a sequence, recorded for the tensors above; forgotten when they change.
+    #[cfg(feature = "cuda")]
+    pub(crate) recorded: Option<crate::models::gpu::Decode>,
 }
 
 impl KvCache {
     /// An empty cache; `width` is the width of a key row (heads × head_dim).
-    pub fn new(blocks: usize, sequences: usize, width: usize, device: &Device) -> Result<Self> {
+    /// `dtype` is that of the activations.
+    pub fn new(blocks: usize, sequences: usize, width: usize, dtype: DType, device: &Device) -> Result<Self> {
         let capacity = 64;
         let blocks = (0..blocks)
-            .map(|_| Ok((zeros(sequences, capacity, width, device)?, zeros(sequences, capacity, width, device)?)))
+            .map(|_| {
+                let part = || zeros((sequences, capacity, width), dtype, device);
+                Ok((part()?, part()?))
+            })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { blocks, lengths: vec![0; sequences], capacity, width })
+        Ok(Self {
+            blocks,
+            lengths: vec![0; sequences],
+            capacity,
+            width,
+            #[cfg(feature = "cuda")]
+            recorded: None,
+        })
     }
 
     /// Tokens held of each sequence.
@@ -32,6 +46,7 @@ impl KvCache {
 
     /// Keeps the sequences named, in that order: finished ones leave a batch.
     pub fn keep_sequences(&mut self, keep: &[usize]) -> Result<()> {
+        self.forget();
         let index: Vec<u32> = keep.iter().map(|&i| i as u32).collect();
         for (k, v) in &mut self.blocks {
             let index = Tensor::new(index.as_slice(), k.device())?;
@@ -48,16 +63,25 @@ impl KvCache {
         if needed <= self.capacity {
             return Ok(());
         }
+        self.forget();
         let capacity = needed.next_power_of_two();
         for (k, v) in &mut self.blocks {
             for t in [k, v] {
-                let wider = zeros(self.lengths.len(), capacity, self.width, t.device())?;
+                let wider = zeros((self.lengths.len(), capacity, self.width), t.dtype(), t.device())?;
                 wider.slice_set(t, 1, 0)?;
                 *t = wider;
             }
         }
         self.capacity = capacity;
         Ok(())
+    }
+
+    /// Forgets what was recorded for the tensors that are about to change.
+    fn forget(&mut self) {
+        #[cfg(feature = "cuda")]
+        {
+            self.recorded = None;
+        }
     }
 
     /// Counts the tokens that every block has appended; called once a step, after the blocks.
@@ -101,6 +125,6 @@ impl KvCache {
     }
 }
 
-fn zeros(sequences: usize, capacity: usize, width: usize, device: &Device) -> Result<Tensor> {
-    Ok(Tensor::zeros((sequences, capacity, width), DType::F32, device)?)
+fn zeros(shape: (usize, usize, usize), dtype: DType, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::zeros(shape, dtype, device)?)
 }

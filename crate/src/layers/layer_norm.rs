@@ -29,6 +29,10 @@ impl LayerNorm {
 
     /// `[M, C]` to `[M, C]`; saves x and each row's mean and 1/std.
     pub fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::norm_forward(x, &self.wide.0, Some(&self.wide.1), self.eps, run);
+        }
         only_cpu("layer_norm", x.device())?;
         let (m, c) = x.dims2()?;
         let mut y = vec![0f32; m * c];
@@ -48,6 +52,10 @@ impl LayerNorm {
 
     /// dy to dx, plus `residual`: the gradient that reaches x past the norm.
     pub fn backward(&self, dy: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return super::cuda::norm_backward(dy, &self.wide.0, true, residual, run);
+        }
         let (m, c) = dy.dims2()?;
         let (stats, x) = (run.take()?, run.take()?);
         let mut dx = match residual {

@@ -11,7 +11,7 @@ use super::{
         F32View,
         matmul::{Mat, WeightView, gemm_f32, matmul_nn, matmul_nt},
     },
-    dropout, only_cpu,
+    dropout, gelu, only_cpu,
     param::{Param, modify_f32},
     run::Run,
 };
@@ -105,6 +105,10 @@ impl Linear {
 
     /// y, plus `residual` `[M, out]` when given; saves x when an adapter needs it.
     pub fn forward(&self, x: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::linear_forward(self, x, residual, run);
+        }
         only_cpu("linear", x.device())?;
         let (m, _) = x.dims2()?;
         let (n, k) = self.weight.dims2()?;
@@ -132,9 +136,34 @@ impl Linear {
         Ok(Tensor::from_vec(out, (m, n), &Device::Cpu)?)
     }
 
+    /// gelu(y), without y in memory where that pays; saves what both save.
+    pub fn forward_gelu(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::linear_gelu(self, x, run);
+        }
+        gelu::forward(&self.forward(x, None, run)?, run)
+    }
+
+    /// Saves what [`Linear::forward`] saves, without its result: for a block that is computed again on the way back.
+    pub fn remember(&self, x: &Tensor, run: &mut Run) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::linear_remember(self, x, run);
+        }
+        if self.lora.is_some() {
+            run.save(x);
+        }
+        Ok(())
+    }
+
     /// dy to dx; adds to the adapter's gradients. With `need_dx` false (nothing below learns)
     /// dx is not computed.
     pub fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return super::cuda::linear_backward(self, dy, need_dx, run);
+        }
         let (m, n) = dy.dims2()?;
         let (_, k) = self.weight.dims2()?;
         let dyv = F32View::new(dy)?;

@@ -15,6 +15,8 @@
 pub mod attention;
 pub mod cpu;
 pub mod cross_entropy;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dropout;
 pub mod embedding;
 pub mod gelu;

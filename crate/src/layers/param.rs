@@ -45,6 +45,10 @@ impl Param {
 
     /// Forgets the accumulated gradient.
     pub fn zero_grad(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.0.grad.device().is_cuda() {
+            return crate::cuda::fill_zero(&self.0.grad);
+        }
         modify_f32(&self.0.grad, |g| g.fill(0.0))
     }
 
@@ -64,8 +68,14 @@ impl Param {
     }
 }
 
-/// Runs `f` on the elements of a contiguous f32 CPU tensor, in place.
+/// Runs `f` on the elements of a contiguous f32 tensor, in place: those on a GPU are copied to the CPU and back.
 pub fn modify_f32(tensor: &Tensor, f: impl FnOnce(&mut [f32])) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        let mut values = copy_f32(tensor)?;
+        f(&mut values);
+        return crate::cuda::write(&*crate::cuda::of(tensor.device())?, crate::cuda::address(tensor)?, &values);
+    }
     struct Op<F>(std::sync::Mutex<Option<F>>);
     impl<F: FnOnce(&mut [f32])> InplaceOp1 for Op<F> {
         fn name(&self) -> &'static str {
@@ -84,11 +94,25 @@ pub fn modify_f32(tensor: &Tensor, f: impl FnOnce(&mut [f32])) -> Result<()> {
     Ok(tensor.inplace_op1(&Op(std::sync::Mutex::new(Some(f))))?)
 }
 
-/// Runs `f` on the elements of a contiguous f32 CPU tensor.
+/// Runs `f` on the elements of a contiguous f32 tensor: those on a GPU are copied to the CPU.
 pub fn read_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    #[cfg(feature = "cuda")]
+    if tensor.device().is_cuda() {
+        return Ok(f(&copy_f32(tensor)?));
+    }
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::F32(data)), Some((start, end))) => Ok(f(&data[start..end])),
-        _ => Err(candle_core::Error::Msg("read_f32: expected a contiguous f32 CPU tensor".into()).bt().into()),
+        _ => Err(candle_core::Error::Msg("read_f32: expected a contiguous f32 tensor".into()).bt().into()),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn copy_f32(tensor: &Tensor) -> Result<Vec<f32>> {
+    if tensor.dtype() != DType::F32 {
+        return Err(candle_core::Error::Msg(format!("expected f32, got {:?}", tensor.dtype())).bt().into());
+    }
+    let mut values = vec![0f32; tensor.elem_count()];
+    crate::cuda::copy_to_host(&*crate::cuda::of(tensor.device())?, crate::cuda::address(tensor)?, &mut values)?;
+    Ok(values)
 }

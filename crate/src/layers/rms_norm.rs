@@ -27,6 +27,10 @@ impl RmsNorm {
 
     /// `[M, C]` to `[M, C]`; saves x and each row's 1 / rms.
     pub fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return super::cuda::norm_forward(x, &self.wide, None, self.eps, run);
+        }
         only_cpu("rms_norm", x.device())?;
         let (m, c) = x.dims2()?;
         let mut y = vec![0f32; m * c];
@@ -46,6 +50,10 @@ impl RmsNorm {
 
     /// dy to dx, plus `residual`: the gradient that reaches x past the norm.
     pub fn backward(&self, dy: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if dy.device().is_cuda() {
+            return super::cuda::norm_backward(dy, &self.wide, false, residual, run);
+        }
         let (m, c) = dy.dims2()?;
         let (inverse, x) = (run.take()?, run.take()?);
         let mut dx = match residual {

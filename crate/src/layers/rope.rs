@@ -66,6 +66,10 @@ impl Rope {
     /// q `[M, heads * head_dim]`, k and v `[M, kv_heads * head_dim]` side by side in rows of
     /// `layout`, q and k turned to their positions; saves nothing.
     pub fn join(&self, q: &Tensor, k: &Tensor, v: &Tensor, layout: &HeadLayout, run: &Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if q.device().is_cuda() {
+            return super::cuda::rope_join(&self.inv_freq, q, k, v, layout, run);
+        }
         only_cpu("rope", q.device())?;
         let (positions, table) = self.positions(run);
         let (q, k, v) = (F32View::new(q)?, F32View::new(k)?, F32View::new(v)?);
@@ -89,6 +93,10 @@ impl Rope {
 
     /// The gradient of what [`Rope::join`] gave to those of q, k and v: turned back.
     pub fn split(&self, d: &Tensor, layout: &HeadLayout, run: &Run) -> Result<[Tensor; 3]> {
+        #[cfg(feature = "cuda")]
+        if d.device().is_cuda() {
+            return super::cuda::rope_split(&self.inv_freq, d, layout, run);
+        }
         let (positions, table) = self.positions(run);
         let d = F32View::new(d)?;
         let (m, wide, narrow) = (positions.len(), layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim);

@@ -17,12 +17,23 @@ pub struct Run<'a> {
     pub cache: Option<&'a mut KvCache>,
     /// The block that runs, for the cache.
     pub block: usize,
+    /// What the batch is on the GPU; `None` on the CPU.
+    #[cfg(feature = "cuda")]
+    pub inputs: Option<&'a crate::cuda::Inputs>,
 }
 
 impl<'a> Run<'a> {
     /// A pass that keeps nothing.
     pub fn inference(sequences: &'a Sequences) -> Self {
-        Self { sequences, saved: None, dropout_key: None, cache: None, block: 0 }
+        Self {
+            sequences,
+            saved: None,
+            dropout_key: None,
+            cache: None,
+            block: 0,
+            #[cfg(feature = "cuda")]
+            inputs: None,
+        }
     }
 
     /// A pass that keeps what the backward needs.

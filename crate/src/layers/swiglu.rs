@@ -15,6 +15,10 @@ const CHUNK: usize = 1 << 15;
 
 /// `gate` and `up`, `[M, C]` each, to `[M, C]`; saves both.
 pub fn forward(gate: &Tensor, up: &Tensor, run: &mut Run) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        return super::cuda::swiglu_forward(gate, up, run);
+    }
     only_cpu("swiglu", gate.device())?;
     run.save(gate);
     run.save(up);
@@ -27,6 +31,10 @@ pub fn forward(gate: &Tensor, up: &Tensor, run: &mut Run) -> Result<Tensor> {
 
 /// dy to the gradients of gate and up.
 pub fn backward(dy: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if dy.device().is_cuda() {
+        return super::cuda::swiglu_backward(dy, run);
+    }
     let (up, gate) = (run.take()?, run.take()?);
     let (g, u, d) = (F32View::new(&gate)?, F32View::new(&up)?, F32View::new(dy)?);
     let (mut dg, mut du) = (vec![0f32; d.len()], vec![0f32; d.len()]);

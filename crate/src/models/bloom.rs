@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde_json::Value;
 
 use super::{
     config_size,
     decoder::{Block, Decoder, DecoderNames, exactly, head, through},
+    memory::Needs,
     options::ModelOptions,
     weights::Weights,
 };
@@ -83,30 +84,29 @@ struct BloomBlock {
 
 impl Block for BloomBlock {
     fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
-        let normed = self.input_layernorm.forward(x, run)?; // (M, C)
-        let projected = self.query_key_value.forward(&normed, None, run)?; // (M, heads * 3 * head_dim)
-        let mixed = self.attention.forward(&projected, run)?; // (M, C)
-        let residual = if self.residual_after_norm { &normed } else { x };
-        let x = self.dense.forward(&mixed, Some(residual), run)?; // (M, C)
+        let (wide, residual) = self.up_to_last(x, run)?;
+        self.dense_4h_to_h.forward(&wide, Some(&residual), run) // (M, C)
+    }
 
-        let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
-        let wide = self.dense_h_to_4h.forward(&normed, None, run)?; // (M, 4C)
-        let wide = gelu::forward(&wide, run)?; // (M, 4C)
-        let residual = if self.residual_after_norm { &normed } else { &x };
-        self.dense_4h_to_h.forward(&wide, Some(residual), run) // (M, C)
+    fn recompute(&self, x: &Tensor, run: &mut Run) -> Result<()> {
+        let (wide, _) = self.up_to_last(x, run)?;
+        self.dense_4h_to_h.remember(&wide, run)
     }
 
     fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
-        let d = through(&self.dense_4h_to_h, dy, run)?; // (M, 4C)
-        let d = gelu::backward(&d, run)?; // (M, 4C)
-        let d = through(&self.dense_h_to_4h, &d, run)?; // (M, C)
+        let mut d = through(&self.dense_4h_to_h, dy, run)?; // (M, 4C)
+        d = gelu::backward(&d, run)?; // (M, 4C)
+        d = through(&self.dense_h_to_4h, &d, run)?; // (M, C)
         let dx = self.norm_backward(&self.post_attention_layernorm, d, dy, run)?; // (M, C)
 
-        let d = through(&self.dense, &dx, run)?; // (M, C)
-        let d = self.attention.backward(&d, run)?; // (M, heads * 3 * head_dim)
+        let mut d = through(&self.dense, &dx, run)?; // (M, C)
+        d = self.attention.backward(&d, run)?; // (M, heads * 3 * head_dim)
         match self.query_key_value.backward(&d, need_dx, run)? {
             None => Ok(None),
-            Some(d) => Ok(Some(self.norm_backward(&self.input_layernorm, d, &dx, run)?)),
+            Some(below) => {
+                drop(d);
+                Ok(Some(self.norm_backward(&self.input_layernorm, below, &dx, run)?))
+            }
         }
     }
 
@@ -162,22 +162,48 @@ impl Block for BloomBlock {
         )
     }
 
-    fn saved_floats_per_token(&self) -> usize {
+    fn needs(&self, gpu: Option<DType>) -> Needs {
         let c = self.input_layernorm.weight.elem_count();
-        let inputs =
-            [(&self.query_key_value, c), (&self.dense, c), (&self.dense_h_to_4h, c), (&self.dense_4h_to_h, 4 * c)];
-        let adapted: usize = inputs.iter().filter(|(l, _)| l.lora.is_some()).map(|(_, width)| width).sum();
+        let adapted = |linear: &Linear, width: usize| if linear.lora.is_some() { width } else { 0 };
+        let adapters =
+            adapted(&self.query_key_value, c) + adapted(&self.dense_h_to_4h, c) + adapted(&self.dense_4h_to_h, 4 * c);
         // Both norms' inputs and statistics, the projection, the input of gelu.
-        2 * (c + 2) + 3 * c + 4 * c + adapted
-    }
-
-    fn working_floats_per_token(&self) -> usize {
+        let (saved, statistics) = (2 * c + 3 * c + 4 * c + adapters, 4);
         // Around gelu's backward: dy, its input's gradient and its output's.
-        9 * self.input_layernorm.weight.elem_count()
+        let working = 9 * c;
+        if gpu.is_none() {
+            return Needs { saved: saved + adapted(&self.dense, c), statistics, working };
+        }
+        // And attention's output, which is dense's input; the sums of its rows; A x of the adapters.
+        let ranks: usize = self.linears().iter().filter_map(|l| Some(l.lora.as_ref()?.rank())).sum();
+        let statistics = statistics + self.attention.layout.heads + ranks;
+        Needs { saved: saved + c, statistics, working }
     }
 }
 
 impl BloomBlock {
+    /// Everything but the last linear layer: its input and the residual that goes round it.
+    fn up_to_last(&self, x: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)> {
+        // What is not needed any more goes at once: each is as large as the batch.
+        let normed = self.input_layernorm.forward(x, run)?; // (M, C)
+        let projected = self.query_key_value.forward(&normed, None, run)?; // (M, heads * 3 * head_dim)
+        let residual = self.residual(normed, x);
+        let mixed = self.attention.forward(&projected, run)?; // (M, C)
+        drop(projected);
+        let x = self.dense.forward(&mixed, Some(&residual), run)?; // (M, C)
+        drop((mixed, residual));
+
+        let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
+        let wide = self.dense_h_to_4h.forward_gelu(&normed, run)?; // (M, 4C)
+        let residual = self.residual(normed, &x);
+        Ok((wide, residual))
+    }
+
+    /// What goes round a branch whose norm made `normed` of `x`.
+    fn residual(&self, normed: Tensor, x: &Tensor) -> Tensor {
+        if self.residual_after_norm { normed } else { x.clone() }
+    }
+
     /// Through a norm whose input also goes round it as the residual. `d` is the gradient of
     /// the norm's output by the branch, `dy` the gradient of the residual.
     fn norm_backward(&self, norm: &LayerNorm, d: Tensor, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
@@ -201,7 +227,7 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
         Ok::<_, Error>(Linear::new(name, weight, Some(bias)))
     };
     let embedding =
-        Embedding { weight: weights.tensor("transformer.word_embeddings.weight", &[config.vocab_size, c], dtype)? };
+        Embedding { weight: weights.table("transformer.word_embeddings.weight", &[config.vocab_size, c], dtype)? };
     let embedding_norm = norm(weights, "transformer.word_embeddings_layernorm")?;
     let attention = Attention {
         layout: HeadLayout::interleaved(config.n_head, c / config.n_head),
@@ -243,5 +269,6 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
         blocks,
         final_norm: Norm::Layer(final_norm),
         kv_width: c,
+        recorded: Default::default(),
     })
 }

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     causal_lm::{Pass, PassOptions},
+    memory::Needs,
     options::ModelOptions,
     weights::Weights,
 };
@@ -32,6 +33,12 @@ pub trait Block: Send + Sync {
     /// `[M, C]` to `[M, C]`.
     fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor>;
 
+    /// Saves again what [`Block::forward`] saves: gradient checkpointing's second pass, whose result
+    /// nobody reads.
+    fn recompute(&self, x: &Tensor, run: &mut Run) -> Result<()> {
+        self.forward(x, run).map(drop)
+    }
+
     /// dy to dx. With `need_dx` false nothing below learns, and dx is not computed.
     fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>>;
 
@@ -48,11 +55,9 @@ pub trait Block: Send + Sync {
     /// The modules as PyTorch prints them, each linear's node made by `linear`.
     fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode;
 
-    /// Floats a token that [`Block::forward`] saves when there is a backward to come.
-    fn saved_floats_per_token(&self) -> usize;
-
-    /// Floats a token that exist for a while, at the widest point of the backward.
-    fn working_floats_per_token(&self) -> usize;
+    /// What [`Block::forward`] saves for each token when there is a backward to come, and what that backward needs
+    /// besides. `gpu`: the dtype that a GPU computes in, which keeps other things than the CPU (`None`).
+    fn needs(&self, gpu: Option<DType>) -> Needs;
 }
 
 /// The dtype of a parameter; prints as PyTorch does: `torch.float16`.
@@ -150,6 +155,8 @@ pub struct Decoder {
     pub tied: bool,
     /// Width of a key row: kv heads × head_dim.
     pub kv_width: usize,
+    /// What the GPU keeps between passes.
+    pub recorded: super::Recorded,
 }
 
 /// How an architecture names the parts around its blocks.
@@ -202,9 +209,13 @@ impl Decoder {
     }
 
     /// Logits of a padded batch: `[B, T]` ids (any integer dtype) to f32 `[B, T, vocab]`.
-    /// Positions that `attention_mask` marks with 0 get zeros.
+    /// Positions that `attention_mask` marks with 0 get zeros. The result is on the CPU.
     pub fn logits(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
         let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            return packed.unpack(&self.logits_on_gpu(&packed)?);
+        }
         let mut run = Run::inference(&packed.sequences);
         let x = self.run_blocks(&packed.ids, &mut run)?;
         let x = self.final_norm.forward(&x, &mut run)?;
@@ -215,6 +226,10 @@ impl Decoder {
     /// then each block's output, the last one after the final norm; f32 `[B, T, C]` each.
     pub fn hidden_states(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Vec<Tensor>> {
         let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            return self.hidden_states_on_gpu(&packed)?.iter().map(|x| packed.unpack(x)).collect();
+        }
         let mut run = Run::inference(&packed.sequences);
         let mut x = self.embed(&packed.ids)?;
         let mut states = vec![packed.unpack(&x)?];
@@ -231,6 +246,10 @@ impl Decoder {
     /// The summed loss of a batch, without dropout and without gradients.
     pub fn loss(&self, batch: &Batch) -> Result<Pass> {
         let packed = self.pack(batch)?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            return self.loss_on_gpu(&packed);
+        }
         let mut run = Run::inference(&packed.sequences);
         let x = self.run_blocks(&packed.ids, &mut run)?;
         let x = self.final_norm.forward(&x, &mut run)?;
@@ -258,15 +277,53 @@ impl Decoder {
 
     fn there_and_back(&self, batch: &Batch, options: &PassOptions, loss: Option<&LossFn>) -> Result<Pass> {
         let packed = self.pack(batch)?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            if loss.is_some() {
+                return Err(Error::Unsupported {
+                    what: "device of a model that is trained with a loss of your own".into(),
+                    got: "a GPU".into(),
+                    supported: vec!["cpu".into()],
+                    remedy: "load the model with DeviceMap::Cpu".into(),
+                });
+            }
+            return self.with_room_to_record(|| self.forward_backward_on_gpu(&packed, options));
+        }
         let key = Some(options.dropout_key);
+        let run = |saves: bool| match saves {
+            true => Run::training(&packed.sequences, key),
+            false => Run { dropout_key: key, ..Run::inference(&packed.sequences) },
+        };
+        let mut pass = Pass::default();
+        let scale = 1.0 / options.num_items;
+        self.learn(self.embed(&packed.ids)?, options.gradient_checkpointing, &run, |x, _| {
+            let (loss_sum, num_label_tokens, dx) = match loss {
+                None => head_and_loss(x, &self.head, &packed.targets, Some(scale), key)?,
+                Some(loss) => head_and_own_loss(x, &self.head, &packed.targets, scale, key, loss)?,
+            };
+            pass = Pass { loss_sum, num_label_tokens };
+            Ok(dx.filter(|_| num_label_tokens > 0))
+        })?;
+        Ok(pass)
+    }
+
+    /// From the embeddings up to `head`, which takes the normed hidden state and gives its gradient (or
+    /// nothing, and that is all), and down again to the lowest block that learns. `new_run` makes a run
+    /// of this batch, one that saves or one that does not.
+    pub(super) fn learn<'a>(
+        &self,
+        embedded: Tensor,
+        gradient_checkpointing: bool,
+        new_run: &dyn Fn(bool) -> Run<'a>,
+        head: impl FnOnce(&Tensor, &Run<'a>) -> Result<Option<Tensor>>,
+    ) -> Result<()> {
         let lowest = self.lowest_learning_block();
-        let mut x = self.embed(&packed.ids)?;
-        let mut run = Run::training(&packed.sequences, key);
+        let mut x = embedded;
+        let mut run = new_run(true);
         let mut inputs = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
-            x = if i < lowest || options.gradient_checkpointing {
-                let mut forward_only = Run { dropout_key: key, ..Run::inference(&packed.sequences) };
-                let y = block.forward(&x, &mut forward_only)?;
+            x = if i < lowest || gradient_checkpointing {
+                let y = block.forward(&x, &mut new_run(false))?;
                 if i >= lowest {
                     inputs.push(x);
                 }
@@ -276,21 +333,15 @@ impl Decoder {
             };
         }
         x = self.final_norm.forward(&x, &mut run)?;
-        let scale = 1.0 / options.num_items;
-        let (loss_sum, num_label_tokens, dx) = match loss {
-            None => head_and_loss(&x, &self.head, &packed.targets, Some(scale), key)?,
-            Some(loss) => head_and_own_loss(&x, &self.head, &packed.targets, scale, key, loss)?,
-        };
-        let pass = Pass { loss_sum, num_label_tokens };
-        let Some(dx) = dx.filter(|_| num_label_tokens > 0 && lowest < self.blocks.len()) else { return Ok(pass) };
+        let Some(dx) = head(&x, &run)?.filter(|_| lowest < self.blocks.len()) else { return Ok(()) };
         drop(x);
         let mut dx = self.final_norm.backward(&dx, None, &mut run)?;
         for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
             let need_dx = i > lowest;
-            let below = if options.gradient_checkpointing {
-                let mut again = Run::training(&packed.sequences, key);
+            let below = if gradient_checkpointing {
+                let mut again = new_run(true);
                 if let Some(input) = inputs.pop() {
-                    block.forward(&input, &mut again)?;
+                    block.recompute(&input, &mut again)?;
                 }
                 block.backward(&dx, need_dx, &mut again)?
             } else {
@@ -301,7 +352,25 @@ impl Decoder {
                 None => break,
             }
         }
-        Ok(pass)
+        Ok(())
+    }
+
+    /// Runs `pass`, and once more when there was no room to record it: a pass that was only launched before leaves
+    /// memory that can be given back, and a recording that failed has changed nothing.
+    #[cfg(feature = "cuda")]
+    fn with_room_to_record<T>(&self, mut pass: impl FnMut() -> Result<T>) -> Result<T> {
+        let done = pass();
+        let gpu = crate::cuda::of(self.device())?;
+        if matches!(done, Err(Error::OutOfDeviceMemory { .. })) && gpu.take_no_room_to_record() {
+            gpu.trim()?;
+            return pass();
+        }
+        done
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.weight.device()
     }
 
     /// Below this block nothing learns, so the backward ends there.
@@ -312,7 +381,9 @@ impl Decoder {
 
     /// See [`super::causal_lm::CausalLM::new_cache`].
     pub fn new_cache(&self, sequences: usize) -> Result<KvCache> {
-        KvCache::new(self.blocks.len(), sequences, self.kv_width, &Device::Cpu)
+        // The CPU computes in f32, a GPU in the model's dtype.
+        let dtype = if self.device().is_cpu() { DType::F32 } else { self.embedding.weight.dtype() };
+        KvCache::new(self.blocks.len(), sequences, self.kv_width, dtype, self.device())
     }
 
     /// See [`super::causal_lm::CausalLM::next_token_logits`].
@@ -339,6 +410,12 @@ impl Decoder {
         let lengths: Vec<usize> = new_tokens.iter().map(|t| t.len()).collect();
         let sequences = Sequences::new(lengths.iter().copied());
         cache.reserve(&lengths)?;
+        #[cfg(feature = "cuda")]
+        if self.device().is_cuda() {
+            let logits = self.with_room_to_record(|| self.next_token_logits_on_gpu(&ids, &sequences, cache))?;
+            cache.advance(&lengths);
+            return Ok(logits);
+        }
         let x = {
             let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
             self.run_blocks(&ids, &mut run)?
@@ -364,7 +441,7 @@ impl Decoder {
             let linears = block.linears().into_iter().map(&mut change).collect::<Result<Vec<_>>>()?;
             blocks.push(block.with_linears(linears)?);
         }
-        Ok(Self { blocks, head: change(&self.head)?, ..self.clone() })
+        Ok(Self { blocks, head: change(&self.head)?, recorded: Default::default(), ..self.clone() })
     }
 
     /// Every parameter with its name, in the reference's order. The tied head is not listed
@@ -416,17 +493,24 @@ pub(super) fn head(
     if tied && !weights.contains(NAME) {
         return Ok((table.clone(), true));
     }
-    let own = weights.tensor(NAME, table.dims(), options.torch_dtype)?;
+    let (rows, width) = table.dims2()?;
+    let own = weights.table(NAME, &[rows, width], options.torch_dtype)?;
     if !tied {
         return Ok((own, false));
     }
-    if own.ne(table)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? == 0.0 {
-        return Ok((table.clone(), true));
+    // Some rows at a time: what the comparison makes is larger than what it compares.
+    const COMPARED: usize = 4096;
+    for begin in (0..rows).step_by(COMPARED) {
+        let part = |t: &Tensor| t.narrow(0, begin, COMPARED.min(rows - begin));
+        let different = part(&own)?.ne(&part(table)?)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? > 0.0;
+        if different {
+            crate::display::notice(
+                "config.json ties the output head to the embeddings, but the checkpoint has a head of its own: it is used",
+            );
+            return Ok((own, false));
+        }
     }
-    crate::display::notice(
-        "config.json ties the output head to the embeddings, but the checkpoint has a head of its own: it is used",
-    );
-    Ok((own, false))
+    Ok((table.clone(), true))
 }
 
 /// dx of a linear layer inside a block: always needed.

@@ -242,6 +242,13 @@ impl Gguf {
         self.content.tensor_infos.keys().filter_map(|name| hf_name(name)).collect()
     }
 
+    /// Those names, with the tensors' shapes.
+    #[cfg(feature = "cuda")]
+    pub(super) fn shapes(&self) -> Vec<(String, &[usize])> {
+        let infos = self.content.tensor_infos.iter();
+        infos.filter_map(|(name, info)| Some((hf_name(name)?, info.shape.dims()))).collect()
+    }
+
     /// A tensor by the name that Hugging Face has for it, in `dtype`; none if the file has no such
     /// tensor.
     ///

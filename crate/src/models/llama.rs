@@ -2,12 +2,13 @@
 
 use std::{f64::consts::PI, sync::Arc};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde_json::Value;
 
 use super::{
     config_size,
     decoder::{Block, Decoder, DecoderNames, exactly, head, through},
+    memory::Needs,
     options::ModelOptions,
     weights::Weights,
 };
@@ -203,18 +204,25 @@ struct LlamaBlock {
 
 impl Block for LlamaBlock {
     fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        // What is not needed any more goes at once: each is as large as the batch.
         let normed = self.input_layernorm.forward(x, run)?; // (M, C)
         let q = self.q_proj.forward(&normed, None, run)?; // (M, heads * head_dim)
         let k = self.k_proj.forward(&normed, None, run)?; // (M, kv_heads * head_dim)
         let v = self.v_proj.forward(&normed, None, run)?; // (M, kv_heads * head_dim)
+        drop(normed);
         let joined = self.rope.join(&q, &k, &v, &self.attention.layout, run)?; // (M, (heads + 2 kv_heads) * head_dim)
+        drop((q, k, v));
         let mixed = self.attention.forward(&joined, run)?; // (M, heads * head_dim)
+        drop(joined);
         let x = self.o_proj.forward(&mixed, Some(x), run)?; // (M, C)
+        drop(mixed);
 
         let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
         let gate = self.gate_proj.forward(&normed, None, run)?; // (M, I)
         let up = self.up_proj.forward(&normed, None, run)?; // (M, I)
+        drop(normed);
         let wide = swiglu::forward(&gate, &up, run)?; // (M, I)
+        drop((gate, up));
         self.down_proj.forward(&wide, Some(&x), run) // (M, C)
     }
 
@@ -223,10 +231,11 @@ impl Block for LlamaBlock {
         let (dgate, dup) = swiglu::backward(&d, run)?; // (M, I) each
         drop(d);
         let d = (through(&self.up_proj, &dup, run)? + through(&self.gate_proj, &dgate, run)?)?; // (M, C)
+        drop((dgate, dup));
         let dx = self.post_attention_layernorm.backward(&d, Some(dy), run)?; // (M, C)
 
-        let d = through(&self.o_proj, &dx, run)?; // (M, heads * head_dim)
-        let d = self.attention.backward(&d, run)?; // (M, (heads + 2 kv_heads) * head_dim)
+        let mut d = through(&self.o_proj, &dx, run)?; // (M, heads * head_dim)
+        d = self.attention.backward(&d, run)?; // (M, (heads + 2 kv_heads) * head_dim)
         let [dq, dk, dv] = self.rope.split(&d, &self.attention.layout, run)?;
         drop(d);
         let v = self.v_proj.backward(&dv, need_dx, run)?; // (M, C)
@@ -285,24 +294,26 @@ impl Block for LlamaBlock {
         )
     }
 
-    fn saved_floats_per_token(&self) -> usize {
+    fn needs(&self, gpu: Option<DType>) -> Needs {
         let (c, layout, wide) = (self.hidden_size(), &self.attention.layout, self.intermediate_size());
+        let mixed = layout.heads * layout.head_dim;
         // What an adapter keeps is shared by the layers that read the same.
-        let inputs: [(&[&Linear], usize); 4] = [
-            (&[&self.q_proj, &self.k_proj, &self.v_proj], c),
-            (&[&self.o_proj], layout.heads * layout.head_dim),
-            (&[&self.gate_proj, &self.up_proj], c),
-            (&[&self.down_proj], wide),
-        ];
-        let adapted = |(linears, _): &&(&[&Linear], usize)| linears.iter().any(|l| l.lora.is_some());
-        let adapted: usize = inputs.iter().filter(adapted).map(|(_, width)| width).sum();
+        let adapted =
+            |linears: &[&Linear], width: usize| if linears.iter().any(|l| l.lora.is_some()) { width } else { 0 };
+        let adapters = adapted(&[&self.q_proj, &self.k_proj, &self.v_proj], c)
+            + adapted(&[&self.gate_proj, &self.up_proj], c)
+            + adapted(&[&self.down_proj], wide);
         // Both norms' inputs and statistics, the joined projections, gate and up.
-        2 * (c + 1) + layout.row + 2 * wide + adapted
-    }
-
-    fn working_floats_per_token(&self) -> usize {
+        let (saved, statistics) = (2 * c + layout.row + 2 * wide + adapters, 2);
         // Around swiglu's backward: dy, the gradient of its output and those of its two inputs.
-        self.hidden_size() + 3 * self.intermediate_size()
+        let working = c + 3 * wide;
+        if gpu.is_none() {
+            return Needs { saved: saved + adapted(&[&self.o_proj], mixed), statistics, working };
+        }
+        // And attention's output, which is o_proj's input; the sums of its rows; A x of the adapters.
+        let ranks: usize = self.linears().iter().filter_map(|l| Some(l.lora.as_ref()?.rank())).sum();
+        // A GPU's norms keep two numbers a row.
+        Needs { saved: saved + mixed, statistics: 2 * statistics + layout.heads + ranks, working }
     }
 }
 
@@ -331,7 +342,7 @@ pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions)
         let bias = has_bias.then(|| weights.tensor(&format!("{name}.bias"), &[out], dtype)).transpose()?;
         Ok::<_, Error>(Linear::new(name, weight, bias))
     };
-    let embedding = Embedding { weight: weights.tensor("model.embed_tokens.weight", &[config.vocab_size, c], dtype)? };
+    let embedding = Embedding { weight: weights.table("model.embed_tokens.weight", &[config.vocab_size, c], dtype)? };
     let attention = Attention {
         layout: HeadLayout::grouped(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
         slopes: Vec::new(),
@@ -387,6 +398,7 @@ pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions)
         blocks,
         final_norm: Norm::Rms(final_norm),
         kv_width: kv_heads,
+        recorded: Default::default(),
     })
 }
 

@@ -4,6 +4,8 @@ pub mod bloom;
 pub mod causal_lm;
 pub mod decoder;
 pub mod gguf;
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
 pub mod llama;
 pub mod memory;
 pub mod options;
@@ -17,6 +19,14 @@ use crate::error::{Error, Result};
 use decoder::Decoder;
 use options::ModelOptions;
 use weights::Weights;
+
+#[cfg(feature = "cuda")]
+pub use gpu::Recorded;
+
+/// What a GPU keeps between passes: nothing in a build without one.
+#[cfg(not(feature = "cuda"))]
+#[derive(Clone, Debug, Default)]
+pub struct Recorded;
 
 /// The architectures that can be loaded: `model_type` in config.json.
 pub const SUPPORTED: [&str; 2] = ["bloom", "llama"];
@@ -45,11 +55,17 @@ pub(crate) fn config_size(config: &Value, names: &[&str]) -> Result<usize> {
 
 /// Builds the network that `config` (config.json) describes from `weights`; gives the names
 /// of tensors that the model did not ask for.
-pub fn build(config: &Value, mut weights: Weights, options: &ModelOptions) -> Result<(Decoder, Vec<String>)> {
+pub fn build(config: &Value, weights: Weights, options: &ModelOptions) -> Result<(Decoder, Vec<String>)> {
     check_supported(config)?;
-    let decoder = match config["model_type"].as_str() {
-        Some("llama") => llama::load(&llama::LlamaConfig::from_json(config)?, &mut weights, options)?,
-        _ => bloom::load(&bloom::BloomConfig::from_json(config)?, &mut weights, options)?,
+    let load = |mut weights: Weights| {
+        let decoder = match config["model_type"].as_str() {
+            Some("llama") => llama::load(&llama::LlamaConfig::from_json(config)?, &mut weights, options)?,
+            _ => bloom::load(&bloom::BloomConfig::from_json(config)?, &mut weights, options)?,
+        };
+        Ok((decoder, weights.finish()?))
     };
-    Ok((decoder, weights.finish()?))
+    #[cfg(feature = "cuda")]
+    return weights.with_room(options, load);
+    #[cfg(not(feature = "cuda"))]
+    load(weights)
 }

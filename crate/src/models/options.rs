@@ -1,6 +1,6 @@
 //! How a model is loaded.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 use crate::{
     error::{Error, Result},
@@ -78,6 +78,24 @@ pub enum DeviceMap {
     Cuda(usize),
 }
 
+impl DeviceMap {
+    /// The device, and what to say of the choice when it was ours.
+    pub fn device(self) -> Result<(Device, Option<String>)> {
+        match self {
+            Self::Cpu => Ok((Device::Cpu, None)),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => Ok((crate::cuda::device(index)?, None)),
+            #[cfg(feature = "cuda")]
+            Self::Auto => Ok(match crate::cuda::first() {
+                Ok((index, gpu)) => (gpu.device(), Some(format!("device_map auto: cuda:{index} ({})", gpu.name()))),
+                Err(why) => (Device::Cpu, Some(format!("device_map auto: cpu ({why})"))),
+            }),
+            #[cfg(not(feature = "cuda"))]
+            _ => Ok((Device::Cpu, Some("device_map auto: cpu (this build has no CUDA kernels)".into()))),
+        }
+    }
+}
+
 impl ModelOptions {
     /// Refuses what cannot be loaded.
     pub fn validate(&self) -> Result<()> {
@@ -93,7 +111,7 @@ impl ModelOptions {
                 });
             }
         }
-        if let DeviceMap::Cuda(index) = self.device_map {
+        if let (DeviceMap::Cuda(index), false) = (self.device_map, cfg!(feature = "cuda")) {
             return Err(Error::Unsupported {
                 what: "device_map".into(),
                 got: format!("Cuda({index})"),

@@ -2,7 +2,11 @@
 //!
 //! Files are read, not mapped: a mapped page that was touched counts as the process's
 //! memory, and the point of 4-bit loading is that the whole model never sits there. The most
-//! that exists at once besides the model is one tensor in the model's own dtype.
+//! that exists at once besides the model is one tensor in the model's own dtype. A GPU's tensors
+//! go to it in pieces: nothing of their size is ever in the process's memory.
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,6 +29,10 @@ use crate::{
 /// Elements converted at a time: a buffer that does not count beside a tensor.
 const CHUNK: usize = 1 << 16;
 
+/// Tensors of at most so many bytes are converted here before they go to a GPU: a launch would take longer.
+#[cfg(feature = "cuda")]
+const SMALL: u64 = 64 << 10;
+
 /// Where a tensor lies.
 #[derive(Clone, Debug)]
 struct Entry {
@@ -44,6 +52,10 @@ pub struct Weights {
     used: BTreeSet<String>,
     missing: Vec<String>,
     prefix: &'static str,
+    device: Device,
+    /// Made when the first large tensor is read to a GPU.
+    #[cfg(feature = "cuda")]
+    reader: std::cell::OnceCell<cuda::Reader>,
 }
 
 impl Weights {
@@ -72,20 +84,40 @@ impl Weights {
         for (file, path) in files.iter().enumerate() {
             read_header(path, file, &mut entries)?;
         }
-        Ok(Self { files, entries, gguf: None, used: BTreeSet::new(), missing: Vec::new(), prefix: "" })
+        Ok(Self { entries, ..Self::empty(files) })
     }
 
     /// The tensors of a GGUF file, under Hugging Face's names.
     pub fn of_gguf(gguf: Gguf) -> Self {
         let files = vec![gguf.path().to_path_buf()];
+        Self { gguf: Some(gguf), ..Self::empty(files) }
+    }
+
+    fn empty(files: Vec<PathBuf>) -> Self {
         Self {
             files,
             entries: BTreeMap::new(),
-            gguf: Some(gguf),
+            gguf: None,
             used: BTreeSet::new(),
             missing: Vec::new(),
             prefix: "",
+            device: Device::Cpu,
+            #[cfg(feature = "cuda")]
+            reader: Default::default(),
         }
+    }
+
+    /// The same, read to `device`.
+    pub fn on(mut self, device: &Device) -> Self {
+        self.device = device.clone();
+        self
+    }
+
+    /// A table of embeddings `[rows, width]`. On a GPU its memory has zero rows up to a multiple of
+    /// 64 behind it, because a head of an odd size makes slow products.
+    pub fn table(&mut self, name: &str, &[rows, width]: &[usize; 2], dtype: DType) -> Result<Tensor> {
+        let padded = if self.device.is_cpu() { rows } else { rows.next_multiple_of(64) };
+        self.padded(name, &[rows, width], dtype, padded * width)
     }
 
     /// Accepts names with or without `prefix` in the file: the model asks with it.
@@ -110,33 +142,64 @@ impl Weights {
     /// A tensor in `dtype`, of the given shape. A tensor that is not there is noted and
     /// reported with all others by [`Weights::finish`]; meanwhile zeros stand for it.
     pub fn tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let Some(tensor) = self.optional_tensor(name, shape, dtype)? else {
-            self.missing.push(self.key(name).to_string());
-            return Ok(Tensor::zeros(shape, dtype, &Device::Cpu)?);
-        };
-        Ok(tensor)
+        self.padded(name, shape, dtype, 0)
     }
 
-    fn optional_tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Option<Tensor>> {
+    /// [`Weights::tensor`], in memory of at least `elements` elements; on a GPU only.
+    fn padded(&mut self, name: &str, shape: &[usize], dtype: DType, elements: usize) -> Result<Tensor> {
         let key = self.key(name).to_string();
         if let Some(gguf) = &self.gguf {
-            let tensor = gguf.tensor(&key, shape, dtype)?;
-            self.used.extend(tensor.is_some().then_some(key));
-            return Ok(tensor);
+            let Some(tensor) = gguf.tensor(&key, shape, dtype)? else {
+                self.missing.push(key);
+                return Ok(Tensor::zeros(shape, dtype, &self.device)?);
+            };
+            self.used.insert(key);
+            return self.with_padding(&tensor, elements);
         }
-        let Some(entry) = self.entries.get(&key).cloned() else { return Ok(None) };
+        let Some(entry) = self.entries.get(&key) else {
+            self.missing.push(key);
+            return Ok(Tensor::zeros(shape, dtype, &self.device)?);
+        };
         if entry.shape != shape {
             return Err(Error::Shape {
                 name: key,
                 path: Some(self.files[entry.file].clone()),
                 expected: shape.to_vec(),
-                got: entry.shape,
+                got: entry.shape.clone(),
                 remedy: "config.json and the weights must come from the same model".into(),
             });
         }
-        let tensor = read(&self.files[entry.file], &key, &entry, dtype)?;
+        let tensor = self.read(&key, entry, dtype, elements)?;
         self.used.insert(key);
-        Ok(Some(tensor))
+        Ok(tensor)
+    }
+
+    /// A copy on the device, which has room for `elements` elements there: those behind its own are zeros.
+    fn with_padding(&self, tensor: &Tensor, elements: usize) -> Result<Tensor> {
+        let n = tensor.elem_count();
+        if self.device.is_cpu() || elements <= n {
+            return Ok(tensor.to_device(&self.device)?);
+        }
+        let padded = Tensor::zeros(elements, tensor.dtype(), &self.device)?;
+        padded.slice_set(&tensor.to_device(&self.device)?.flatten_all()?, 0, 0)?;
+        Ok(padded.narrow(0, 0, n)?.reshape(tensor.shape())?)
+    }
+
+    fn read(&self, key: &str, entry: &Entry, dtype: DType, elements: usize) -> Result<Tensor> {
+        let path = &self.files[entry.file];
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() && (entry.bytes.1 - entry.bytes.0 > SMALL || elements > 0) {
+            let reader = match self.reader.get() {
+                Some(reader) => reader,
+                None => {
+                    let made = cuda::Reader::new(&self.device)?;
+                    self.reader.get_or_init(|| made)
+                }
+            };
+            return reader.read(path, key, entry, dtype, elements);
+        }
+        let _ = elements;
+        Ok(read(path, key, entry, dtype)?.to_device(&self.device)?)
     }
 
     /// A linear layer's weight `[out, in]`, quantized as it is read when `quantization` says
@@ -162,13 +225,12 @@ impl Weights {
     /// A weight that bitsandbytes saved in 4 bits.
     fn prequantized(&mut self, name: &str, shape: (usize, usize)) -> Result<Option<QuantizedTensor>> {
         let key = self.key(name).to_string();
-        let (entries, files) = (&self.entries, &self.files);
         let mut used = Vec::new();
         let quantized = QuantizedTensor::from_tensors(&key, |name| {
-            let Some(entry) = entries.get(name) else { return Ok(None) };
+            let Some(entry) = self.entries.get(name) else { return Ok(None) };
             used.push(name.to_string());
             let dtype = if entry.dtype == FileDtype::U8 { DType::U8 } else { DType::F32 };
-            read(&files[entry.file], name, entry, dtype).map(Some)
+            self.read(name, entry, dtype, 0).map(Some)
         })?;
         let Some(quantized) = quantized else { return Ok(None) };
         if quantized.shape() != [shape.0, shape.1] {
@@ -218,15 +280,17 @@ fn read(path: &Path, key: &str, entry: &Entry, dtype: DType) -> Result<Tensor> {
         DType::F16 => Tensor::from_vec(source.all(count, f16::from_f32)?, shape, &Device::Cpu)?,
         DType::BF16 => Tensor::from_vec(source.all(count, bf16::from_f32)?, shape, &Device::Cpu)?,
         DType::U8 => Tensor::from_vec(source.raw(count)?, shape, &Device::Cpu)?,
-        other => {
-            return Err(Error::Unsupported {
-                what: "torch_dtype".into(),
-                got: format!("{other:?}"),
-                supported: ["F32", "F16", "BF16"].map(String::from).into(),
-                remedy: "load the model in one of these".into(),
-            });
-        }
+        other => return Err(unsupported(other)),
     })
+}
+
+fn unsupported(dtype: DType) -> Error {
+    Error::Unsupported {
+        what: "torch_dtype".into(),
+        got: format!("{dtype:?}"),
+        supported: ["F32", "F16", "BF16"].map(String::from).into(),
+        remedy: "load the model in one of these".into(),
+    }
 }
 
 /// A tensor's bytes in its file.
@@ -254,7 +318,7 @@ impl Source<'_> {
             let width = match self.dtype {
                 FileDtype::F32 => 4,
                 FileDtype::F16 | FileDtype::BF16 => 2,
-                other => return Err(self.malformed(format!("{} holds {other:?}, not floating point", self.key))),
+                other => return Err(not_float(self.path, self.key, other)),
             };
             self.buffer.resize(n * width, 0);
             self.file.read_exact(&mut self.buffer).map_err(Error::io("read", self.path))?;
@@ -273,16 +337,22 @@ impl Source<'_> {
                 _ => two.for_each(|b| push(bf16::from_le_bytes(b).to_f32())),
             }
             if !finite {
-                let detail = format!("{} has a NaN or an infinity among elements {first}..{}", self.key, first + n);
-                return Err(self.malformed(detail));
+                return Err(finite_error(self.path, self.key, first, count));
             }
         }
         Ok(out)
     }
+}
 
-    fn malformed(&self, detail: String) -> Error {
-        malformed(self.path, detail)
-    }
+fn not_float(path: &Path, key: &str, dtype: FileDtype) -> Error {
+    malformed(path, format!("{key} holds {dtype:?}, not floating point"))
+}
+
+/// Of `count` elements, one near `index` is not finite.
+fn finite_error(path: &Path, key: &str, index: usize, count: usize) -> Error {
+    let first = index / CHUNK * CHUNK;
+    let end = count.min(first + CHUNK);
+    malformed(path, format!("{key} has a NaN or an infinity among elements {first}..{end}"))
 }
 
 fn malformed(path: &Path, detail: String) -> Error {

@@ -8,10 +8,12 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{
     Optim,
     kernel::{Rule, Step},
-    state::State,
+    state::{Form, State, forms},
 };
 use crate::{
     error::{Error, Result},
@@ -25,7 +27,9 @@ const PARALLEL_FROM: usize = 1 << 16;
 pub struct AdamW {
     optim: Optim,
     params: Vec<Param>,
-    states: Vec<State>,
+    /// The parts of each parameter's state.
+    forms: Vec<Vec<Form>>,
+    states: States,
     /// Steps done.
     step: u64,
     betas: (f64, f64),
@@ -33,10 +37,17 @@ pub struct AdamW {
     weight_decay: f64,
 }
 
+/// The states of all parameters, where these are.
+enum States {
+    Cpu(Vec<State>),
+    #[cfg(feature = "cuda")]
+    Gpu(cuda::States),
+}
+
 impl AdamW {
     /// `betas` in [0, 1), `eps` and `weight_decay` at least 0. The decay is decoupled
     /// (`p *= 1 - lr * weight_decay`) and comes before the update. Fails for a value outside its
-    /// domain, for no parameters, and for two of one name.
+    /// domain, for no parameters, for two of one name, and for parameters on different devices.
     pub fn new(optim: Optim, params: &[Param], betas: (f64, f64), eps: f64, weight_decay: f64) -> Result<Self> {
         for (name, beta) in [("adam_beta1", betas.0), ("adam_beta2", betas.1)] {
             domain(
@@ -59,16 +70,28 @@ impl AdamW {
             let remedy = "pass each parameter once: it would be stepped twice";
             return Err(Error::argument("parameters of the optimizer", twice.name(), "different names", remedy));
         }
-        if let Some(p) = params.iter().find(|p| !p.value().device().is_cpu()) {
-            return Err(Error::Unsupported {
-                what: format!("device of {}", p.name()),
-                got: "GPU".into(),
-                supported: vec!["cpu".into()],
-                remedy: "load the model with DeviceMap::Cpu".into(),
-            });
+        let device = params[0].value().device();
+        if let Some(p) = params.iter().find(|p| !p.value().device().same_device(device)) {
+            let got =
+                format!("{:?}, that of {} is {:?}", p.value().device().location(), params[0].name(), device.location());
+            let remedy = "load the whole model on one device";
+            return Err(Error::argument(
+                &format!("device of {}", p.name()),
+                got,
+                "the same for all parameters",
+                remedy,
+            ));
         }
-        let states = params.iter().map(|p| State::new(p, optim.is_8bit())).collect::<Result<_>>()?;
-        Ok(Self { optim, params: params.to_vec(), states, step: 0, betas, eps, weight_decay })
+        let forms: Vec<Vec<Form>> = params.iter().map(|p| forms(p, optim.is_8bit())).collect();
+        let states = match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => States::Gpu(cuda::States::new(params, &forms, optim.is_paged())?),
+            device => {
+                crate::layers::only_cpu("AdamW", device)?;
+                States::Cpu(forms.iter().map(|forms| State::zeros(forms)).collect::<Result<_>>()?)
+            }
+        };
+        Ok(Self { optim, params: params.to_vec(), forms, states, step: 0, betas, eps, weight_decay })
     }
 
     /// One step with learning rate `lr`. The gradients are multiplied by `grad_scale` (see
@@ -81,14 +104,21 @@ impl AdamW {
             "a number of at least 0",
             "use 1e-4 to 1e-3 for LoRA",
         )?;
-        self.step += 1;
-        let rule = |state: &State| match (self.optim, state) {
-            (Optim::AdamWTorch, _) => Rule::Torch,
-            (_, State::Full { .. }) => Rule::Bnb32,
-            (_, State::Quantized { .. }) => Rule::Bnb8,
-        };
+        let t = self.step + 1;
+        let full = if self.optim == Optim::AdamWTorch { Rule::Torch } else { Rule::Bnb32 };
+        let step = |rule| Step::new(rule, lr, self.betas, self.eps, self.weight_decay, t, grad_scale);
+        match &self.states {
+            States::Cpu(states) => self.step_on_cpu(states, full, step)?,
+            #[cfg(feature = "cuda")]
+            States::Gpu(states) => states.step(full, step)?,
+        }
+        self.step = t;
+        Ok(())
+    }
+
+    fn step_on_cpu(&self, states: &[State], full: Rule, step: impl Fn(Rule) -> Step + Sync) -> Result<()> {
         let one = |(p, state): (&Param, &State)| -> Result<()> {
-            let step = Step::new(rule(state), lr, self.betas, self.eps, self.weight_decay, self.step, grad_scale);
+            let step = step(if matches!(state, State::Full { .. }) { full } else { Rule::Bnb8 });
             read_f32(p.grad(), |g| {
                 let mut done = Ok(());
                 modify_f32(p.value(), |p| done = state.step(&step, p, g))?;
@@ -96,9 +126,9 @@ impl AdamW {
             })?
         };
         if self.params.iter().map(|p| p.value().elem_count()).sum::<usize>() < PARALLEL_FROM {
-            self.params.iter().zip(&self.states).try_for_each(one)
+            self.params.iter().zip(states).try_for_each(one)
         } else {
-            self.params.par_iter().zip(&self.states).try_for_each(one)
+            self.params.par_iter().zip(states).try_for_each(one)
         }
     }
 
@@ -109,19 +139,55 @@ impl AdamW {
 
     /// Bytes of the state.
     pub fn num_bytes(&self) -> usize {
-        let bytes = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
-        self.states.iter().flat_map(State::parts).map(|(_, t)| bytes(t)).sum()
+        self.forms.iter().flatten().map(Form::num_bytes).sum()
     }
 
-    /// Copies of the state under checkpoint names: `step` (i64, one element), and for each parameter
+    /// Bytes that the state would have in 8 bits.
+    pub(crate) fn num_bytes_in_8bit(&self) -> usize {
+        self.params.iter().flat_map(|p| forms(p, true)).map(|form| form.num_bytes()).sum()
+    }
+
+    /// Moves the state of a paged optimizer from the GPU to the host's memory, to make room for something else;
+    /// the next step brings it back. Does nothing on the CPU and for an optimizer that is not paged.
+    pub fn page_out(&self) -> Result<()> {
+        match &self.states {
+            States::Cpu(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            States::Gpu(states) => states.page_out(),
+        }
+    }
+
+    /// Whether the state was moved to the host's memory, and not back yet.
+    pub fn is_paged_out(&self) -> Result<bool> {
+        match &self.states {
+            States::Cpu(_) => Ok(false),
+            #[cfg(feature = "cuda")]
+            States::Gpu(states) => Ok(states.place()? == Some(crate::cuda::Place::Host)),
+        }
+    }
+
+    /// Whether the state is in memory that may move between the GPU and the host.
+    pub(crate) fn is_paged(&self) -> bool {
+        match &self.states {
+            States::Cpu(_) => false,
+            #[cfg(feature = "cuda")]
+            States::Gpu(states) => states.is_paged(),
+        }
+    }
+
+    /// Copies of the state, on the CPU, under checkpoint names: `step` (i64, one element), and for each parameter
     /// `<name>.exp_avg` and `<name>.exp_avg_sq`, or for an 8-bit state `<name>.state1`,
     /// `.state2` (uint8), `.absmax1` and `.absmax2`.
     pub fn state_dict(&self) -> Result<HashMap<String, Tensor>> {
         let mut tensors = HashMap::from([("step".to_string(), Tensor::new(&[self.step as i64], &Device::Cpu)?)]);
-        for (p, state) in self.params.iter().zip(&self.states) {
-            for (part, tensor) in state.parts() {
-                tensors.insert(format!("{}.{part}", p.name()), tensor.copy()?);
-            }
+        let copy = |state: &State| state.parts().into_iter().map(|t| Ok(t.copy()?)).collect::<Result<Vec<_>>>();
+        let copies = match &self.states {
+            States::Cpu(states) => states.iter().map(copy).collect::<Result<Vec<_>>>()?,
+            #[cfg(feature = "cuda")]
+            States::Gpu(states) => states.copies(&self.forms)?,
+        };
+        for ((p, forms), copies) in self.params.iter().zip(&self.forms).zip(copies) {
+            tensors.extend(forms.iter().zip(copies).map(|(form, copy)| (key(p, form), copy)));
         }
         Ok(tensors)
     }
@@ -130,11 +196,9 @@ impl AdamW {
     /// `Error::KeyMismatch` for a state of other parameters or of another kind of optimizer,
     /// with `Error::Shape` or `Error::InvalidArgument` for tensors of another form.
     pub fn load_state_dict(&mut self, tensors: &HashMap<String, Tensor>) -> Result<()> {
-        let known = |p: &Param, state: &State| -> Vec<String> {
-            state.parts().iter().map(|(part, _)| format!("{}.{part}", p.name())).collect()
-        };
+        let parts = self.params.iter().zip(&self.forms);
         let mut expected: BTreeSet<String> =
-            self.params.iter().zip(&self.states).flat_map(|(p, state)| known(p, state)).collect();
+            parts.clone().flat_map(|(p, forms)| forms.iter().map(|form| key(p, form))).collect();
         expected.insert("step".into());
         let given: BTreeSet<String> = tensors.keys().cloned().collect();
         if expected != given {
@@ -152,40 +216,44 @@ impl AdamW {
                 return Err(Error::argument("step of the optimizer's state", &tensors["step"], "one count", remedy));
             }
         };
-        let load = |(p, state): (&Param, &State)| {
-            state.with_parts(|part| {
-                let name = format!("{}.{part}", p.name());
-                let own = state.parts().into_iter().find(|(own, _)| *own == part).map(|(_, t)| t);
-                own.map_or_else(|| Ok(tensors[&name].clone()), |own| like(own, &name, &tensors[&name]))
-            })
+        let load = |(p, forms): (&Param, &Vec<Form>)| {
+            let one = |form: &Form| form.check(&key(p, form), &tensors[&key(p, form)]);
+            forms.iter().map(one).collect::<Result<Vec<_>>>()
         };
-        self.states = self.params.iter().zip(&self.states).map(load).collect::<Result<_>>()?;
+        let loaded = parts.map(load).collect::<Result<Vec<_>>>()?;
+        match &mut self.states {
+            States::Cpu(states) => *states = loaded.into_iter().map(State::of).collect::<Result<_>>()?,
+            #[cfg(feature = "cuda")]
+            States::Gpu(states) => states.replace(&loaded)?,
+        }
         self.step = step;
         Ok(())
     }
 }
 
-/// A copy of `tensor`, which must have the form of `own`.
-fn like(own: &Tensor, name: &str, tensor: &Tensor) -> Result<Tensor> {
-    if tensor.dims() != own.dims() {
-        return Err(Error::Shape {
-            name: name.into(),
-            path: None,
-            expected: own.dims().to_vec(),
-            got: tensor.dims().to_vec(),
-            remedy: "resume with an adapter of the same r and target_modules".into(),
-        });
+/// The name of a part of a parameter's state in a checkpoint.
+fn key(param: &Param, form: &Form) -> String {
+    format!("{}.{}", param.name(), form.name)
+}
+
+impl Form {
+    /// A copy of `tensor` on the CPU, which must have this form.
+    fn check(&self, name: &str, tensor: &Tensor) -> Result<Tensor> {
+        if tensor.dims() != self.shape {
+            return Err(Error::Shape {
+                name: name.into(),
+                path: None,
+                expected: self.shape.clone(),
+                got: tensor.dims().to_vec(),
+                remedy: "resume with an adapter of the same r and target_modules".into(),
+            });
+        }
+        if tensor.dtype() != self.dtype {
+            let (got, expected) = (tensor.dtype().as_str(), self.dtype.as_str());
+            return Err(Error::argument(&format!("dtype of {name}"), got, expected, "resume with the same optim"));
+        }
+        Ok(tensor.to_device(&Device::Cpu)?.force_contiguous()?)
     }
-    if tensor.dtype() != own.dtype() {
-        let remedy = "resume with the same optim";
-        return Err(Error::argument(
-            &format!("dtype of {name}"),
-            tensor.dtype().as_str(),
-            own.dtype().as_str(),
-            remedy,
-        ));
-    }
-    Ok(tensor.to_device(own.device())?.force_contiguous()?)
 }
 
 fn domain(name: &str, value: f64, ok: bool, expected: &str, remedy: &str) -> Result<()> {

@@ -26,8 +26,17 @@ impl GradNorm {
 /// the scale, which saves a pass over them.
 pub fn clip_grad_norm(params: &[Param], max_norm: f64) -> Result<GradNorm> {
     let mut sum = 0f64;
-    for p in params {
+    let (here, on_gpus): (Vec<&Param>, Vec<&Param>) = params.iter().partition(|p| p.grad().device().is_cpu());
+    for p in here {
         sum += read_f32(p.grad(), sum_of_squares)?;
+    }
+    #[cfg(feature = "cuda")]
+    if !on_gpus.is_empty() {
+        sum += super::cuda::sum_of_squares(&on_gpus)?;
+    }
+    #[cfg(not(feature = "cuda"))]
+    for p in on_gpus {
+        crate::layers::only_cpu("clip_grad_norm", p.grad().device())?;
     }
     let total = sum.sqrt();
     // In f32, and by a reciprocal, as torch divides a number by a tensor.

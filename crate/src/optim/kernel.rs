@@ -20,18 +20,18 @@ pub(crate) enum Rule {
 /// The scalars of one step.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Step {
-    rule: Rule,
-    grad_scale: f32,
-    decay: f32,
-    beta1: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
+    pub(super) rule: Rule,
+    pub(super) grad_scale: f32,
+    pub(super) decay: f32,
+    pub(super) beta1: f32,
+    pub(super) one_minus_beta1: f32,
+    pub(super) beta2: f32,
+    pub(super) one_minus_beta2: f32,
     /// `sqrt(v)` is divided by this (1 where the rule folds it into the step size).
-    correction2: f32,
-    eps: f32,
+    pub(super) correction2: f32,
+    pub(super) eps: f32,
     /// Negative.
-    step_size: f32,
+    pub(super) step_size: f32,
 }
 
 impl Step {

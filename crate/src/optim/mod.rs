@@ -7,6 +7,8 @@
 
 mod adamw;
 mod clip;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod kernel;
 pub mod lr_scheduler;
 mod state;
@@ -21,8 +23,9 @@ use crate::error::{Error, Result};
 
 /// Which AdamW, under Hugging Face's names.
 ///
-/// "Paged" optimizers keep their state where the GPU driver may move it to the host. On the CPU
-/// the operating system pages all memory, so they are the same arithmetic in ordinary memory.
+/// "Paged" optimizers keep their state where the GPU driver may move it to the host (managed
+/// memory, which a step asks for on the card beforehand). On the CPU the operating system pages
+/// all memory, so they are the same arithmetic in ordinary memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Optim {
     /// `adamw_torch`: torch.optim.AdamW, 8 bytes of state a parameter.
@@ -48,6 +51,12 @@ impl Optim {
             Self::AdamW8bit => "adamw_8bit",
             Self::PagedAdamW8bit => "paged_adamw_8bit",
         }
+    }
+
+    /// Whether the state may leave a GPU's memory for the host's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_paged(self) -> bool {
+        matches!(self, Self::PagedAdamW32bit | Self::PagedAdamW8bit)
     }
 
     pub(crate) fn is_8bit(self) -> bool {

@@ -1,8 +1,9 @@
-//! The moments of one parameter, in 32 or in 8 bits, and their names in a checkpoint.
+//! The moments of one parameter, in 32 or in 8 bits, and their names in a checkpoint; on the CPU (for a GPU, see
+//! `cuda`).
 
 use std::{marker::PhantomData, sync::Mutex};
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
 use rayon::prelude::*;
 
 use super::kernel::Step;
@@ -15,7 +16,7 @@ use crate::{
 /// bitsandbytes keeps 32-bit states for tensors smaller than this.
 const MIN_8BIT_SIZE: usize = 4096;
 
-/// Tensors, so that they can live where the parameter lives; changed in place.
+/// Tensors on the CPU, changed in place.
 pub(crate) enum State {
     Full {
         /// First moment, f32.
@@ -27,39 +28,64 @@ pub(crate) enum State {
     Quantized { state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor },
 }
 
+/// What a part of a state is.
+pub(crate) struct Form {
+    /// Behind the parameter's name in a checkpoint.
+    pub name: &'static str,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+}
+
+impl Form {
+    pub fn num_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()
+    }
+}
+
+/// The parts of a parameter's state: two moments, or their codes and maxima.
+pub(crate) fn forms(param: &Param, is_8bit: bool) -> Vec<Form> {
+    let value = param.value();
+    let n = value.elem_count();
+    let form = |name, dtype, shape: &[usize]| Form { name, dtype, shape: shape.to_vec() };
+    let dims = value.dims();
+    if !is_8bit || n < MIN_8BIT_SIZE {
+        return vec![form("exp_avg", DType::F32, dims), form("exp_avg_sq", DType::F32, dims)];
+    }
+    let maxima = &[n.div_ceil(NESTED_BLOCKSIZE)];
+    vec![
+        form("state1", DType::U8, dims),
+        form("state2", DType::U8, dims),
+        form("absmax1", DType::F32, maxima),
+        form("absmax2", DType::F32, maxima),
+    ]
+}
+
 impl State {
-    pub fn new(param: &Param, is_8bit: bool) -> Result<Self> {
-        let value = param.value();
-        let n = value.elem_count();
-        if !is_8bit || n < MIN_8BIT_SIZE {
-            return Ok(Self::Full { exp_avg: value.zeros_like()?, exp_avg_sq: value.zeros_like()? });
-        }
-        let codes = || Tensor::zeros(value.shape(), DType::U8, value.device());
-        let maxima = || Tensor::zeros(n.div_ceil(NESTED_BLOCKSIZE), DType::F32, value.device());
-        Ok(Self::Quantized { state1: codes()?, state2: codes()?, absmax1: maxima()?, absmax2: maxima()? })
+    pub fn zeros(forms: &[Form]) -> Result<Self> {
+        let zeros = forms.iter().map(|f| Tensor::zeros(f.shape.as_slice(), f.dtype, &Device::Cpu));
+        Self::of(zeros.collect::<candle_core::Result<_>>()?)
     }
 
-    /// Name suffix and tensor of each part.
-    pub fn parts(&self) -> Vec<(&'static str, &Tensor)> {
-        match self {
-            Self::Full { exp_avg, exp_avg_sq } => vec![("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)],
-            Self::Quantized { state1, state2, absmax1, absmax2 } => {
-                vec![("state1", state1), ("state2", state2), ("absmax1", absmax1), ("absmax2", absmax2)]
-            }
-        }
-    }
-
-    /// A state of the same kind whose parts `take` gives.
-    pub fn with_parts(&self, mut take: impl FnMut(&'static str) -> Result<Tensor>) -> Result<Self> {
-        Ok(match self {
-            Self::Full { .. } => Self::Full { exp_avg: take("exp_avg")?, exp_avg_sq: take("exp_avg_sq")? },
-            Self::Quantized { .. } => Self::Quantized {
-                state1: take("state1")?,
-                state2: take("state2")?,
-                absmax1: take("absmax1")?,
-                absmax2: take("absmax2")?,
+    /// Of tensors of a parameter's forms.
+    pub fn of(parts: Vec<Tensor>) -> Result<Self> {
+        match <[Tensor; 2]>::try_from(parts) {
+            Ok([exp_avg, exp_avg_sq]) => Ok(Self::Full { exp_avg, exp_avg_sq }),
+            Err(parts) => match <[Tensor; 4]>::try_from(parts) {
+                Ok([state1, state2, absmax1, absmax2]) => Ok(Self::Quantized { state1, state2, absmax1, absmax2 }),
+                Err(parts) => {
+                    let what = format!("optimizer state: {} parts", parts.len());
+                    Err(candle_core::Error::Msg(what).bt().into())
+                }
             },
-        })
+        }
+    }
+
+    /// The parts, in the order of the forms.
+    pub fn parts(&self) -> Vec<&Tensor> {
+        match self {
+            Self::Full { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
+            Self::Quantized { state1, state2, absmax1, absmax2 } => vec![state1, state2, absmax1, absmax2],
+        }
     }
 
     /// One step of the weights `p` with the gradients `g`.

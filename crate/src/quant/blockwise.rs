@@ -1,7 +1,7 @@
 //! 8-bit blockwise quantization with a dynamic code book: for the statistics of the 4-bit
 //! types (double quantization) and for the states of the 8-bit optimizers.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, Mutex};
 
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
@@ -34,7 +34,7 @@ pub struct BlockwiseState {
 pub(crate) struct DynamicMap {
     pub value: [f32; 256],
     /// `code = number of entries below x`; padded with infinity to a power of two.
-    above: [f32; 256],
+    pub above: [f32; 256],
 }
 
 impl DynamicMap {
@@ -99,19 +99,39 @@ impl DynamicMap {
     }
 }
 
-/// The signed map as a tensor; one for all weights.
-pub(crate) fn signed_code() -> Result<Tensor> {
-    static CODE: LazyLock<candle_core::Result<Tensor>> =
-        LazyLock::new(|| Tensor::new(&DynamicMap::signed().value, &Device::Cpu));
-    CODE.as_ref().cloned().map_err(|e| Error::Tensor(candle_core::Error::Msg(e.to_string())))
+/// The signed map as a tensor; one a device for all weights.
+pub(crate) fn signed_code(device: &Device) -> Result<Tensor> {
+    static CODES: Mutex<Vec<Tensor>> = Mutex::new(Vec::new());
+    let mut codes = CODES.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(code) = codes.iter().find(|code| code.device().same_device(device)) {
+        return Ok(code.clone());
+    }
+    let code = Tensor::new(&DynamicMap::signed().value, device)?;
+    codes.push(code.clone());
+    Ok(code)
+}
+
+/// A code book on `device`: the shared one there, if it is the shared one here.
+pub(crate) fn code_on(code: &Tensor, device: &Device) -> Result<Tensor> {
+    if code.device().same_device(device) {
+        return Ok(code.clone());
+    }
+    if code.id() == signed_code(code.device())?.id() {
+        return signed_code(device);
+    }
+    Ok(code.to_device(device)?)
 }
 
 /// Quantizes to 8 bits with the signed dynamic map (`bitsandbytes.functional.quantize_blockwise`).
 ///
 /// `x`: f32, f16 or bf16, any shape; the result is uint8 of the same shape. `blocksize`: a
-/// power of two, 32 to 4096; the last block may be partial.
+/// power of two, 32 to 4096; the last block may be partial. The result is where `x` is.
 pub fn quantize_blockwise(x: &Tensor, blocksize: usize) -> Result<(Tensor, BlockwiseState)> {
     check_blocksize(blocksize)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return super::cuda::quantize_blockwise(x, blocksize);
+    }
     let map = DynamicMap::signed();
     let mut codes = vec![0u8; x.elem_count()];
     let mut absmax = vec![0f32; x.elem_count().div_ceil(blocksize)];
@@ -123,7 +143,8 @@ pub fn quantize_blockwise(x: &Tensor, blocksize: usize) -> Result<(Tensor, Block
         blocks.for_each(|((x, codes), absmax)| *absmax = map.encode_block(x, codes));
         Ok(())
     })??;
-    let state = BlockwiseState { absmax: tensor_f32(absmax)?, code: signed_code()?, blocksize, dtype: x.dtype() };
+    let state =
+        BlockwiseState { absmax: tensor_f32(absmax)?, code: signed_code(&Device::Cpu)?, blocksize, dtype: x.dtype() };
     Ok((Tensor::from_vec(codes, x.shape(), &Device::Cpu)?, state))
 }
 
@@ -139,6 +160,10 @@ pub fn dequantize_blockwise(q: &Tensor, state: &BlockwiseState) -> Result<Tensor
             got: state.absmax.dims().to_vec(),
             remedy: "dequantize with the state that quantize_blockwise gave for this tensor".into(),
         });
+    }
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return super::cuda::dequantize_blockwise(q, state);
     }
     let mut out = vec![0f32; n];
     with_slice::<u8, _>(q, |q| {

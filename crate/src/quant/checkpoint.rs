@@ -23,13 +23,13 @@ struct Json {
 
 impl QuantState {
     /// The state's tensors under their checkpoint names, for the weight named `prefix`
-    /// (`model.layers.0.mlp.up_proj.weight`). Equal to bitsandbytes' byte for byte.
+    /// (`model.layers.0.mlp.up_proj.weight`), on the CPU. Equal to bitsandbytes' byte for byte.
     pub fn to_tensors(&self, prefix: &str) -> Result<Vec<(String, Tensor)>> {
         let key = |suffix: &str| format!("{prefix}.{suffix}");
-        let mut tensors = vec![(key("absmax"), self.absmax.clone()), (key("quant_map"), self.code.clone())];
+        let mut tensors = vec![(key("absmax"), on_cpu(&self.absmax)?), (key("quant_map"), on_cpu(&self.code)?)];
         if let Some(state2) = &self.state2 {
-            tensors.push((key("nested_absmax"), state2.absmax.clone()));
-            tensors.push((key("nested_quant_map"), state2.code.clone()));
+            tensors.push((key("nested_absmax"), on_cpu(&state2.absmax)?));
+            tensors.push((key("nested_quant_map"), on_cpu(&state2.code)?));
         }
         let json = self.json();
         let json = Tensor::from_slice(json.as_bytes(), json.len(), &Device::Cpu)?;
@@ -58,7 +58,8 @@ impl QuantState {
     }
 
     /// Reads the state of the weight named `prefix`. `get` looks a tensor up by its name;
-    /// `Ok(None)` when the weight has no such state, so it is not quantized.
+    /// `Ok(None)` when the weight has no such state, so it is not quantized. The state is where its
+    /// tensors are.
     pub fn from_tensors(prefix: &str, mut get: impl FnMut(&str) -> Result<Option<Tensor>>) -> Result<Option<Self>> {
         let mut json = None;
         for quant_type in QuantType::ALL {
@@ -69,7 +70,7 @@ impl QuantState {
             }
         }
         let Some((name, json)) = json else { return Ok(None) };
-        let bytes = with_slice::<u8, _>(&json, <[u8]>::to_vec)?;
+        let bytes = with_slice::<u8, _>(&on_cpu(&json)?, <[u8]>::to_vec)?;
         let json: Json = serde_json::from_slice(&bytes).map_err(|e| malformed(&name, &e.to_string()))?;
         let dtype = dtype_of(&name, &json.dtype)?;
         let quant_type: QuantType = json.quant_type.parse()?;
@@ -80,6 +81,7 @@ impl QuantState {
         };
         let absmax = need("absmax")?;
         same_values(&format!("{prefix}.quant_map"), &need("quant_map")?, quant_type.values())?;
+        let device = absmax.device().clone();
         let mut state = QuantState {
             absmax,
             shape: json.shape,
@@ -97,7 +99,7 @@ impl QuantState {
             state.offset = Some(offset as f32);
             state.state2 = Some(BlockwiseState {
                 absmax: need("nested_absmax")?,
-                code: super::blockwise::signed_code()?,
+                code: super::blockwise::signed_code(&device)?,
                 blocksize,
                 dtype: dtype_of(&name, json.nested_dtype.as_deref().unwrap_or("float32"))?,
             });
@@ -107,9 +109,9 @@ impl QuantState {
 }
 
 impl QuantizedTensor {
-    /// The codes under `prefix` itself, then the state's tensors.
+    /// The codes under `prefix` itself, then the state's tensors; on the CPU.
     pub fn to_tensors(&self, prefix: &str) -> Result<Vec<(String, Tensor)>> {
-        let mut tensors = vec![(prefix.to_string(), self.packed().clone())];
+        let mut tensors = vec![(prefix.to_string(), on_cpu(self.packed())?)];
         tensors.extend(self.state().to_tensors(prefix)?);
         Ok(tensors)
     }
@@ -120,6 +122,10 @@ impl QuantizedTensor {
         let packed = get(prefix)?.ok_or_else(|| malformed(prefix, "it is missing, though its quant_state is there"))?;
         Self::new(&packed, &state).map(Some)
     }
+}
+
+fn on_cpu(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.to_device(&Device::Cpu)?)
 }
 
 fn torch_name(dtype: DType) -> &'static str {
@@ -154,7 +160,7 @@ fn same_values(name: &str, tensor: &Tensor, expected: &[f32]) -> Result<()> {
     let same = |values: &[f32]| {
         values.len() == expected.len() && values.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-6)
     };
-    if tensor.dtype() == DType::F32 && with_slice::<f32, _>(tensor, same)? {
+    if tensor.dtype() == DType::F32 && with_slice::<f32, _>(&on_cpu(tensor)?, same)? {
         return Ok(());
     }
     Err(malformed(name, "a code book with other values"))

@@ -11,13 +11,13 @@ const MAX_THREADS: usize = 512;
 const LANES: usize = 4;
 
 /// Threads of a block and number of blocks that PyTorch gives to a sum of `n` values.
-struct Grid {
-    threads: usize,
-    blocks: usize,
+pub(super) struct Grid {
+    pub threads: usize,
+    pub blocks: usize,
 }
 
 impl Grid {
-    fn new(n: usize) -> Self {
+    pub fn new(n: usize) -> Self {
         let work = if vectorized(n) { n / LANES } else { n };
         let threads = if work < MAX_THREADS { previous_power_of_two(work) } else { MAX_THREADS };
         let per_thread = n.div_ceil(threads);
@@ -30,7 +30,8 @@ impl Grid {
 
 const H100_BLOCKS: usize = 132 * (2048 / MAX_THREADS);
 
-fn vectorized(n: usize) -> bool {
+/// Whether its threads read four neighbours at a time.
+pub(super) fn vectorized(n: usize) -> bool {
     n >= 128
 }
 

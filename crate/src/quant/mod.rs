@@ -17,12 +17,15 @@
 //!
 //! The functions take tensors and look at where they are; what runs on the CPU works on slices
 //! (`encode` to quantize, `cpu` to dequantize, `simd` beneath both), with `oracle` as their
-//! plain definition. The model's layers read weights through [`dequantize_range`].
+//! plain definition. The model's layers read weights through [`dequantize_range`]. On a GPU
+//! (`cuda`) kernels do the same and give the same bits.
 
 mod blockwise;
 mod checkpoint;
 mod code;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod encode;
 mod mean;
 pub mod oracle;
@@ -40,6 +43,10 @@ pub(crate) use blockwise::DynamicMap;
 pub use blockwise::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState, dequantize_blockwise, quantize_blockwise};
 pub use code::{QuantType, create_dynamic_map};
 pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{AbsmaxArgs, values};
+#[cfg(feature = "cuda")]
+pub use cuda::{dequantize_into, dequantize_transposed_into, transposes};
 pub use state::{QuantState, QuantizedTensor};
 
 use crate::error::{Error, Result};
@@ -52,7 +59,7 @@ use encode::Element;
 /// - `compress_statistics`: double quantization.
 ///
 /// Returns the codes, uint8 `[(n+1)/2, 1]` with the first element of each two in the high
-/// nibble (`[n, 1]` for `Int8`), and the state that undoes it. Fails on a NaN or infinite
+/// nibble (`[n, 1]` for `Int8`), and the state that undoes it; both where `weight` is. Fails on a NaN or infinite
 /// element, naming its index in the flattened weight.
 pub fn quantize_4bit(
     weight: &Tensor,
@@ -64,6 +71,10 @@ pub fn quantize_4bit(
     let n = weight.elem_count();
     if n == 0 {
         return Err(Error::argument("elements of the weight", 0, "at least 1", "leave empty weights as they are"));
+    }
+    #[cfg(feature = "cuda")]
+    if weight.device().is_cuda() {
+        return cuda::quantize(weight, quant_type, blocksize, compress_statistics);
     }
     let mut packed = vec![0u8; quant_type.packed_len(n)];
     let mut absmax = vec![0f32; n.div_ceil(blocksize)];
@@ -111,10 +122,14 @@ impl tensor::ForFloats for Quantize<'_> {
 }
 
 /// The weight that `packed` and `state` stand for: of the state's dtype (f32, f16 or bf16)
-/// and shape, each element `code * absmax` rounded once.
+/// and shape, each element `code * absmax` rounded once. It is where `packed` is.
 pub fn dequantize_4bit(packed: &Tensor, state: &QuantState) -> Result<Tensor> {
     check_float(state.dtype)?;
     let weight = QuantizedTensor::new(packed, state)?;
+    #[cfg(feature = "cuda")]
+    if packed.device().is_cuda() {
+        return cuda::dequantize(&weight);
+    }
     weight.with_cpu(|view| match state.dtype {
         DType::F16 => dequantize_to::<f16>(view, &state.shape),
         DType::BF16 => dequantize_to::<bf16>(view, &state.shape),

@@ -1,6 +1,6 @@
 //! What belongs to a quantized weight besides its codes.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{AbsmaxCpu, BlockwiseState, QuantType, QuantizedCpu, dequantize_4bit, tensor::with_slice};
 use crate::error::{Error, Result};
@@ -17,7 +17,7 @@ pub struct QuantState {
     /// Elements a block, row-major.
     pub blocksize: usize,
     pub quant_type: QuantType,
-    /// The values of the codes, f32: 16, or 256 for `Int8`.
+    /// The values of the codes, f32: 16, or 256 for `Int8`; on the CPU, wherever the weight is.
     pub code: Tensor,
     /// The mean of the block maxima, subtracted before they were quantized.
     pub offset: Option<f32>,
@@ -44,6 +44,11 @@ impl QuantState {
         let n = self.elem_count();
         let blocks = n.div_ceil(self.blocksize);
         expect("packed weight", packed, DType::U8, self.quant_type.packed_len(n))?;
+        let beside = |name: &str, tensor: &Tensor| same_device(name, tensor, packed);
+        beside("absmax", &self.absmax)?;
+        if let Some(state2) = &self.state2 {
+            beside("nested_absmax", &state2.absmax)?;
+        }
         expect("quant_map", &self.code, DType::F32, self.quant_type.values().len())?;
         match (&self.state2, self.offset) {
             (None, _) => expect("absmax", &self.absmax, DType::F32, blocks),
@@ -63,7 +68,7 @@ impl QuantState {
     }
 }
 
-fn expect(name: &str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<()> {
+pub(super) fn expect(name: &str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<()> {
     if tensor.dtype() != dtype {
         return Err(Error::argument(
             &format!("dtype of {name}"),
@@ -84,6 +89,18 @@ fn expect(name: &str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<
     Ok(())
 }
 
+pub(super) fn same_device(name: &str, tensor: &Tensor, packed: &Tensor) -> Result<()> {
+    if tensor.device().same_device(packed.device()) {
+        return Ok(());
+    }
+    Err(Error::argument(
+        &format!("device of {name}"),
+        format!("{:?}", tensor.device().location()),
+        &format!("{:?}, as of the packed weight", packed.device().location()),
+        "move the weight and its state to one device: QuantizedTensor::to_device",
+    ))
+}
+
 /// A weight in 4 bits (or 8): the codes and their state. Cloning is cheap and shares both.
 #[derive(Clone, Debug)]
 pub struct QuantizedTensor {
@@ -101,7 +118,7 @@ impl QuantizedTensor {
         state.absmax = contiguous(&state.absmax)?;
         if let Some(state2) = &mut state.state2 {
             state2.absmax = contiguous(&state2.absmax)?;
-            state2.code = contiguous(&state2.code)?;
+            state2.code = contiguous(&super::blockwise::code_on(&state2.code, packed.device())?)?;
         }
         Ok(Self { packed: contiguous(packed)?, state })
     }
@@ -115,6 +132,22 @@ impl QuantizedTensor {
     ) -> Result<Self> {
         let (packed, state) = super::quantize_4bit(weight, quant_type, blocksize, compress_statistics)?;
         Self::new(&packed, &state)
+    }
+
+    /// The same weight on another device; no copy when it is there already.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let mut state = self.state.clone();
+        state.absmax = state.absmax.to_device(device)?;
+        if let Some(state2) = &mut state.state2 {
+            state2.absmax = state2.absmax.to_device(device)?;
+            state2.code = super::blockwise::code_on(&state2.code, device)?;
+        }
+        Self::new(&self.packed.to_device(device)?, &state)
+    }
+
+    /// Where the codes and their state are.
+    pub fn device(&self) -> &Device {
+        self.packed.device()
     }
 
     /// The codes: uint8 [(n+1)/2, 1], or [n, 1] for `Int8`.

@@ -16,12 +16,12 @@ pub(crate) fn with_slice<T: WithDType, R>(tensor: &Tensor, f: impl FnOnce(&[T]) 
     Ok(f(&data[start..end]))
 }
 
-/// The storage as a CPU one; no kernel of this module runs elsewhere yet.
+/// The storage as a CPU one.
 pub(crate) fn cpu(storage: &Storage) -> Result<&CpuStorage> {
     match storage {
         Storage::Cpu(storage) => Ok(storage),
         _ => Err(Error::Unsupported {
-            what: "device of a tensor to quantize".into(),
+            what: "device of a tensor that is read on the CPU".into(),
             got: "GPU".into(),
             supported: vec!["cpu".into()],
             remedy: "move the tensor to the CPU first: tensor.to_device(&Device::Cpu)?".into(),
@@ -41,12 +41,16 @@ pub(crate) fn for_floats<F: ForFloats>(x: &Tensor, f: F) -> Result<F::Output> {
         DType::F32 => with_slice::<f32, _>(x, |x| f.call(x)),
         DType::F16 => with_slice::<f16, _>(x, |x| f.call(x)),
         DType::BF16 => with_slice::<bf16, _>(x, |x| f.call(x)),
-        other => Err(Error::Unsupported {
-            what: "dtype to quantize".into(),
-            got: other.as_str().into(),
-            supported: ["f32", "f16", "bf16"].map(String::from).into(),
-            remedy: "quantize the float weight; a uint8 weight is quantized already".into(),
-        }),
+        other => Err(not_float(other)),
+    }
+}
+
+pub(crate) fn not_float(dtype: DType) -> Error {
+    Error::Unsupported {
+        what: "dtype to quantize".into(),
+        got: dtype.as_str().into(),
+        supported: ["f32", "f16", "bf16"].map(String::from).into(),
+        remedy: "quantize the float weight; a uint8 weight is quantized already".into(),
     }
 }
 

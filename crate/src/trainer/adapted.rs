@@ -28,6 +28,11 @@ pub(super) trait Adapted: Trainable {
 
     /// What a micro-batch of this shape needs besides.
     fn memory_of_step(&self, shape: StepShape) -> MemoryReport;
+
+    /// Bytes that `load_in_4bit` would save.
+    fn memory_saved_by_4bit(&self) -> usize {
+        0
+    }
 }
 
 /// The fields of the adapter's configuration that change what is computed.
@@ -66,5 +71,9 @@ impl Adapted for PeftModel {
 
     fn memory_of_step(&self, shape: StepShape) -> MemoryReport {
         MemoryReport::of_step(self.decoder(), shape)
+    }
+
+    fn memory_saved_by_4bit(&self) -> usize {
+        MemoryReport::saved_by_4bit(self.decoder())
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Trainer;
 use crate::{
-    error::Result,
+    error::{Error, Result},
     models::{
         causal_lm::PassOptions,
         memory::{MemoryReport, StepShape, release_freed_memory, resident_bytes},
@@ -15,13 +15,16 @@ use crate::{
 const OVERHEAD: usize = 6 << 20;
 
 impl Trainer {
-    /// The peak of this process's memory during training, term by term: what is in RAM now (the
-    /// program, the data, the model) and what the largest micro-batch of the run will add.
+    /// The peak of memory during training, term by term: what is there now and what the largest micro-batch of the run
+    /// will add.
     ///
-    /// The shortest row goes through the model once, forward and back, so that the program's code,
-    /// the threads' stacks and the matrix product's own buffers are in RAM and counted; its
-    /// gradients are forgotten. Exact to about 10% (20% for a model of a few megabytes): the allocator keeps some freed memory, and a
-    /// step's small buffers are not listed.
+    /// On the CPU it is this process's memory: the program, the data, the model. The shortest row goes through the
+    /// model once, forward and back, so that the program's code, the threads' stacks and the matrix product's own
+    /// buffers are in RAM and counted; its gradients are forgotten. Exact to about 10% (20% for a model of a few
+    /// megabytes): the allocator keeps some freed memory, and a step's small buffers are not listed.
+    ///
+    /// On a GPU it is the memory of the card's tensors, to about 10%. What CUDA itself takes (its context and
+    /// libraries, about 0.5 GiB) is not in it.
     ///
     /// ```no_run
     /// # fn f(trainer: qlora_nb::trainer::Trainer) -> qlora_nb::error::Result<()> {
@@ -30,16 +33,92 @@ impl Trainer {
     /// # }
     /// ```
     pub fn memory_plan(&self) -> Result<MemoryReport> {
+        if self.is_on_gpu() {
+            return Ok(self.plan_of(self.largest_micro_batch()));
+        }
         self.warm_up()?;
         release_freed_memory();
-        let weights = self.model.memory_of_weights();
         let mut report = MemoryReport::default();
-        report.add("the process, data and tokenizer", resident_bytes().saturating_sub(weights.total()));
-        report.extend(weights);
-        report.add(format!("optimizer state ({})", self.args.optim), self.optimizer.num_bytes());
-        report.extend(self.model.memory_of_step(self.largest_micro_batch()));
+        let weights = self.model.memory_of_weights().total();
+        report.add("the process, data and tokenizer", resident_bytes().saturating_sub(weights));
+        report.extend(self.plan_of(self.largest_micro_batch()));
         report.add("buffers of threads and allocator", OVERHEAD);
         Ok(report)
+    }
+
+    fn is_on_gpu(&self) -> bool {
+        self.params.iter().any(|p| p.value().device().is_cuda())
+    }
+
+    /// Weights, optimizer and a step of this shape.
+    fn plan_of(&self, shape: StepShape) -> MemoryReport {
+        let mut report = self.model.memory_of_weights();
+        let managed = if self.optimizer.is_paged() { ", may move to the host" } else { "" };
+        report.add(format!("optimizer state ({}{managed})", self.args.optim), self.optimizer.num_bytes());
+        report.extend(self.model.memory_of_step(shape));
+        report
+    }
+
+    /// The error of a card without room, with the plan of this run and what each argument would save.
+    pub(super) fn explain_memory(&self, error: Error) -> Error {
+        let Error::OutOfDeviceMemory { doing, .. } = error else { return error };
+        let largest = self.largest_micro_batch();
+        let plan = self.plan_of(largest).total();
+        let remedy = format!(
+            "trainer.memory_plan() says {} MiB. {}Nothing is lost: the next call goes on from the last update",
+            plan >> 20,
+            self.savings(largest)
+        );
+        Error::OutOfDeviceMemory { doing: format!("{doing}, in update {}", self.state.global_step + 1), remedy }
+    }
+
+    /// What would make the run smaller, the most first: sentences, each with a space behind it.
+    fn savings(&self, now: StepShape) -> String {
+        let step = |shape| self.model.memory_of_step(shape).total();
+        let saved = |shape| step(now).saturating_sub(step(shape));
+        let (batch, accumulation) = (self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps);
+        let mut all = vec![(
+            "the model loaded with load_in_4bit and bnb_4bit_use_double_quant".to_string(),
+            self.model.memory_saved_by_4bit(),
+        )];
+        if !now.gradient_checkpointing {
+            let shape = StepShape { gradient_checkpointing: true, ..now };
+            all.push(("gradient_checkpointing: true".into(), saved(shape)));
+        }
+        if batch > 1 {
+            let half = batch.div_ceil(2);
+            let part = |n: usize| n * half / batch;
+            let shape = StepShape { tokens: part(now.tokens), labels: part(now.labels), ..now };
+            let what = format!(
+                "per_device_train_batch_size: {half} with gradient_accumulation_steps: {}",
+                accumulation * batch / half
+            );
+            all.push((what, saved(shape)));
+        }
+        let smaller = self.optimizer.num_bytes().saturating_sub(self.optimizer.num_bytes_in_8bit());
+        all.push(("optim: Optim::PagedAdamW8bit".into(), smaller));
+        all.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        let sentence = |(what, bytes): &(String, usize)| format!("{what} saves {} MiB. ", bytes >> 20);
+        all.iter().filter(|(_, bytes)| *bytes >= 1 << 20).map(sentence).collect()
+    }
+
+    /// Says so when the card seems to have too little room for the run: the largest micro-batch may come late.
+    pub(super) fn check_room(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.is_on_gpu() {
+            let largest = self.largest_micro_batch();
+            let needed = self.model.memory_of_step(largest).total();
+            let available = crate::cuda::of(self.params[0].value().device())?.available()?;
+            if needed > available {
+                crate::display::notice_once(&format!(
+                    "the largest micro-batch needs about {} MiB of the card, where {} MiB are free. {}",
+                    needed >> 20,
+                    available >> 20,
+                    self.savings(largest)
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn warm_up(&self) -> Result<()> {

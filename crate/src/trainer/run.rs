@@ -43,6 +43,7 @@ impl Trainer {
             return Ok(output.clone());
         }
         self.check_evaluation()?;
+        self.check_room()?;
         let _guard = interrupt::Guard::new()?;
         let begin = Begin {
             at: Instant::now(),
@@ -125,7 +126,7 @@ impl Trainer {
 
     /// One update. False if an interrupt came first: then nothing has changed.
     fn update(&mut self, screen: &Screen) -> Result<bool> {
-        let result = self.accumulate_and_step(screen);
+        let result = self.accumulate_and_step(screen).map_err(|e| self.explain_memory(e));
         if !matches!(result, Ok(true)) {
             // Gradients of a window that is not finished would be counted twice.
             self.params.iter().try_for_each(|p| p.zero_grad())?;

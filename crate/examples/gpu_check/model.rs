@@ -1,0 +1,172 @@
+//! Whole models on the card against the CPU: logits, losses, every adapter's gradient; recorded passes
+//! against those that are not; overflow; generation.
+
+use std::path::PathBuf;
+
+use qlora_nb::{
+    batch::Batch,
+    candle_core::{DType, Device, Tensor},
+    error::Result,
+    model::{AutoModelForCausalLM, BitsAndBytesConfig, DeviceMap, ModelOptions},
+    models::causal_lm::{CausalLM, PassOptions, Trainable},
+    peft::{LoraConfig, PeftModel, get_peft_model},
+};
+
+use crate::check::Checks;
+
+pub fn run(checks: &mut Checks) -> Result<()> {
+    let folder = folder();
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 5e-3), (DType::BF16, 4e-2)] {
+        for nf4 in [false, true] {
+            compare(checks, &folder, dtype, nf4, tolerance)?;
+        }
+    }
+    Ok(())
+}
+
+/// The bundled BLOOM, or the folder that QLORA_MODEL names.
+fn folder() -> PathBuf {
+    match std::env::var_os("QLORA_MODEL") {
+        Some(folder) => folder.into(),
+        None => "notebooks/models/poet-bloom-zh".into(),
+    }
+}
+
+fn load(folder: &PathBuf, dtype: DType, nf4: bool, device_map: DeviceMap, modules: &[&str]) -> Result<PeftModel> {
+    let quantization = BitsAndBytesConfig {
+        load_in_4bit: true,
+        bnb_4bit_use_double_quant: true,
+        bnb_4bit_compute_dtype: dtype,
+        ..Default::default()
+    };
+    let options = ModelOptions {
+        torch_dtype: dtype,
+        device_map,
+        quantization_config: nf4.then_some(quantization),
+        ..Default::default()
+    };
+    let base = AutoModelForCausalLM::from_pretrained(folder, options)?;
+    let model = get_peft_model(
+        &base,
+        &LoraConfig { r: 8, target_modules: modules.iter().copied().collect::<Vec<_>>().into(), ..Default::default() },
+    )?;
+    // B starts at zero, and A's gradient with it: another start shows both.
+    for (i, p) in model.trainable_parameters().iter().enumerate() {
+        let n = p.value().elem_count();
+        let values: Vec<f32> = (0..n).map(|j| ((i * 7919 + j * 104_729) % 2003) as f32 / 2003.0 - 0.5).collect();
+        p.set(&Tensor::from_vec(values, p.value().dims(), &Device::Cpu)?.affine(0.05, 0.0)?)?;
+    }
+    Ok(model)
+}
+
+/// Rows of random ids, padded on the left, labels on the second half.
+fn batch(checks: &mut Checks, vocab: usize, lengths: &[usize]) -> Result<Batch> {
+    let t = lengths.iter().copied().max().unwrap_or(1);
+    let (mut ids, mut mask, mut labels) = (Vec::new(), Vec::new(), Vec::new());
+    for &n in lengths {
+        for i in 0..t {
+            let real = i >= t - n;
+            let id = if real { checks.rng.below(vocab) as u32 } else { 0 };
+            ids.push(id);
+            mask.push(u32::from(real));
+            labels.push(if real && i >= t - n / 2 { i64::from(id) } else { -100 });
+        }
+    }
+    let shape = (lengths.len(), t);
+    let cpu = &Device::Cpu;
+    Batch::new(
+        Tensor::from_vec(ids, shape, cpu)?,
+        Tensor::from_vec(mask, shape, cpu)?,
+        Tensor::from_vec(labels, shape, cpu)?,
+    )
+}
+
+fn gradients(model: &PeftModel, batch: &Batch, gradient_checkpointing: bool) -> Result<(f64, Vec<Tensor>)> {
+    let params = model.trainable_parameters();
+    params.iter().try_for_each(|p| p.zero_grad())?;
+    let options = PassOptions { num_items: batch.num_label_tokens() as f64, gradient_checkpointing, dropout_key: 3 };
+    let pass = model.forward_backward(batch, &options)?;
+    let grads = params.iter().map(|p| Ok(p.grad().to_device(&Device::Cpu)?.copy()?)).collect::<Result<_>>()?;
+    Ok((pass.loss_sum / options.num_items, grads))
+}
+
+fn joined(grads: &[Tensor]) -> Result<Tensor> {
+    let flat: Vec<Tensor> = grads.iter().map(|g| g.flatten_all()).collect::<Result<_, _>>()?;
+    Ok(Tensor::cat(&flat, 0)?)
+}
+
+fn compare(checks: &mut Checks, folder: &PathBuf, dtype: DType, nf4: bool, tolerance: f64) -> Result<()> {
+    let modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
+    let modules: &[&str] = if std::env::var_os("QLORA_MODEL").is_some() { &modules[..1] } else { &modules };
+    let cpu = load(folder, dtype, nf4, DeviceMap::Cpu, modules)?;
+    let gpu = load(folder, dtype, nf4, DeviceMap::Cuda(0), modules)?;
+    let what = format!("{}{}", dtype.as_str(), if nf4 { " NF4" } else { "" });
+    let lengths: Vec<usize> = (0..4).map(|_| 20 + checks.rng.below(100)).collect();
+    let batch = batch(checks, cpu.vocab_size(), &lengths)?;
+    let logits = |m: &PeftModel| m.logits(&batch.input_ids, Some(&batch.attention_mask));
+    checks.close(&format!("model {what}: logits"), &logits(&gpu)?, &logits(&cpu)?, tolerance)?;
+
+    let scalar = |v: f64| Tensor::new(&[v], &Device::Cpu);
+    let (loss, want) = gradients(&cpu, &batch, false)?;
+    for checkpointing in [false, true] {
+        let mut first = None;
+        // Launched one by one, recorded, repeated.
+        for pass in 0..3 {
+            let (got_loss, got) = gradients(&gpu, &batch, checkpointing)?;
+            let case = format!("model {what}, checkpointing {checkpointing}, pass {pass}");
+            checks.close(&format!("{case}: loss"), &scalar(got_loss)?, &scalar(loss)?, tolerance / 4.0)?;
+            let all = joined(&got)?;
+            checks.close(&format!("{case}: gradients"), &all, &joined(&want)?, 2.0 * tolerance)?;
+            if pass == 0 {
+                let worst = got.iter().zip(&want).map(|(g, w)| relative(g, w)).collect::<Result<Vec<_>>>()?;
+                let worst = worst.into_iter().fold(0.0, f64::max);
+                checks.close(
+                    &format!("{case}: worst gradient"),
+                    &scalar(1.0 + worst)?,
+                    &scalar(1.0)?,
+                    6.0 * tolerance,
+                )?;
+            }
+            match &first {
+                None => first = Some(all),
+                Some(first) => {
+                    let same = (first - &all)?.abs()?.max_all()?.to_scalar::<f32>()? == 0.0;
+                    checks.equal(&format!("{case}: as the first"), &[(!same).then(|| "bits differ".to_string())]);
+                }
+            }
+        }
+    }
+    decode(checks, &what, &cpu, &gpu, tolerance)
+}
+
+fn relative(got: &Tensor, want: &Tensor) -> Result<f64> {
+    let norm = |t: &Tensor| -> Result<f64> { Ok(f64::from(t.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt())) };
+    Ok(norm(&(got - want)?)? / norm(want)?.max(1e-12))
+}
+
+/// Two sequences, token by token with the cache, one of them leaving half-way.
+fn decode(checks: &mut Checks, what: &str, cpu: &PeftModel, gpu: &PeftModel, tolerance: f64) -> Result<()> {
+    let vocab = cpu.vocab_size();
+    let mut ids = |n: usize| (0..n).map(|_| checks.rng.below(vocab) as u32).collect::<Vec<_>>();
+    let (a, b) = (ids(70), ids(40));
+    let (mut c, mut g) = (cpu.new_cache(2)?, gpu.new_cache(2)?);
+    let mut both = |new: &[&[u32]], drop_one: bool| -> Result<(Tensor, Tensor)> {
+        if drop_one {
+            c.keep_sequences(&[1])?;
+            g.keep_sequences(&[1])?;
+        }
+        Ok((gpu.next_token_logits(new, &mut g)?, cpu.next_token_logits(new, &mut c)?))
+    };
+    let mut results = vec![("prompt".to_string(), both(&[&a[..50], &b[..20]], false)?)];
+    for i in 0..10 {
+        results.push((format!("token {i}"), both(&[&a[50 + i..51 + i], &b[20 + i..21 + i]], false)?));
+    }
+    for i in 10..14 {
+        results.push((format!("token {i} of one"), both(&[&b[20 + i..21 + i]], i == 10)?));
+    }
+    results.push(("three at once".into(), both(&[&b[34..37]], false)?));
+    for (which, (got, want)) in results {
+        checks.close(&format!("model {what}, with the cache: {which}"), &got, &want, tolerance)?;
+    }
+    Ok(())
+}

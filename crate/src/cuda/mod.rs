@@ -1,0 +1,440 @@
+//! What the engine needs of an NVIDIA GPU: its device, memory and own kernels.
+//!
+//! candle gives the device, its stream and its memory; the kernels are those of `kernels/cuda`,
+//! compiled by build.rs and loaded here. Layers call [`Gpu::launch`] and [`Gpu::gemm`] with the
+//! addresses of tensors. Everything runs in the order of one stream, so an address stays good
+//! until what was launched with it is done, whoever drops the tensor.
+
+mod gemm;
+mod grads;
+mod graph;
+mod inputs;
+mod managed;
+mod memory;
+mod select;
+mod staging;
+mod tensor;
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    ffi::c_void,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use candle_core::{
+    CudaDevice, Device,
+    cuda_backend::cudarc::{
+        driver::{self, CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, sys},
+        nvrtc::Ptx,
+    },
+};
+
+use crate::error::{Error, Result};
+
+pub use gemm::{Gemm, Operand};
+pub use grads::{Grads, Outputs};
+pub use graph::Graph;
+pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
+pub use managed::{Managed, Place};
+pub(crate) use memory::out_of_memory_in;
+pub(crate) use select::first;
+pub use select::{TOOLKIT, check_capability, check_driver, count};
+pub use staging::{Piece, Staging};
+pub(crate) use tensor::write;
+pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
+
+include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+
+/// Kernels that wait themselves for the one in front of them (`begin()` in common.cuh), by the start of their names.
+const OVERLAPPING: [&str; 19] = [
+    "append_",
+    "copy_columns",
+    "cross_entropy_",
+    "decode_attention_",
+    "dequantize_4bit",
+    "dequantize_int8",
+    "down_few_",
+    "flash_",
+    "gelu_",
+    "gemv_",
+    "grads_",
+    "layer_norm_",
+    "lora_",
+    "rms_norm_",
+    "rope_",
+    "rows_",
+    "set_int",
+    "sum_f64",
+    "swiglu_",
+];
+
+const USED_HIGH: sys::CUmemPool_attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+
+/// Bytes that cuBLAS may use beside its operands.
+pub(crate) const WORKSPACE: usize = 32 << 20;
+
+/// Free bytes below which it is the memory that keeps CUDA's libraries from starting.
+const LIBRARIES: usize = 256 << 20;
+
+/// One GPU, ready for the engine.
+pub struct Gpu {
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+    /// Nothing runs here; it gives and takes memory while a pass is recorded, which would repeat the giving and taking
+    /// if it were done on the stream that is recorded. What uses the memory is in the order of that one stream, so
+    /// a piece may be given again as soon as its tensor is dropped. Never for tensors that others get to see: candle
+    /// copies a tensor to the CPU in the order of the stream that gave its memory.
+    memory_stream: Arc<CudaStream>,
+    is_recording: AtomicBool,
+    /// Where the memory of recorded passes comes from: nobody else gets it.
+    recorded_memory: sys::CUmemoryPool,
+    /// The most that a recorded pass held which ran since [`Gpu::reset_peak`].
+    recorded_peak: AtomicUsize,
+    modules: Vec<Arc<CudaModule>>,
+    /// With the shared memory that each may have beyond what every kernel may.
+    functions: Mutex<HashMap<String, (CudaFunction, usize)>>,
+    blas: gemm::Handle,
+    workspace: CudaSlice<u8>,
+    /// Small tables that layers read, by their bits.
+    constants: Mutex<HashMap<Vec<u32>, CudaSlice<f32>>>,
+    /// See [`Gpu::scratch`]. What was outgrown stays: recorded passes have its address.
+    scratch: Mutex<Vec<CudaSlice<u8>>>,
+    /// Whether a kernel may start before the one in front of it has ended.
+    overlaps: bool,
+    /// See [`Gpu::take_no_room_to_record`].
+    no_room_to_record: AtomicBool,
+    /// Multiprocessors.
+    pub processors: usize,
+}
+
+// SAFETY: the pool's handle may be used by any thread.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; what changes is behind mutexes.
+unsafe impl Sync for Gpu {}
+
+/// A kernel's argument: a number or an address, passed as it is.
+pub trait KernelArg {
+    fn pointer(&self) -> *mut c_void;
+}
+
+macro_rules! kernel_arg {
+    ($($t:ty),*) => {$(
+        impl KernelArg for $t {
+            fn pointer(&self) -> *mut c_void {
+                std::ptr::from_ref(self).cast_mut().cast()
+            }
+        }
+    )*};
+}
+
+kernel_arg!(u64, i64, u32, i32, f32, f64, [f32; 16]);
+
+/// The device of that number; one for the whole process, so that all tensors share its stream.
+pub fn device(ordinal: usize) -> Result<Device> {
+    Ok(Device::Cuda(gpu(ordinal)?.device.clone()))
+}
+
+/// The GPU that a tensor's device is.
+pub fn of(device: &Device) -> Result<Arc<Gpu>> {
+    match device {
+        Device::Cuda(cuda) => {
+            let gpu = gpu(cuda.cuda_stream().context().ordinal())?;
+            if gpu.device.id() == cuda.id() {
+                return Ok(gpu);
+            }
+            // Nothing would order what runs on its stream and on ours.
+            Err(Error::argument(
+                "device of a tensor",
+                "a device made by Device::new_cuda",
+                "the device that all tensors of a GPU share",
+                "make it with qlora_nb::cuda::device(ordinal)?",
+            ))
+        }
+        other => Err(candle_core::Error::Msg(format!("not a CUDA device: {other:?}")).bt().into()),
+    }
+}
+
+fn gpu(ordinal: usize) -> Result<Arc<Gpu>> {
+    static GPUS: OnceLock<Mutex<HashMap<usize, Arc<Gpu>>>> = OnceLock::new();
+    let mut gpus = GPUS.get_or_init(Default::default).lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(gpu) = gpus.get(&ordinal) {
+        return Ok(gpu.clone());
+    }
+    let gpu = Arc::new(Gpu::new(ordinal)?);
+    gpus.insert(ordinal, gpu.clone());
+    Ok(gpu)
+}
+
+/// A driver's error as ours.
+pub(crate) fn driver_error(doing: &str) -> impl Fn(driver::DriverError) -> Error + '_ {
+    move |e| {
+        if memory::is_out_of_memory(&e) {
+            return memory::out_of_memory(doing);
+        }
+        Error::Tensor(candle_core::Error::Msg(format!("CUDA, {doing}: {e}")).bt())
+    }
+}
+
+impl Gpu {
+    fn new(ordinal: usize) -> Result<Self> {
+        select::check_ordinal(ordinal, count()?)?;
+        let failed = |e| select::driver_failed(ordinal, &e);
+        select::check_driver(ordinal, select::driver_version().map_err(failed)?)?;
+        // Before the libraries, whose errors say less.
+        let first = CudaContext::new(ordinal).map_err(failed)?;
+        let capability = first.compute_capability().map_err(failed)?;
+        select::check_capability(ordinal, capability)?;
+        // A stream of our own: the default one cannot be captured into a graph.
+        let device = CudaDevice::new_with_stream(ordinal).map_err(|e| match first.mem_get_info() {
+            Ok((free, _)) if free < LIBRARIES => select::no_room(ordinal),
+            _ => select::unusable(ordinal, e.to_string(), "reinstall CUDA's libraries, or load with DeviceMap::Cpu"),
+        })?;
+        // SAFETY: everything runs on one stream, so no two uses of a tensor need an event between them.
+        unsafe { device.disable_event_tracking() };
+        let stream = device.cuda_stream();
+        let context = stream.context().clone();
+        let load = |image: &&[u8]| {
+            let loaded = context.load_module(Ptx::from_binary(image.to_vec()));
+            loaded.map_err(|e| match memory::is_out_of_memory(&e) {
+                true => select::no_room(ordinal),
+                false => select::other_capability(ordinal, capability, &e),
+            })
+        };
+        let modules = MODULES.iter().map(load).collect::<Result<_>>()?;
+        let memory_stream = context.new_stream().map_err(driver_error("making a stream"))?;
+        let recorded_memory = memory_pools(&context)?;
+        let workspace = stream.alloc_zeros::<u8>(WORKSPACE).map_err(driver_error("making cuBLAS's workspace"))?;
+        let processors = context
+            .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+            .map_err(driver_error("asking for its processors"))? as usize;
+        let blas = gemm::Handle::new()?;
+        let (functions, constants) = (Mutex::default(), Mutex::default());
+        Ok(Self {
+            device,
+            stream,
+            memory_stream,
+            is_recording: AtomicBool::new(false),
+            recorded_memory,
+            recorded_peak: AtomicUsize::new(0),
+            modules,
+            functions,
+            blas,
+            workspace,
+            constants,
+            scratch: Mutex::default(),
+            overlaps: capability.0 >= 9,
+            no_room_to_record: AtomicBool::new(false),
+            processors,
+        })
+    }
+
+    /// Memory for a weight that is dequantized to be used once, by what is launched next. One place for all: what
+    /// lies there is still in the card's cache when the next weight takes it.
+    pub fn scratch(&self, bytes: usize) -> Result<u64> {
+        let mut places = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
+        if places.last().is_none_or(|place| place.len() < bytes) {
+            // SAFETY: any bits are a number; it is written before it is read.
+            let place = self.with_room(|| unsafe { self.stream.alloc::<u8>(bytes) });
+            places.push(place.map_err(driver_error("asking for room for a dequantized weight"))?);
+        }
+        Ok(places[places.len() - 1].device_ptr(&self.stream).0)
+    }
+
+    /// The address of a table that never changes; copied to the device once.
+    pub fn constant(&self, values: &[f32]) -> Result<u64> {
+        let key: Vec<u32> = values.iter().map(|v| v.to_bits()).collect();
+        let mut constants = self.constants.lock().unwrap_or_else(|e| e.into_inner());
+        if !constants.contains_key(&key) {
+            let slice = self.stream.clone_htod(values).map_err(driver_error("copying a table"))?;
+            constants.insert(key.clone(), slice);
+        }
+        Ok(constants[&key].device_ptr(&self.stream).0)
+    }
+
+    /// candle's device.
+    pub fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Makes this GPU the calling thread's: what asks the driver directly needs that.
+    pub(crate) fn bind(&self) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))
+    }
+
+    /// `NVIDIA H100 80GB HBM3`.
+    pub fn name(&self) -> String {
+        self.stream.context().name().unwrap_or_else(|_| "GPU".into())
+    }
+
+    /// Waits until all that was launched is done, and gives the error of what failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(driver_error("waiting for the kernels"))
+    }
+
+    /// Free and total bytes of the card.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.stream.context().mem_get_info().map_err(driver_error("asking for its memory"))
+    }
+
+    /// The most device memory that tensors had at one time since [`Gpu::reset_peak`], bytes. What a recorded pass has
+    /// comes on top of what is held when this is asked.
+    pub fn peak(&self) -> Result<usize> {
+        let (pool, what) =
+            (default_pool(self.stream.context())?, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
+        let recorded = match self.recorded_peak.load(Ordering::SeqCst) {
+            0 => 0,
+            bytes => self.pool_attribute(pool, what)? + bytes,
+        };
+        Ok(recorded.max(self.pool_attribute(pool, USED_HIGH)?))
+    }
+
+    /// Forgets the peak so far.
+    pub fn reset_peak(&self) -> Result<()> {
+        self.recorded_peak.store(0, Ordering::SeqCst);
+        self.reset_high(default_pool(self.stream.context())?)
+    }
+
+    fn reset_high(&self, pool: sys::CUmemoryPool) -> Result<()> {
+        self.bind()?;
+        let mut zero = 0u64;
+        // SAFETY: the attribute takes 64 bits.
+        unsafe { sys::cuMemPoolSetAttribute(pool, USED_HIGH, std::ptr::from_mut(&mut zero).cast()).result() }
+            .map_err(driver_error("asking for its memory"))
+    }
+
+    fn pool_attribute(&self, pool: sys::CUmemoryPool, what: sys::CUmemPool_attribute) -> Result<usize> {
+        self.bind()?;
+        let mut bytes = 0u64;
+        // SAFETY: the attribute has 64 bits.
+        unsafe { sys::cuMemPoolGetAttribute(pool, what, std::ptr::from_mut(&mut bytes).cast()).result() }
+            .map_err(driver_error("asking for its memory"))?;
+        Ok(bytes as usize)
+    }
+
+    /// The stream whose order a new tensor's memory follows.
+    fn giving_stream(&self) -> &Arc<CudaStream> {
+        if self.is_recording.load(Ordering::SeqCst) { &self.memory_stream } else { &self.stream }
+    }
+
+    /// Runs `work` with new tensors from the memory of recorded passes. They all share it: passes run one after
+    /// another, and nothing in it outlives a pass. Also gives the most bytes that were held at a time.
+    fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<(R, usize)> {
+        self.bind()?;
+        let (device, default) = (self.stream.context().cu_device(), default_pool(self.stream.context())?);
+        // SAFETY: both pools live as long as the device.
+        let choose = |pool| unsafe { sys::cuDeviceSetMemPool(device, pool).result() };
+        self.reset_high(self.recorded_memory)?;
+        choose(self.recorded_memory).map_err(driver_error("choosing a memory pool"))?;
+        self.is_recording.store(true, Ordering::SeqCst);
+        let done = work();
+        self.is_recording.store(false, Ordering::SeqCst);
+        choose(default).map_err(driver_error("choosing a memory pool"))?;
+        Ok((done, self.pool_attribute(self.recorded_memory, USED_HIGH)?))
+    }
+
+    /// Counts a run of a recorded pass that holds `bytes`.
+    fn count_recorded(&self, bytes: usize) {
+        self.recorded_peak.fetch_max(bytes, Ordering::SeqCst);
+    }
+
+    /// Launches a kernel of `kernels/cuda` by its name.
+    ///
+    /// The arguments must be those of the kernel in number, order and width; addresses must be of
+    /// memory that is large enough. That is for the callers in this crate to keep.
+    pub fn launch(
+        &self,
+        name: &str,
+        grid: (usize, usize, usize),
+        block: usize,
+        shared_bytes: usize,
+        args: &[&dyn KernelArg],
+    ) -> Result<()> {
+        let function = self.function(name, shared_bytes)?;
+        let mut params: Vec<*mut c_void> = args.iter().map(|a| a.pointer()).collect();
+        let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0,
+            gridDimY: grid.1,
+            gridDimZ: grid.2,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut overlap,
+            numAttrs: (self.overlaps && OVERLAPPING.iter().any(|start| name.starts_with(start))).into(),
+        };
+        self.bind()?;
+        // SAFETY: the callers keep what is said above; what is pointed to lives until the call returns, and the
+        // driver copies it.
+        unsafe {
+            sys::cuLaunchKernelEx(&config, function.cu_function(), params.as_mut_ptr(), std::ptr::null_mut()).result()
+        }
+        .map_err(driver_error(name))
+    }
+
+    fn function(&self, name: &str, shared_bytes: usize) -> Result<CudaFunction> {
+        let mut functions = self.functions.lock().unwrap_or_else(|e| e.into_inner());
+        let (function, allowed) = match functions.entry(name.into()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                self.stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+                let function = self.modules.iter().find_map(|m| m.load_function(name).ok());
+                let missing = || Error::Tensor(candle_core::Error::Msg(format!("no CUDA kernel {name}")).bt());
+                entry.insert((function.ok_or_else(missing)?, 48 << 10))
+            }
+        };
+        if shared_bytes > *allowed {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32)
+                .map_err(driver_error(name))?;
+            *allowed = shared_bytes;
+        }
+        Ok(function.clone())
+    }
+}
+
+fn default_pool(context: &CudaContext) -> Result<sys::CUmemoryPool> {
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: a plain call with a place to write to.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result() }
+        .map_err(driver_error("asking for its memory pool"))?;
+    Ok(pool)
+}
+
+/// Memory that is freed stays with the process: asking the driver again would stop the stream. Gives a second pool.
+fn memory_pools(context: &CudaContext) -> Result<sys::CUmemoryPool> {
+    context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+    let default = default_pool(context)?;
+    let mut second = std::ptr::null_mut();
+    // SAFETY: zeros are valid for what is not set; plain calls of the driver with valid places to read and write.
+    unsafe {
+        let mut properties: sys::CUmemPoolProps = std::mem::zeroed();
+        properties.allocType = sys::CUmemAllocationType_enum::CU_MEM_ALLOCATION_TYPE_PINNED;
+        properties.location.type_ = sys::CUmemLocationType_enum::CU_MEM_LOCATION_TYPE_DEVICE;
+        properties.location.id = context.cu_device();
+        let keep = |pool| {
+            let (mut all, what) = (u64::MAX, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD);
+            sys::cuMemPoolSetAttribute(pool, what, std::ptr::from_mut(&mut all).cast()).result()
+        };
+        sys::cuMemPoolCreate(&mut second, &properties)
+            .result()
+            .and_then(|()| keep(default))
+            .and_then(|()| keep(second))
+            .map_err(driver_error("setting its memory pools"))?;
+    }
+    Ok(second)
+}

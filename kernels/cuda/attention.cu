@@ -1,0 +1,665 @@
+// Causal attention over packed sequences, with ALiBi and grouped queries, forward and backward.
+// Scores and probabilities exist a tile at a time (FlashAttention-2, arXiv:2307.08691).
+//
+// Two families: `flash_*` on the tensor cores for f16 and bf16 with heads of 32, 64 or 128, and `rows_*`
+// for anything else and for a cache of keys, which also are the plain version to compare with.
+//
+// Logarithms are to base 2: lse[head][row] = log2(sum of 2^(score * log2(e))).
+#include "common.cuh"
+
+// Where the heads of one kind lie in a row: first element of head 0, and from head to head.
+struct Place {
+    int offset, stride;
+};
+
+struct Layout {
+    int row;      // elements of a row of the projection
+    Place q, k, v;
+    int heads, kv_heads, tokens;
+    float scale;  // 1 / sqrt(head_dim)
+};
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// ---------------------------------------------------------------------------------- tensor cores
+
+template <typename T> struct Mma;
+template <> struct Mma<f16> {
+    static __device__ __forceinline__ void run(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+    static __device__ __forceinline__ uint32_t pack(float x, float y) {
+        const __half2 h = __floats2half2_rn(x, y);
+        return reinterpret_cast<const uint32_t &>(h);
+    }
+};
+template <> struct Mma<bf16> {
+    static __device__ __forceinline__ void run(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+    static __device__ __forceinline__ uint32_t pack(float x, float y) {
+        const __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
+        return reinterpret_cast<const uint32_t &>(h);
+    }
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+template <bool TRANS> __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void *p) {
+    if constexpr (TRANS)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+}
+
+// ROWS rows of D elements to shared memory, rows of D + 8; rows from `valid` on become zeros.
+template <int ROWS, int D, typename T>
+__device__ __forceinline__ void load_tile(T *to, const T *from, int64_t row, int valid) {
+    constexpr int CHUNKS = D / 8;
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 128) {
+        const int r = i / CHUNKS, c = i % CHUNKS * 8;
+        const uint32_t address = shared_address(to + r * (D + 8) + c);
+        const T *source = from + int64_t(min(r, valid - 1)) * row + c;
+        const int bytes = r < valid ? 16 : 0;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes));
+    }
+}
+__device__ __forceinline__ void sent() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the `behind` groups sent last are there, for every thread of the block.
+template <int BEHIND> __device__ __forceinline__ void loaded() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(BEHIND) : "memory");
+    __syncthreads();
+}
+
+// acc[16 x 8N] += A[16 x D] B[8N x D]^T; A and B are rows in shared memory (A already at the warp's rows).
+template <int D, int N, typename T>
+__device__ __forceinline__ void product(float (&acc)[N][4], const T *a, const T *b) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < D; k += 16) {
+        uint32_t fa[4];
+        ldmatrix<false>(fa, a + (lane % 16) * (D + 8) + k + lane / 16 * 8);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            uint32_t fb[4];
+            ldmatrix<false>(fb, b + (n * 8 + lane % 8 + lane / 16 * 8) * (D + 8) + k + lane / 8 % 2 * 8);
+            Mma<T>::run(acc[n], fa, fb[0], fb[1]);
+            Mma<T>::run(acc[n + 1], fa, fb[2], fb[3]);
+        }
+    }
+}
+
+// acc[16 x D] += P[16 x 8N] B[8N x D]; P in registers as a product left it, B rows in shared memory.
+template <int D, int N, typename T>
+__device__ __forceinline__ void spread(float (&acc)[D / 8][4], const float (&p)[N][4], const T *b) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < N; k += 2) {
+        const uint32_t fa[4] = {Mma<T>::pack(p[k][0], p[k][1]), Mma<T>::pack(p[k][2], p[k][3]),
+                                Mma<T>::pack(p[k + 1][0], p[k + 1][1]), Mma<T>::pack(p[k + 1][2], p[k + 1][3])};
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 2) {
+            uint32_t fb[4];
+            ldmatrix<true>(fb, b + (k * 8 + lane % 16) * (D + 8) + n * 8 + lane / 16 * 8);
+            Mma<T>::run(acc[n], fa, fb[0], fb[1]);
+            Mma<T>::run(acc[n + 1], fa, fb[2], fb[3]);
+        }
+    }
+}
+
+// The warp's 16 rows of `acc` times `by[row half]` to memory; rows from `valid` on are left alone.
+template <int D, typename T>
+__device__ __forceinline__ void put(T *to, int64_t row, const float (&acc)[D / 8][4], float by0, float by1, int valid) {
+    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+        if (r < valid) *reinterpret_cast<uint32_t *>(to + r * row + n * 8 + c) = Mma<T>::pack(acc[n][0] * by0, acc[n][1] * by0);
+        if (r + 8 < valid)
+            *reinterpret_cast<uint32_t *>(to + (r + 8) * row + n * 8 + c) = Mma<T>::pack(acc[n][2] * by1, acc[n][3] * by1);
+    }
+}
+
+// Blocks go head by head through the tiles, the longest work first, so that the SMs end together.
+// A tile of 64 rows: (first row of its sequence, length of the sequence, first row of the tile within it).
+// Tiles beyond the batch's have length 0.
+
+template <typename T, int D>
+__device__ void flash_forward(const T *qkv, const int4 *tiles, const float *slopes, T *out, float *lse, Layout l) {
+    constexpr int BN = 64, ROW = D + 8;
+    extern __shared__ __align__(16) unsigned char memory[];
+    T *const stages = reinterpret_cast<T *>(memory);
+    const int4 tile = tiles[gridDim.y - 1 - blockIdx.y];
+    if (tile.y == 0) return;
+    const int head = blockIdx.x, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const T *base = qkv + int64_t(tile.x) * l.row;
+    const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
+
+    // Two stages of keys and values: one is multiplied while the other arrives. The queries come first, where the
+    // second stage will be.
+    auto fetch = [&](int j, int stage) {
+        T *ks = stages + stage * 2 * BN * ROW;
+        load_tile<BN, D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
+        load_tile<BN, D>(ks + BN * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
+        sent();
+    };
+    T *const qs = stages + 2 * BN * ROW;
+    load_tile<64, D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - tile.z);
+    sent();
+    fetch(0, 0);
+    loaded<1>();
+    uint32_t q[D / 16][4];
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) ldmatrix<false>(q[k], qs + (warp * 16 + lane % 16) * ROW + k * 16 + lane / 16 * 8);
+
+    float acc[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    const int i0 = tile.z + warp * 16 + lane / 4;
+    for (int j0 = 0, stage = 0; j0 <= tile.z; j0 += BN, stage ^= 1) {
+        __syncthreads(); // everyone is done with the other stage
+        if (j0 + BN <= tile.z) fetch(j0 + BN, stage ^ 1), loaded<1>();
+        else loaded<0>();
+        const T *ks = stages + stage * 2 * BN * ROW, *vs = ks + BN * ROW;
+        float s[BN / 8][4] = {};
+#pragma unroll
+        for (int k = 0; k < D / 16; k++)
+#pragma unroll
+            for (int n = 0; n < BN / 8; n += 2) {
+                uint32_t fb[4];
+                ldmatrix<false>(fb, ks + (n * 8 + lane % 8 + lane / 16 * 8) * ROW + k * 16 + lane / 8 % 2 * 8);
+                Mma<T>::run(s[n], q[k], fb[0], fb[1]);
+                Mma<T>::run(s[n + 1], q[k], fb[2], fb[3]);
+            }
+        float new_top[2] = {top[0], top[1]};
+#pragma unroll
+        for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int i = i0 + e / 2 * 8, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
+                s[n][e] = j <= i ? s[n][e] * scale + slope * float(j - i) : -INFINITY;
+                new_top[e / 2] = fmaxf(new_top[e / 2], s[n][e]);
+            }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            new_top[h] = fmaxf(new_top[h], __shfl_xor_sync(~0u, new_top[h], 1));
+            new_top[h] = fmaxf(new_top[h], __shfl_xor_sync(~0u, new_top[h], 2));
+            const float shrink = exp2f(top[h] - new_top[h]); // 0 at first: the maximum is finite by then
+            top[h] = new_top[h], sum[h] *= shrink;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) acc[n][h * 2] *= shrink, acc[n][h * 2 + 1] *= shrink;
+        }
+#pragma unroll
+        for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                s[n][e] = exp2f(s[n][e] - top[e / 2]);
+                sum[e / 2] += s[n][e];
+            }
+        spread<D, BN / 8>(acc, s, vs);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        const int i = i0 + h * 8;
+        if (lse && lane % 4 == 0 && i < tile.y) lse[int64_t(head) * l.tokens + tile.x + i] = top[h] + log2f(sum[h]);
+    }
+    const int width = l.heads * D;
+    put<D>(out + (int64_t(tile.x) + tile.z + warp * 16) * width + head * D, width, acc, 1.f / sum[0], 1.f / sum[1],
+           tile.y - tile.z - warp * 16);
+}
+
+// The gradient of the queries; also delta[head][row] = sum over the head of dout * out.
+template <typename T, int D>
+__device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, const T *out, const T *dout, const float *lse,
+                         float *delta, T *grad, Layout l) {
+    constexpr int BN = 32, ROW = D + 8;
+    extern __shared__ __align__(16) unsigned char memory[];
+    T *qs = reinterpret_cast<T *>(memory), *ds = qs + 64 * ROW, *const stages = ds + 64 * ROW;
+    __shared__ float deltas[64];
+    const int4 tile = tiles[gridDim.y - 1 - blockIdx.y];
+    if (tile.y == 0) return;
+    const int head = blockIdx.x, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int valid = tile.y - tile.z, width = l.heads * D;
+    const T *base = qkv + int64_t(tile.x) * l.row;
+    const int64_t first = int64_t(tile.x) + tile.z;
+    const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
+
+    load_tile<64, D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, valid);
+    load_tile<64, D>(ds, dout + first * width + head * D, width, valid);
+    sent();
+    auto fetch = [&](int j, int stage) {
+        T *ks = stages + stage * 2 * BN * ROW;
+        load_tile<BN, D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
+        load_tile<BN, D>(ks + BN * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
+        sent();
+    };
+    fetch(0, 0);
+    loaded<1>();
+    { // Two threads a row.
+        const int r = threadIdx.x / 2;
+        float sum = 0;
+        if (r < valid)
+            for (int c = threadIdx.x % 2 * (D / 2), end = c + D / 2; c < end; c += 8) {
+                float a[8], b[8];
+                load(a, out + (first + r) * width + head * D + c), load(b, ds + r * ROW + c);
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+            }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        if (threadIdx.x % 2 == 0) {
+            deltas[r] = sum;
+            if (r < valid) delta[int64_t(head) * l.tokens + first + r] = sum;
+        }
+        __syncthreads();
+    }
+    float acc[D / 8][4] = {}, log[2], del[2];
+    const int i0 = tile.z + warp * 16 + lane / 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int i = i0 + h * 8;
+        log[h] = i < tile.y ? lse[int64_t(head) * l.tokens + tile.x + i] : 0.f;
+        del[h] = deltas[warp * 16 + lane / 4 + h * 8];
+    }
+    const int last = min(tile.z + 64, tile.y);
+    for (int j0 = 0, stage = 0; j0 < last; j0 += BN, stage ^= 1) {
+        __syncthreads();
+        if (j0 + BN < last) fetch(j0 + BN, stage ^ 1), loaded<1>();
+        else loaded<0>();
+        const T *ks = stages + stage * 2 * BN * ROW, *vs = ks + BN * ROW;
+        float s[BN / 8][4] = {}, dp[BN / 8][4] = {};
+        product<D, BN / 8>(s, qs + warp * 16 * ROW, ks);
+        product<D, BN / 8>(dp, ds + warp * 16 * ROW, vs);
+#pragma unroll
+        for (int n = 0; n < BN / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int i = i0 + e / 2 * 8, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
+                const float p = j <= i && i < tile.y ? exp2f(s[n][e] * scale + slope * float(j - i) - log[e / 2]) : 0.f;
+                s[n][e] = p * (dp[n][e] - del[e / 2]);
+            }
+        spread<D, BN / 8>(acc, s, ks);
+    }
+    put<D>(grad + (first + warp * 16) * l.row + l.q.offset + head * l.q.stride, l.row, acc, l.scale, l.scale, valid - warp * 16);
+}
+
+// The gradients of the keys and values of a tile of 64 rows, over all queries that see them.
+template <typename T, int D>
+__device__ void flash_dkv(const T *qkv, const int4 *tiles, const float *slopes, const T *dout, const float *lse,
+                          const float *delta, T *grad, Layout l) {
+    constexpr int BQ = 32, ROW = D + 8;
+    extern __shared__ __align__(16) unsigned char memory[];
+    T *ks = reinterpret_cast<T *>(memory), *vs = ks + 64 * ROW, *const stages = vs + 64 * ROW;
+    __shared__ float all_logs[2][BQ], all_deltas[2][BQ];
+    const int4 tile = tiles[blockIdx.y];
+    if (tile.y == 0) return;
+    const int kv = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
+    const int valid = tile.y - tile.z, width = l.heads * D;
+    const T *base = qkv + int64_t(tile.x) * l.row;
+    const float scale = l.scale * LOG2E;
+
+    load_tile<64, D>(ks, base + int64_t(tile.z) * l.row + l.k.offset + kv * l.k.stride, l.row, valid);
+    load_tile<64, D>(vs, base + int64_t(tile.z) * l.row + l.v.offset + kv * l.v.stride, l.row, valid);
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    const int j0 = tile.z + warp * 16 + lane / 4;
+    // Steps go over the heads of the group and, within one, over the queries from this tile on.
+    const int per_head = (tile.y - tile.z + BQ - 1) / BQ, steps = per_head * group;
+    auto fetch = [&](int step) {
+        const int head = kv * group + step / per_head, i0 = tile.z + step % per_head * BQ, stage = step % 2;
+        T *qs = stages + stage * 2 * BQ * ROW;
+        load_tile<BQ, D>(qs, base + int64_t(i0) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - i0);
+        load_tile<BQ, D>(qs + BQ * ROW, dout + (int64_t(tile.x) + i0) * width + head * D, width, tile.y - i0);
+        sent();
+        if (threadIdx.x < BQ) {
+            const bool there = i0 + threadIdx.x < tile.y;
+            const int64_t at = int64_t(head) * l.tokens + tile.x + i0 + threadIdx.x;
+            all_logs[stage][threadIdx.x] = there ? lse[at] : 0.f;
+            all_deltas[stage][threadIdx.x] = there ? delta[at] : 0.f;
+        }
+    };
+    fetch(0);
+    {
+        for (int step = 0; step < steps; step++) {
+            __syncthreads();
+            if (step + 1 < steps) fetch(step + 1), loaded<1>();
+            else loaded<0>();
+            const int head = kv * group + step / per_head, i0 = tile.z + step % per_head * BQ, stage = step % 2;
+            const float slope = slopes ? slopes[head] * LOG2E : 0.f;
+            const T *qs = stages + stage * 2 * BQ * ROW, *ds = qs + BQ * ROW;
+            const float *logs = all_logs[stage], *deltas = all_deltas[stage];
+            float s[BQ / 8][4] = {}, dp[BQ / 8][4] = {};
+            product<D, BQ / 8>(s, ks + warp * 16 * ROW, qs);
+            product<D, BQ / 8>(dp, vs + warp * 16 * ROW, ds);
+#pragma unroll
+            for (int n = 0; n < BQ / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int at = n * 8 + lane % 4 * 2 + e % 2, i = i0 + at, j = j0 + e / 2 * 8;
+                    const float p = j <= i && i < tile.y ? exp2f(s[n][e] * scale + slope * float(j - i) - logs[at]) : 0.f;
+                    s[n][e] = p;
+                    dp[n][e] = p * (dp[n][e] - deltas[at]);
+                }
+            spread<D, BQ / 8>(dv, s, ds);
+            spread<D, BQ / 8>(dk, dp, qs);
+        }
+    }
+    T *to = grad + (int64_t(tile.x) + tile.z + warp * 16) * l.row;
+    put<D>(to + l.k.offset + kv * l.k.stride, l.row, dk, l.scale, l.scale, valid - warp * 16);
+    put<D>(to + l.v.offset + kv * l.v.stride, l.row, dv, 1.f, 1.f, valid - warp * 16);
+}
+
+#define DEFINE(NAME, T, D)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(128)                                                                     \
+        flash_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, T *out, float *lse, Layout l) {          \
+        begin();                                                                                                          \
+        flash_forward<T, D>(qkv, tiles, slopes, out, lse, l);                                                             \
+    }                                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(128)                                                                     \
+        flash_dq_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *out, const T *dout,          \
+                              const float *lse, float *delta, T *grad, Layout l) {                                        \
+        begin();                                                                                                          \
+        flash_dq<T, D>(qkv, tiles, slopes, out, dout, lse, delta, grad, l);                                               \
+    }                                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(128)                                                                     \
+        flash_dkv_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *dout, const float *lse,     \
+                               const float *delta, T *grad, Layout l) {                                                   \
+        begin();                                                                                                          \
+        flash_dkv<T, D>(qkv, tiles, slopes, dout, lse, delta, grad, l);                                                   \
+    }
+DEFINE(f16, f16, 32) DEFINE(f16, f16, 64) DEFINE(f16, f16, 128)
+DEFINE(bf16, bf16, 32) DEFINE(bf16, bf16, 64) DEFINE(bf16, bf16, 128)
+#undef DEFINE
+
+// ---------------------------------------------------------------------------------- row by row
+
+// Eight lanes share a vector of d <= 256 elements: lane c of them has elements 64 t + 8 c + (0..8).
+constexpr int MAX_CHUNKS = 4;
+using Part = float[MAX_CHUNKS][8];
+
+template <typename T> __device__ __forceinline__ void read(Part &to, const T *from, int d, int c) {
+#pragma unroll
+    for (int t = 0; t < MAX_CHUNKS; t++) {
+        const int at = t * 64 + c * 8;
+        if (d % 8 == 0 && at < d) load(to[t], from + at);
+        else
+#pragma unroll
+            for (int j = 0; j < 8; j++) to[t][j] = at + j < d ? to_f32(from[at + j]) : 0.f;
+    }
+}
+
+__device__ __forceinline__ float dot(const Part &a, const Part &b) {
+    float sum = 0;
+#pragma unroll
+    for (int t = 0; t < MAX_CHUNKS; t++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += a[t][j] * b[t][j];
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    return sum;
+}
+
+__device__ __forceinline__ void add(Part &to, const Part &x, float by) {
+#pragma unroll
+    for (int t = 0; t < MAX_CHUNKS; t++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) to[t][j] += by * x[t][j];
+}
+
+// The sum of what the 16 groups of a block hold, written by the first `d` threads.
+template <typename T> __device__ void reduce_and_write(const Part &x, T *to, int d, float by) {
+    __shared__ float part[16][256];
+    const int group = threadIdx.x / 8, c = threadIdx.x % 8;
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < MAX_CHUNKS; t++)
+#pragma unroll
+        for (int j = 0; j < 8; j++) part[group][t * 64 + c * 8 + j] = x[t][j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < d; i += 128) {
+        float sum = 0;
+        for (int g = 0; g < 16; g++) sum += part[g][i];
+        to[i] = from_f32<T>(sum * by);
+    }
+}
+
+// One block of 128 a (row, head). keys[row] = (row of the first key, number of keys): the last one is the
+// row itself. Keys and values are rows of `k_row` elements: the projection's own, or a cache's.
+template <typename T>
+__device__ void rows_forward(const T *qkv, const T *k, const T *v, int64_t k_row, Place kp, Place vp, const int2 *keys,
+                             const float *slopes, T *out, float *lse, Layout l, int d) {
+    const int64_t row = blockIdx.x;
+    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, group = threadIdx.x / 8, c = threadIdx.x % 8;
+    const int2 range = keys[row];
+    const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
+    k += kp.offset + kv * kp.stride, v += vp.offset + kv * vp.stride;
+    Part q, x, acc = {};
+    read(q, qkv + row * l.row + l.q.offset + head * l.q.stride, d, c);
+    float top = -INFINITY, sum = 0;
+    // All groups go round equally often: they shuffle together.
+    for (int j0 = 0; j0 < range.y; j0 += 16) {
+        const int j = j0 + group, at = min(j, range.y - 1);
+        read(x, k + (int64_t(range.x) + at) * k_row, d, c);
+        float s = dot(q, x) * scale + slope * float(at - (range.y - 1));
+        if (j >= range.y) s = -INFINITY;
+        const float new_top = fmaxf(top, s);
+        const float shrink = new_top == -INFINITY ? 1.f : exp2f(top - new_top), p = j < range.y ? exp2f(s - new_top) : 0.f;
+        read(x, v + (int64_t(range.x) + at) * k_row, d, c);
+#pragma unroll
+        for (int t = 0; t < MAX_CHUNKS; t++)
+#pragma unroll
+            for (int e = 0; e < 8; e++) acc[t][e] = acc[t][e] * shrink + p * x[t][e];
+        sum = sum * shrink + p, top = new_top;
+    }
+    __shared__ float tops[16], sums[16];
+    if (c == 0) tops[group] = top, sums[group] = sum;
+    __syncthreads();
+    float all = -INFINITY, total = 0;
+    for (int g = 0; g < 16; g++) all = fmaxf(all, tops[g]);
+    for (int g = 0; g < 16; g++) total += tops[g] == -INFINITY ? 0.f : sums[g] * exp2f(tops[g] - all);
+    const float by = top == -INFINITY ? 0.f : exp2f(top - all);
+    Part scaled = {};
+    add(scaled, acc, by);
+    reduce_and_write(scaled, out + (row * l.heads + head) * d, d, 1.f / total);
+    if (lse && threadIdx.x == 0) lse[int64_t(head) * l.tokens + row] = all + log2f(total);
+}
+
+template <typename T>
+__device__ void rows_dq(const T *qkv, const int2 *keys, const float *slopes, const T *out, const T *dout, const float *lse,
+                        float *delta, T *grad, Layout l, int d) {
+    const int64_t row = blockIdx.x;
+    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, group = threadIdx.x / 8, c = threadIdx.x % 8;
+    const int2 range = keys[row];
+    const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
+    Part q, dy, x, acc = {};
+    read(q, out + (row * l.heads + head) * d, d, c), read(dy, dout + (row * l.heads + head) * d, d, c);
+    const float del = dot(q, dy), log = lse[int64_t(head) * l.tokens + row];
+    if (threadIdx.x == 0) delta[int64_t(head) * l.tokens + row] = del;
+    read(q, qkv + row * l.row + l.q.offset + head * l.q.stride, d, c);
+    for (int j0 = 0; j0 < range.y; j0 += 16) {
+        const int j = j0 + group, at = min(j, range.y - 1);
+        const T *from = qkv + (int64_t(range.x) + at) * l.row;
+        read(x, from + l.v.offset + kv * l.v.stride, d, c);
+        const float dp = dot(dy, x);
+        read(x, from + l.k.offset + kv * l.k.stride, d, c);
+        const float p = exp2f(dot(q, x) * scale + slope * float(at - (range.y - 1)) - log);
+        add(acc, x, j < range.y ? p * (dp - del) : 0.f);
+    }
+    reduce_and_write(acc, grad + row * l.row + l.q.offset + head * l.q.stride, d, l.scale);
+}
+
+// One block a (row, kv head); after[row] = number of rows from this one to the end of its sequence.
+template <typename T>
+__device__ void rows_dkv(const T *qkv, const int *after, const float *slopes, const T *dout, const float *lse,
+                         const float *delta, T *grad, Layout l, int d) {
+    const int64_t row = blockIdx.x;
+    const int kv = blockIdx.y, heads = l.heads / l.kv_heads, group = threadIdx.x / 8, c = threadIdx.x % 8;
+    const int count = after[row];
+    const float scale = l.scale * LOG2E;
+    Part k, v, q, dy, dk = {}, dv = {};
+    read(k, qkv + row * l.row + l.k.offset + kv * l.k.stride, d, c);
+    read(v, qkv + row * l.row + l.v.offset + kv * l.v.stride, d, c);
+    for (int head = kv * heads; head < (kv + 1) * heads; head++) {
+        const float slope = slopes ? slopes[head] * LOG2E : 0.f;
+        for (int i0 = 0; i0 < count; i0 += 16) {
+            const int i = min(i0 + group, count - 1);
+            const int64_t at = row + i;
+            read(q, qkv + at * l.row + l.q.offset + head * l.q.stride, d, c);
+            read(dy, dout + (at * l.heads + head) * d, d, c);
+            const float s = dot(q, k) * scale - slope * float(i), dp = dot(dy, v);
+            const float p = i0 + group < count ? exp2f(s - lse[int64_t(head) * l.tokens + at]) : 0.f;
+            add(dv, dy, p);
+            add(dk, q, p * (dp - delta[int64_t(head) * l.tokens + at]));
+        }
+    }
+    reduce_and_write(dk, grad + row * l.row + l.k.offset + kv * l.k.stride, d, l.scale);
+    reduce_and_write(dv, grad + row * l.row + l.v.offset + kv * l.v.stride, d, 1.f);
+}
+
+// One query a sequence over a long cache, as decoding has it. Block of 1024 a (sequence, head); D / 8 lanes share a
+// key. The first ROUNDS keys and values of each group are all under way before the first is used; scores of all keys
+// are kept in shared memory.
+template <typename T, int D>
+__device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes, T *out, Layout l) {
+    constexpr int LANES = D / 8, GROUPS = 1024 / LANES, ROUNDS = 4;
+    extern __shared__ __align__(16) unsigned char memory[];
+    float *scores = reinterpret_cast<float *>(memory);
+    __shared__ float part[32][D], reduced[32];
+    const int64_t row = blockIdx.x;
+    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, group = threadIdx.x / LANES, c = threadIdx.x % LANES * 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int2 range = keys[row];
+    const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
+    const T *own = qkv + row * l.row, *own_k = own + l.k.offset + kv * l.k.stride, *own_v = own + l.v.offset + kv * l.v.stride;
+    k += int64_t(range.x) * k_row + kv * D, v += int64_t(range.x) * k_row + kv * D;
+    const int last = range.y - 1, rounds = (range.y + GROUPS - 1) / GROUPS;
+    float q[8];
+    load(q, own + l.q.offset + head * l.q.stride + c);
+    using Eight = Vec<T, sizeof(T) == 4 ? 4 : 8>;
+    constexpr int WORDS = 8 * sizeof(T) / 16;
+    Eight ks[ROUNDS][WORDS], vs[ROUNDS][WORDS];
+    // The newest key and value are in the projection, not yet in the cache.
+    auto source = [&](const T *cache, const T *newest, int j) { return reinterpret_cast<const Eight *>((j < last ? cache + j * k_row : newest) + c); };
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++) {
+        const int j = min(t * GROUPS + group, last);
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) ks[t][w] = source(k, own_k, j)[w], vs[t][w] = source(v, own_v, j)[w];
+    }
+    if (threadIdx.x < LANES)
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) {
+            reinterpret_cast<Eight *>(k + last * k_row + c)[w] = reinterpret_cast<const Eight *>(own_k + c)[w];
+            reinterpret_cast<Eight *>(v + last * k_row + c)[w] = reinterpret_cast<const Eight *>(own_v + c)[w];
+        }
+    float top = -INFINITY;
+    auto score = [&](const Eight *x, int j) {
+        float s = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) s += q[e] * to_f32(x[e / (8 / WORDS)].v[e % (8 / WORDS)]);
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) s += __shfl_xor_sync(~0u, s, step);
+        s = s * scale + slope * float(j - last);
+        if (j <= last) {
+            if (c == 0) scores[j] = s;
+            top = fmaxf(top, s);
+        }
+    };
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++) score(ks[t], t * GROUPS + group);
+    for (int t = ROUNDS; t < rounds; t++) {
+        const int j = t * GROUPS + group;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) ks[0][w] = source(k, own_k, min(j, last))[w];
+        score(ks[0], j);
+    }
+    top = warp_max(top);
+    if (lane == 0) reduced[warp] = top;
+    __syncthreads();
+    top = warp_max(reduced[lane]);
+    __syncthreads();
+    float acc[8] = {}, sum = 0;
+    auto take = [&](const Eight *x, int j) {
+        const float p = j <= last ? exp2f(scores[min(j, last)] - top) : 0.f;
+        sum += p;
+#pragma unroll
+        for (int e = 0; e < 8; e++) acc[e] += p * to_f32(x[e / (8 / WORDS)].v[e % (8 / WORDS)]);
+    };
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++) take(vs[t], t * GROUPS + group);
+    for (int t = ROUNDS; t < rounds; t++) {
+        const int j = t * GROUPS + group;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) vs[0][w] = source(v, own_v, min(j, last))[w];
+        take(vs[0], j);
+    }
+    // Over the groups of a warp, then over the warps. Each of a group's lanes counted the same keys.
+#pragma unroll
+    for (int step = LANES; step < 32; step *= 2)
+#pragma unroll
+        for (int e = 0; e < 8; e++) acc[e] += __shfl_xor_sync(~0u, acc[e], step);
+    if (lane < LANES)
+#pragma unroll
+        for (int e = 0; e < 8; e++) part[warp][c + e] = acc[e];
+    sum = warp_sum(sum) / LANES;
+    if (lane == 0) reduced[warp] = sum;
+    __syncthreads();
+    sum = warp_sum(reduced[lane]);
+    for (int i = threadIdx.x; i < D; i += 1024) {
+        float s = 0;
+#pragma unroll
+        for (int w = 0; w < 32; w++) s += part[w][i];
+        out[(row * l.heads + head) * D + i] = from_f32<T>(s / sum);
+    }
+}
+
+#define DEFINE_D(NAME, T, D)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                   \
+        decode_attention_##NAME##_##D(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes,    \
+                                      T *out, Layout l) {                                                                \
+        begin();                                                                                                         \
+        decode<T, D>(qkv, k, v, k_row, keys, slopes, out, l);                                                            \
+    }
+#define DEFINE(NAME, T) DEFINE_D(NAME, T, 32) DEFINE_D(NAME, T, 64) DEFINE_D(NAME, T, 128)
+FOR_DTYPES(DEFINE)
+#undef DEFINE
+
+// Keys and values of new rows to a cache [sequences, capacity, width]: places[row] = row of the cache.
+template <typename T>
+__device__ void append(const T *qkv, const int *places, T *k, T *v, Layout l, int d) {
+    const int64_t row = blockIdx.x, to = places[row];
+    const int width = l.kv_heads * d;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        const int head = i / d, e = i % d;
+        k[to * width + i] = qkv[row * l.row + l.k.offset + head * l.k.stride + e];
+        v[to * width + i] = qkv[row * l.row + l.v.offset + head * l.v.stride + e];
+    }
+}
+
+#define DEFINE(NAME, T)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128)                                                                    \
+        rows_attention_##NAME(const T *qkv, T *k, T *v, int64_t k_row, Place kp, Place vp, const int2 *keys,             \
+                              const float *slopes, T *out, float *lse, Layout l, int d) {                    \
+        begin();                                                                                             \
+        rows_forward(qkv, k, v, k_row, kp, vp, keys, slopes, out, lse, l, d);                                            \
+    }                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128)                                                                    \
+        rows_attention_dq_##NAME(const T *qkv, const int2 *keys, const float *slopes, const T *out, const T *dout,       \
+                                 const float *lse, float *delta, T *grad, Layout l, int d) {                             \
+        begin();                                                                                                         \
+        rows_dq(qkv, keys, slopes, out, dout, lse, delta, grad, l, d);                                                   \
+    }                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128)                                                                    \
+        rows_attention_dkv_##NAME(const T *qkv, const int *after, const float *slopes, const T *dout, const float *lse,  \
+                                  const float *delta, T *grad, Layout l, int d) {                                        \
+        begin();                                                                                                         \
+        rows_dkv(qkv, after, slopes, dout, lse, delta, grad, l, d);                                                      \
+    }                                                                                                                    \
+    extern "C" __global__ void append_##NAME(const T *qkv, const int *places, T *k, T *v, Layout l, int d) {             \
+        begin();                                                                                                         \
+        append(qkv, places, k, v, l, d);                                                                                 \
+    }
+FOR_DTYPES(DEFINE)

@@ -1,0 +1,31 @@
+// Rows of a table, and rows of a batch gathered and scattered back.
+#include "common.cuh"
+
+// out[i] = table[index[i]]; a negative index gives zeros. One block a row.
+template <typename T> __device__ void rows(const T *table, const int *index, T *out, int c) {
+    const int64_t row = blockIdx.x;
+    const int from = index[row];
+    const T *source = table + int64_t(from) * c;
+    out += row * c;
+    if (c % 8 == 0) {
+        for (int i = threadIdx.x * 8; i < c; i += blockDim.x * 8) {
+            Vec<T, 8> v = {};
+            if (from >= 0) v = *reinterpret_cast<const Vec<T, 8> *>(source + i);
+            *reinterpret_cast<Vec<T, 8> *>(out + i) = v;
+        }
+    } else {
+        for (int i = threadIdx.x; i < c; i += blockDim.x) out[i] = from >= 0 ? source[i] : from_f32<T>(0.f);
+    }
+}
+
+#define DEFINE(NAME, T)                                                                                  \
+    extern "C" __global__ void rows_##NAME(const T *table, const int *index, T *out, int c) { begin(); rows(table, index, out, c); }
+FOR_DTYPES(DEFINE)
+
+// The first `narrow` columns of rows of `wide`. A block takes 1024 of them.
+extern "C" __global__ void copy_columns(const float *from, float *to, int wide, int narrow) {
+    begin();
+    const int64_t row = blockIdx.y;
+    for (int i = blockIdx.x * 1024 + threadIdx.x; i < min(narrow, int(blockIdx.x + 1) * 1024); i += blockDim.x)
+        to[row * narrow + i] = from[row * wide + i];
+}
