@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use serde_json::{Value, json};
 
 /// The notebooks of a language, by file name.
-fn notebooks(language: &str) -> BTreeMap<String, Value> {
+pub fn notebooks(language: &str) -> BTreeMap<String, Value> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../notebooks").join(language);
     let files = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let paths =
@@ -14,7 +14,7 @@ fn notebooks(language: &str) -> BTreeMap<String, Value> {
     paths.map(|p| (p.file_name().expect("a name").to_string_lossy().into_owned(), read(&p))).collect()
 }
 
-fn text(cell: &Value) -> String {
+pub fn text(cell: &Value) -> String {
     cell["source"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
 }
 

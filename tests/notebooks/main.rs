@@ -8,6 +8,7 @@ mod parameters;
 mod repl;
 mod runner;
 mod variables;
+mod walkthrough;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
