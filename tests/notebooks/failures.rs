@@ -41,6 +41,18 @@ fn an_error_through_the_question_mark() {
     assert_eq!(run.stream(1, "stderr"), "");
 }
 
+/// What a cell wrote on stderr itself is shown, and is no part of the error that ends it.
+#[test]
+fn an_error_after_a_note_on_stderr() {
+    let cell = "let name = \"x\";\neprintln!(\"a note on {name}\");\neprintln!(\"{}\", name);\neprint!(\"and \");\n\
+                std::fs::read_to_string(\"/nowhere\")?;";
+    let run = fails(cell, "Error", "No such file");
+    assert_eq!(run.stream(1, "stderr"), "a note on x\nx\nand ");
+    let error = run.outputs(1).last().cloned().unwrap_or_default();
+    assert!(error["evalue"].as_str().is_some_and(|said| said.starts_with("No such file")), "{error}");
+    assert_eq!(error["traceback"].as_array().map(Vec::len), Some(1), "{error}");
+}
+
 #[test]
 fn an_error_of_the_library() {
     fails("let ds = qlora_nb::prelude::Dataset::load_from_disk(\"nowhere\")?;", "Error", "nowhere");

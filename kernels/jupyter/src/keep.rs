@@ -13,6 +13,8 @@ pub const PRELUDE: &str = "mod qlora_nb_keep {
     pub trait CannotClone<T> { fn copy(&self) -> Option<T>; }
     impl<T> CannotClone<T> for &Keep<'_, T> { fn copy(&self) -> Option<T> { None } }
 }";
+/// What [`PRELUDE`] defines.
+pub const PRELUDE_DEFINES: &str = "qlora_nb_keep";
 
 /// A variable that a cell binds anew, and the type that it has had so far.
 #[derive(Clone, Debug, PartialEq)]

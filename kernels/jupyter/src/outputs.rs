@@ -15,6 +15,20 @@ use crate::supervisor::Event;
 
 const PLAIN: &str = "text/plain";
 
+/// Stands on stderr before the text of an error that leaves a cell through `?`, to part it from what the cell itself wrote
+/// there before. No text has it: Unicode keeps it for such uses.
+const ERROR_BEGINS: char = '\u{fdd0}';
+
+/// Has evcxr write [`ERROR_BEGINS`]. Its code for `?` is `eprintln!("{}", error)`, and what a crate defines itself goes
+/// before the standard library's. A cell that writes such a line writes the mark, too: it is taken out again.
+pub const PRELUDE: &str = r#"#[allow(unused_macros)]
+macro_rules! eprintln {
+    ("{}", $error:ident) => { ::std::eprintln!("\u{fdd0}{}", $error) };
+    ($($anything:tt)*) => { ::std::eprintln!($($anything)*) };
+}"#;
+/// What [`PRELUDE`] defines.
+pub const PRELUDE_DEFINES: &str = "eprintln";
+
 /// One output of a cell, as notebooks store it.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
@@ -219,8 +233,8 @@ impl<'a> Outputs<'a> {
             },
             Event::Content { mime, data } => self.content(mime, data),
             Event::Stdout(text) => {
-                // Text without a newline, from before a panic, comes with the panic's marker: behind its message.
-                if !self.held_text().is_some_and(tells_of_a_panic) {
+                // Text without a newline, from before a failure, comes with its marker: behind its message.
+                if !self.held_text().is_some_and(tells_of_a_failure) {
                     self.release();
                 }
                 self.stream("stdout", text);
@@ -270,13 +284,14 @@ impl<'a> Outputs<'a> {
         }
     }
 
-    fn stream(&mut self, name: &'static str, text: String) {
+    fn stream(&mut self, name: &'static str, mut text: String) {
+        if name == "stderr" {
+            self.last_stderr.clone_from(&text);
+            text.retain(|c| c != ERROR_BEGINS);
+        } else if !text.is_empty() && !tells_of_a_failure(&self.last_stderr) {
+            self.last_stderr.clear();
+        }
         if !text.is_empty() {
-            if name == "stderr" {
-                self.last_stderr.clone_from(&text);
-            } else if !tells_of_a_panic(&self.last_stderr) {
-                self.last_stderr.clear();
-            }
             self.client.show(Update::Add(Output::Stream { name, text }));
         }
     }
@@ -305,7 +320,7 @@ impl<'a> Outputs<'a> {
         self.failed = Some(kind);
         let begin = |text: &str| match kind {
             FailureKind::Panic => text.rfind("\nthread '").unwrap_or(0),
-            _ => 0,
+            _ => text.rfind(ERROR_BEGINS).unwrap_or(0),
         };
         match self.held.take().map(|held| held.what) {
             Some(What::Stderr(mut text)) => {
@@ -321,6 +336,7 @@ impl<'a> Outputs<'a> {
                 self.said = text.split_off(begin(&text));
             }
         }
+        self.said.retain(|c| c != ERROR_BEGINS);
     }
 
     /// Representations that follow each other are of one thing, until a MIME type comes again, or up to the plain text
@@ -360,9 +376,9 @@ impl<'a> Outputs<'a> {
     }
 }
 
-/// Whether a text on stderr contains what Rust says of a panic.
-fn tells_of_a_panic(text: &str) -> bool {
-    text.find("\nthread '").is_some_and(|at| text[at..].contains(" panicked at "))
+/// Whether a text on stderr contains what Rust says of a panic, or the text of an error.
+fn tells_of_a_failure(text: &str) -> bool {
+    text.contains(ERROR_BEGINS) || text.find("\nthread '").is_some_and(|at| text[at..].contains(" panicked at "))
 }
 
 /// A cell's failure as an output.
@@ -461,6 +477,21 @@ mod tests {
         let failure = failure.expect("a failure");
         assert_eq!((failure.kind, failure.message.as_str()), (FailureKind::Error, "no such file"));
         assert_eq!(failure.details, "no such file\nremedy");
+    }
+
+    #[test]
+    fn what_a_cell_wrote_before_its_error_is_no_part_of_the_error() {
+        let failing = |events: &[Event]| {
+            let (outputs, failure) = outputs(events, Ok(Forms::new()));
+            (outputs, failure.map(|failure| (failure.message, failure.details)))
+        };
+        let error = || Some(("no such file".to_owned(), "no such file\nremedy".to_owned()));
+        let text = "note: slow\n\u{fdd0}Value(1)\n\u{fdd0}no such file\nremedy\n";
+        let expected = (vec![stderr("note: slow\nValue(1)\n")], error());
+        assert_eq!(failing(&[Event::Stderr(text.into()), Event::UserError]), expected);
+        let stdout = Output::Stream { name: "stdout", text: "unfinished".into() };
+        let events = [Event::Stderr("\u{fdd0}no such file\nremedy\n".into()), Event::Stdout("unfinished".into())];
+        assert_eq!(failing(&[events.as_slice(), &[Event::UserError]].concat()), (vec![stdout], error()));
     }
 
     #[test]

@@ -517,6 +517,7 @@ impl Evcxr {
             // evcxr learns from a failed compile that a cell may use `?`: let it learn that once, and here.
             format!("{FLUSH} Ok::<(), String>(())?;"),
             keep::PRELUDE.to_owned(),
+            outputs::PRELUDE.to_owned(),
         ];
         self.mark.set(true);
         for command in setup {
@@ -596,7 +597,9 @@ impl Evcxr {
 
 fn names(context: &CommandContext) -> Names {
     let variables = context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned()));
-    Names { variables: variables.collect(), items: context.defined_item_names().map(str::to_owned).collect() }
+    let items = context.defined_item_names();
+    let items = items.filter(|name| ![keep::PRELUDE_DEFINES, outputs::PRELUDE_DEFINES].contains(name));
+    Names { variables: variables.collect(), items: items.map(str::to_owned).collect() }
 }
 
 /// The cell with what it needs to be honest: types, old values kept, and a flush.
