@@ -216,12 +216,15 @@ fn walkthrough() -> Result<(), Box<dyn Error>> {
     let pipe = pipeline("text-generation", &p_model, &tokenizer)?;
 
     // %%
-    let prompt = format!("Human: {}\n{}", "以《江上秋夜》为题，写一首七言绝句。", "").trim().to_string() + "\n\nAssistant: ";
-    println!("{}", pipe.generate(&prompt, &GenerationConfig { max_length: Some(500), do_sample: true, seed: Some(7), ..Default::default() })?);
+    let prompt = format!("Human: {}\n{}", "以《江上秋夜》为题，写一首七言绝句。", "");
+    let prompt = prompt.trim().to_string() + "\n\nAssistant: ";
+    let options = GenerationConfig { max_length: Some(500), do_sample: true, seed: Some(7), ..Default::default() };
+    println!("{}", pipe.generate(&prompt, &options)?);
 
     // %%
     let after = write(&pipe, &requests)?;
-    println!("{} of {} in form before, {} after\n", score(&before, &requests)?, requests.len(), score(&after, &requests)?);
+    let (good, better) = (score(&before, &requests)?, score(&after, &requests)?);
+    println!("{good} of {} in form before, {better} after\n", requests.len());
     for poem in &after[..3] {
         println!("{}\n", poem.text());
     }

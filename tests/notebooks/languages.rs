@@ -1,6 +1,6 @@
 //! The notebooks of the two languages are one: what is not prose is equal, byte for byte.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, process::Command};
 
 use serde_json::{Value, json};
 
@@ -74,6 +74,42 @@ fn notebooks_open_and_end_alike() {
             assert!(first.contains(time) && first.contains(needs), "{language}/{name} opens with {first:?}");
             assert!(last.contains(tries), "{language}/{name} ends with {last:?}");
         }
+    }
+}
+
+/// Code cells fit on a page, in length and in width: a Chinese character takes two columns.
+#[test]
+fn code_cells_fit_on_a_page() {
+    for (name, notebook) in notebooks("en") {
+        for cell in notebook["cells"].as_array().expect("cells").iter().filter(|cell| cell["cell_type"] == "code") {
+            let code = text(cell);
+            assert!(code.lines().count() <= 15, "{name}: {} lines in\n{code}", code.lines().count());
+            for line in code.lines() {
+                let columns: usize = line.chars().map(|c| if c < '\u{2e80}' { 1 } else { 2 }).sum();
+                assert!(columns <= 111, "{name}: {columns} columns in\n{line}");
+            }
+        }
+    }
+}
+
+/// What the notebooks read is what its script writes.
+#[test]
+fn the_lighthouse_is_what_its_script_writes() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let folder = tempfile::tempdir().expect("a folder");
+    let script = folder.path().join("scripts/persona/make_rows.py");
+    std::fs::create_dir_all(script.parent().expect("a parent")).expect("a folder");
+    std::fs::copy(root.join("scripts/persona/make_rows.py"), &script).expect("copied");
+    // The script writes beside itself: two folders up, in notebooks/data.
+    let output = match Command::new("python3").arg(&script).output() {
+        Ok(output) => output,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return eprintln!("skipped: there is no python3 here"),
+        Err(e) => panic!("python3: {e}"),
+    };
+    assert!(output.status.success(), "{}", crate::text(&output));
+    for name in ["train.jsonl", "heldout.jsonl"] {
+        let read = |root: &Path| std::fs::read(root.join("notebooks/data/lighthouse").join(name)).expect("a file");
+        assert!(read(folder.path()) == read(&root), "{name} is not what scripts/persona/make_rows.py writes");
     }
 }
 
