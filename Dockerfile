@@ -25,6 +25,7 @@ WORKDIR $HOME/qlora-nb
 RUN scripts/setup lab smollm2 \
     && "$HOME/.cache/qlora-nb/jupyter/bin/pip" install --quiet --no-cache-dir notebook \
     && "$HOME/.cache/qlora-nb/target/release/qlora-nb" doctor \
+    && "$HOME/.cache/qlora-nb/jupyter/bin/jupyter" trust notebooks/*/*.ipynb \
     && rm -rf "$HOME/.cache/qlora-nb/target" /usr/local/cargo/registry
 
 ENV PATH=$HOME/.cache/qlora-nb/jupyter/bin:$PATH
