@@ -19,8 +19,11 @@ use crate::{
     error::{Error, Result},
     interrupt,
     layers::param::read_f32,
-    models::causal_lm::CausalLM,
+    models::causal_lm::{CausalLM, Draw, Next},
 };
+
+/// The largest `top_k` of a draw that is made where the logits are.
+const MOST_DRAWN_FROM: usize = 256;
 
 /// What was generated from one prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,15 +71,19 @@ pub fn generate(
     let mut chooser = Chooser { settings, logits: Vec::new(), scratch: Scratch::default() };
     let mut cache = model.new_cache(prompts.len())?;
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-    let mut logits = model.next_token_logits(&prompts, &mut cache)?;
     // The sequences that go on, each with its row in the logits and the cache. A prompt is read
     // once, however many sequences begin with it.
     let copies = chooser.settings.num_return_sequences;
     let mut active: Vec<(usize, usize)> = (0..sequences.len()).map(|i| (i, i / copies)).collect();
     let mut rows = prompts.len();
+    let mut next = model.next_tokens(&prompts, &mut cache, &chooser.draws(&active, &mut sequences))?;
     while !interrupt::requested() {
-        for &(i, row) in &active {
-            let id = chooser.choose(&logits, row, &mut sequences[i])?;
+        for (place, &(i, row)) in active.iter().enumerate() {
+            let id = match &next {
+                Next::Ids(ids) => ids[place],
+                Next::Logits(logits) => chooser.choose(logits, row, &sequences[i])?,
+            };
+            sequences[i].push(id, &chooser.settings);
             on_token(i, id);
         }
         active.retain(|&(i, _)| sequences[i].finish_reason.is_none());
@@ -89,8 +96,9 @@ pub fn generate(
         }
         rows = keep.len();
         active.iter_mut().enumerate().for_each(|(row, sequence)| sequence.1 = row);
+        let draws = chooser.draws(&active, &mut sequences);
         let last: Vec<&[u32]> = active.iter().map(|&(i, _)| sequences[i].last()).collect();
-        logits = model.next_token_logits(&last, &mut cache)?;
+        next = model.next_tokens(&last, &mut cache, &draws)?;
     }
     drop(guard);
     Ok(sequences.into_iter().map(Sequence::finish).collect())
@@ -103,6 +111,8 @@ struct Sequence {
     ids: Vec<u32>,
     max_new_tokens: usize,
     rng: Rng,
+    /// Where in the cumulative probability the next token is: drawn before the logits are known.
+    u: f64,
     /// What a repetition penalty looks at, if there is one.
     seen: Option<SeenTokens>,
     finish_reason: Option<FinishReason>,
@@ -154,6 +164,7 @@ fn start_sequences(prompts: &[Vec<u32>], settings: &Settings, vocab_size: usize)
                 ids: Vec::new(),
                 max_new_tokens,
                 rng: Rng::new(settings.seed, copy as u64),
+                u: 0.0,
                 seen: seen.clone(),
                 finish_reason: None,
             });
@@ -170,19 +181,38 @@ struct Chooser {
 }
 
 impl Chooser {
+    /// How the next token of each sequence is chosen where the logits are. None at all where a processor is wanted that
+    /// only [`Chooser::choose`] has, or more tokens to draw from than [`MOST_DRAWN_FROM`].
+    fn draws(&self, active: &[(usize, usize)], sequences: &mut [Sequence]) -> Vec<Draw> {
+        let settings = &self.settings;
+        if settings.sampling.is_some() {
+            active.iter().for_each(|&(i, _)| sequences[i].u = sequences[i].rng.uniform());
+        }
+        let (temperature, top_k, top_p) = settings.sampling.unwrap_or((1.0, 1, 1.0));
+        let plain = |&(i, _): &(usize, usize)| {
+            let sequence = &sequences[i];
+            let forbids = sequence.ids.len() < settings.min_new_tokens && !settings.eos_token_id.is_empty();
+            sequence.seen.is_none() && !forbids
+        };
+        if !(1..=MOST_DRAWN_FROM).contains(&top_k) || !active.iter().all(plain) {
+            return Vec::new();
+        }
+        let draw =
+            |&(i, row): &(usize, usize)| Draw { row, top_k, temperature: temperature as f32, top_p, u: sequences[i].u };
+        active.iter().map(draw).collect()
+    }
+
     /// The next token of a sequence, from its row of the logits `[rows, vocab]`.
-    fn choose(&mut self, logits: &Tensor, row: usize, sequence: &mut Sequence) -> Result<u32> {
+    fn choose(&mut self, logits: &Tensor, row: usize, sequence: &Sequence) -> Result<u32> {
         self.logits.clear();
         let row = logits.get(row)?.to_device(&Device::Cpu)?.contiguous()?;
         read_f32(&row, |row| self.logits.extend_from_slice(row))?;
         refuse_not_finite(&self.logits, sequence)?;
         self.process(sequence);
-        let id = match self.settings.sampling {
+        Ok(match self.settings.sampling {
             None => sampling::greedy(&self.logits),
-            Some(_) => sampling::sample(&self.logits, sequence.rng.uniform(), &mut self.scratch),
-        };
-        sequence.push(id, &self.settings);
-        Ok(id)
+            Some(_) => sampling::sample(&self.logits, sequence.u, &mut self.scratch),
+        })
     }
 
     /// The processors that the settings ask for, in the reference's order.

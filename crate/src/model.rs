@@ -18,7 +18,7 @@ use crate::{
     },
     models::{
         self,
-        causal_lm::{CausalLM, Pass},
+        causal_lm::{CausalLM, Draw, Next, Pass},
         decoder::{Decoder, Parameter, ParameterDType},
         gguf::{self, Gguf},
         memory::MemoryReport,
@@ -350,5 +350,9 @@ impl CausalLM for Model {
 
     fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor> {
         self.0.decoder.next_token_logits(new_tokens, cache)
+    }
+
+    fn next_tokens(&self, new_tokens: &[&[u32]], cache: &mut KvCache, draws: &[Draw]) -> Result<Next> {
+        self.0.decoder.next_tokens(new_tokens, cache, draws)
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     },
     model::{Model, module_tree},
     models::{
-        causal_lm::{CausalLM, Pass, PassOptions, Trainable},
+        causal_lm::{CausalLM, Draw, Next, Pass, PassOptions, Trainable},
         decoder::{Decoder, Parameter},
         memory::MemoryReport,
     },
@@ -320,6 +320,10 @@ impl CausalLM for PeftModel {
 
     fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor> {
         self.0.decoder.next_token_logits(new_tokens, cache)
+    }
+
+    fn next_tokens(&self, new_tokens: &[&[u32]], cache: &mut KvCache, draws: &[Draw]) -> Result<Next> {
+        self.0.decoder.next_tokens(new_tokens, cache, draws)
     }
 }
 

@@ -6,6 +6,7 @@
 //
 // Logarithms are to base 2: lse[head][row] = log2(sum of 2^(score * log2(e))).
 #include "common.cuh"
+#include "mma.cuh"
 
 // Where the heads of one kind lie in a row: first element of head 0, and from head to head.
 struct Place {
@@ -22,32 +23,6 @@ struct Layout {
 constexpr float LOG2E = 1.4426950408889634f;
 
 // ---------------------------------------------------------------------------------- tensor cores
-
-template <typename T> struct Mma;
-template <> struct Mma<f16> {
-    static __device__ __forceinline__ void run(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-    static __device__ __forceinline__ uint32_t pack(float x, float y) {
-        const __half2 h = __floats2half2_rn(x, y);
-        return reinterpret_cast<const uint32_t &>(h);
-    }
-};
-template <> struct Mma<bf16> {
-    static __device__ __forceinline__ void run(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-    static __device__ __forceinline__ uint32_t pack(float x, float y) {
-        const __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
-        return reinterpret_cast<const uint32_t &>(h);
-    }
-};
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 template <bool TRANS> __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void *p) {
     if constexpr (TRANS)
@@ -213,17 +188,30 @@ __device__ void flash_forward(const T *qkv, const int4 *tiles, const float *slop
            tile.y - tile.z - warp * 16);
 }
 
-// The gradient of the queries; also delta[head][row] = sum over the head of dout * out.
+// delta[head][row] = sum over the head of dout * out. Sixteen lanes a head's row.
 template <typename T, int D>
-__device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, const T *out, const T *dout, const float *lse,
-                         float *delta, T *grad, Layout l) {
+__device__ void flash_delta(const T *out, const T *dout, float *delta, Layout l) {
+    constexpr int LANES = 16, N = D / LANES;
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / LANES;
+    const bool there = at < int64_t(l.tokens) * l.heads;
+    float a[N] = {}, b[N] = {}, sum = 0;
+    const int64_t first = at * D + threadIdx.x % LANES * N;
+    if (there) load(a, out + first), load(b, dout + first);
+#pragma unroll
+    for (int j = 0; j < N; j++) sum += a[j] * b[j];
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (there && threadIdx.x % LANES == 0) delta[at % l.heads * l.tokens + at / l.heads] = sum;
+}
+
+// The gradient of the queries of a head's tile.
+template <typename T, int D>
+__device__ void flash_dq(const T *qkv, const int4 tile, const float *slopes, const T *dout, const float *lse,
+                         const float *delta, T *grad, Layout l, int head) {
     constexpr int BN = 32, ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
     T *qs = reinterpret_cast<T *>(memory), *ds = qs + 64 * ROW, *const stages = ds + 64 * ROW;
-    __shared__ float deltas[64];
-    const int4 tile = tiles[gridDim.y - 1 - blockIdx.y];
-    if (tile.y == 0) return;
-    const int head = blockIdx.x, kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int valid = tile.y - tile.z, width = l.heads * D;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const int64_t first = int64_t(tile.x) + tile.z;
@@ -240,30 +228,13 @@ __device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, c
     };
     fetch(0, 0);
     loaded<1>();
-    { // Two threads a row.
-        const int r = threadIdx.x / 2;
-        float sum = 0;
-        if (r < valid)
-            for (int c = threadIdx.x % 2 * (D / 2), end = c + D / 2; c < end; c += 8) {
-                float a[8], b[8];
-                load(a, out + (first + r) * width + head * D + c), load(b, ds + r * ROW + c);
-#pragma unroll
-                for (int j = 0; j < 8; j++) sum += a[j] * b[j];
-            }
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        if (threadIdx.x % 2 == 0) {
-            deltas[r] = sum;
-            if (r < valid) delta[int64_t(head) * l.tokens + first + r] = sum;
-        }
-        __syncthreads();
-    }
     float acc[D / 8][4] = {}, log[2], del[2];
     const int i0 = tile.z + warp * 16 + lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int i = i0 + h * 8;
         log[h] = i < tile.y ? lse[int64_t(head) * l.tokens + tile.x + i] : 0.f;
-        del[h] = deltas[warp * 16 + lane / 4 + h * 8];
+        del[h] = i < tile.y ? delta[int64_t(head) * l.tokens + tile.x + i] : 0.f;
     }
     const int last = min(tile.z + 64, tile.y);
     for (int j0 = 0, stage = 0; j0 < last; j0 += BN, stage ^= 1) {
@@ -289,15 +260,13 @@ __device__ void flash_dq(const T *qkv, const int4 *tiles, const float *slopes, c
 
 // The gradients of the keys and values of a tile of 64 rows, over all queries that see them.
 template <typename T, int D>
-__device__ void flash_dkv(const T *qkv, const int4 *tiles, const float *slopes, const T *dout, const float *lse,
-                          const float *delta, T *grad, Layout l) {
+__device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, const T *dout, const float *lse,
+                          const float *delta, T *grad, Layout l, int kv) {
     constexpr int BQ = 32, ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
     T *ks = reinterpret_cast<T *>(memory), *vs = ks + 64 * ROW, *const stages = vs + 64 * ROW;
     __shared__ float all_logs[2][BQ], all_deltas[2][BQ];
-    const int4 tile = tiles[blockIdx.y];
-    if (tile.y == 0) return;
-    const int kv = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
     const int valid = tile.y - tile.z, width = l.heads * D;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const float scale = l.scale * LOG2E;
@@ -358,17 +327,22 @@ __device__ void flash_dkv(const T *qkv, const int4 *tiles, const float *slopes, 
         begin();                                                                                                          \
         flash_forward<T, D>(qkv, tiles, slopes, out, lse, l);                                                             \
     }                                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(128)                                                                     \
-        flash_dq_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *out, const T *dout,          \
-                              const float *lse, float *delta, T *grad, Layout l) {                                        \
+    extern "C" __global__ void __launch_bounds__(256)                                                                     \
+        flash_delta_##NAME##_##D(const T *out, const T *dout, float *delta, Layout l) {                                   \
         begin();                                                                                                          \
-        flash_dq<T, D>(qkv, tiles, slopes, out, dout, lse, delta, grad, l);                                               \
+        flash_delta<T, D>(out, dout, delta, l);                                                                           \
     }                                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(128)                                                                     \
-        flash_dkv_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *dout, const float *lse,     \
-                               const float *delta, T *grad, Layout l) {                                                   \
+    /* The gradients of keys and values, and of queries, neither of which keeps the card busy: blocks of both, those     \
+       with the longest work first. x: the kv heads, then the heads. */                                                  \
+    extern "C" __global__ void __launch_bounds__(128, 3)                                                                  \
+        flash_backward_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *dout,                  \
+                                    const float *lse, const float *delta, T *grad, Layout l) {                            \
         begin();                                                                                                          \
-        flash_dkv<T, D>(qkv, tiles, slopes, dout, lse, delta, grad, l);                                                   \
+        const int head = int(blockIdx.x) - l.kv_heads;                                                                    \
+        const int4 tile = tiles[head < 0 ? blockIdx.y : gridDim.y - 1 - blockIdx.y];                                      \
+        if (tile.y == 0) return;                                                                                          \
+        if (head < 0) flash_dkv<T, D>(qkv, tile, slopes, dout, lse, delta, grad, l, blockIdx.x);                          \
+        else flash_dq<T, D>(qkv, tile, slopes, dout, lse, delta, grad, l, head);                                          \
     }
 DEFINE(f16, f16, 32) DEFINE(f16, f16, 64) DEFINE(f16, f16, 128)
 DEFINE(bf16, bf16, 32) DEFINE(bf16, bf16, 64) DEFINE(bf16, bf16, 128)
@@ -536,19 +510,28 @@ __device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys
     const T *own = qkv + row * l.row, *own_k = own + l.k.offset + kv * l.k.stride, *own_v = own + l.v.offset + kv * l.v.stride;
     k += int64_t(range.x) * k_row + kv * D, v += int64_t(range.x) * k_row + kv * D;
     const int last = range.y - 1, rounds = (range.y + GROUPS - 1) / GROUPS;
-    float q[8];
-    load(q, own + l.q.offset + head * l.q.stride + c);
     using Eight = Vec<T, sizeof(T) == 4 ? 4 : 8>;
     constexpr int WORDS = 8 * sizeof(T) / 16;
     Eight ks[ROUNDS][WORDS], vs[ROUNDS][WORDS];
-    // The newest key and value are in the projection, not yet in the cache.
+    // What the cache holds does not depend on the previous kernel; the newest key and value do: they are in the
+    // projection, not yet in the cache.
     auto source = [&](const T *cache, const T *newest, int j) { return reinterpret_cast<const Eight *>((j < last ? cache + j * k_row : newest) + c); };
+    let_next_start();
 #pragma unroll
     for (int t = 0; t < ROUNDS; t++) {
-        const int j = min(t * GROUPS + group, last);
+        const int j = t * GROUPS + group;
+        if (j < last)
 #pragma unroll
-        for (int w = 0; w < WORDS; w++) ks[t][w] = source(k, own_k, j)[w], vs[t][w] = source(v, own_v, j)[w];
+            for (int w = 0; w < WORDS; w++) ks[t][w] = source(k, own_k, j)[w], vs[t][w] = source(v, own_v, j)[w];
     }
+    wait_for_previous();
+    float q[8];
+    load(q, own + l.q.offset + head * l.q.stride + c);
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++)
+        if (t * GROUPS + group >= last)
+#pragma unroll
+            for (int w = 0; w < WORDS; w++) ks[t][w] = source(k, own_k, last)[w], vs[t][w] = source(v, own_v, last)[w];
     if (threadIdx.x < LANES)
 #pragma unroll
         for (int w = 0; w < WORDS; w++) {
@@ -620,7 +603,6 @@ __device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys
     extern "C" __global__ void __launch_bounds__(1024)                                                                   \
         decode_attention_##NAME##_##D(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes,    \
                                       T *out, Layout l) {                                                                \
-        begin();                                                                                                         \
         decode<T, D>(qkv, k, v, k_row, keys, slopes, out, l);                                                            \
     }
 #define DEFINE(NAME, T) DEFINE_D(NAME, T, 32) DEFINE_D(NAME, T, 64) DEFINE_D(NAME, T, 128)

@@ -1,22 +1,10 @@
 // 4-bit codes (or 8-bit integers) back to weights: code * absmax of the block, absmax plain or
 // double-quantized. Oracle: quant/oracle.rs; equal bit for bit, so nothing may fuse a product with a sum.
 #include "common.cuh"
+#include "quantized.cuh"
 
 // Words of eight codes that a thread has in flight.
 constexpr int WORDS = 4;
-
-struct Code {
-    float v[16];
-};
-
-// The block maxima: f32, or bytes that stand for code2[byte] * absmax2[byte's block] + offset.
-struct Absmax {
-    const void *at;
-    const float *absmax2; // nullptr: not nested
-    const float *code2;   // 256 values
-    float offset;
-    int log_block, log_block2;
-};
 
 // The maxima of the blocks of N elements; what does not depend on each other is loaded together.
 template <bool NESTED, int N>

@@ -1,14 +1,10 @@
 // The transpose of a 4-bit weight [n, k] as a matrix product of the backward likes it: [k, n], 16-bit. The values are
 // those of dequantize_4bit.cu. n and k are multiples of 64. A block takes 64 x 64 elements through shared memory.
 #include "common.cuh"
-
-struct Code {
-    float v[16];
-};
+#include "quantized.cuh"
 
 template <typename T, typename Via>
-__device__ void transposed(const uint8_t *packed, const void *absmax, const float *absmax2, const float *code2, float offset,
-                           int log_block, int log_block2, const Code &code, T *out, int n, int k) {
+__device__ void transposed(const uint8_t *packed, const Absmax &a, const Code &code, T *out, int n, int k) {
     __shared__ float table[16];
     __shared__ uint32_t tile[64][33]; // [column][pair of rows]
     const int pair = threadIdx.x / 8, eighth = threadIdx.x % 8;
@@ -17,13 +13,13 @@ __device__ void transposed(const uint8_t *packed, const void *absmax, const floa
     float top[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int64_t at = int64_t(row + i) * k + column, block = at >> log_block;
+        const int64_t at = int64_t(row + i) * k + column, block = at >> a.log_block;
         q[i] = __ldcs(reinterpret_cast<const uint32_t *>(packed + at / 2));
-        if (absmax2) {
-            const float c = code2[static_cast<const uint8_t *>(absmax)[block]];
-            top[i] = __fadd_rn(__fmul_rn(c, absmax2[block >> log_block2]), offset);
+        if (a.absmax2) {
+            const float c = a.code2[static_cast<const uint8_t *>(a.at)[block]];
+            top[i] = __fadd_rn(__fmul_rn(c, a.absmax2[block >> a.log_block2]), a.offset);
         } else {
-            top[i] = static_cast<const float *>(absmax)[block];
+            top[i] = static_cast<const float *>(a.at)[block];
         }
     }
     if (threadIdx.x < 16) table[threadIdx.x] = code.v[threadIdx.x];
@@ -49,7 +45,7 @@ __device__ void transposed(const uint8_t *packed, const void *absmax, const floa
                                                       const float *code2, float offset, int log_block, int log_block2,     \
                                                       Code code, T *out, int n, int k) {                                   \
         begin();                                                                                                           \
-        transposed<T, V>(packed, absmax, absmax2, code2, offset, log_block, log_block2, code, out, n, k);                  \
+        transposed<T, V>(packed, {absmax, absmax2, code2, offset, log_block, log_block2}, code, out, n, k);                \
     }
 DEFINE(f16, f16, f16, f16) DEFINE(f16, f16, bf16, bf16) DEFINE(f16, f16, f32, float)
 DEFINE(bf16, bf16, f16, f16) DEFINE(bf16, bf16, bf16, bf16) DEFINE(bf16, bf16, f32, float)

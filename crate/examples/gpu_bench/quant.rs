@@ -64,7 +64,9 @@ fn dequantize(bench: &Bench, rows: usize, columns: usize, dtype: DType, nested: 
         })
         .collect::<Result<Vec<_>>>()?;
     let outs = (0..sets).map(|_| uninit(&bench.gpu, n, dtype)).collect::<Result<Vec<_>>>()?;
-    let time = bench.card(|i| dequantize_into(&bench.gpu, &weights[i % sets], address(&outs[i % sets])?, dtype))?;
+    let time = bench.card(|i| {
+        dequantize_into(&bench.gpu, bench.gpu.stream(), &weights[i % sets], address(&outs[i % sets])?, dtype)
+    })?;
     let what = format!("dequantize {rows} x {columns} {}{}", dtype.as_str(), if nested { " double" } else { "" });
     time.print(&what, n * dtype.size_in_bytes() + quantized_bytes(n, nested));
     Ok(())

@@ -79,7 +79,7 @@ fn batch(checks: &mut Checks, m: usize, vocab: usize) -> (Sequences, Vec<i64>) {
 
 fn inputs(checks: &Checks, sequences: &Sequences, targets: &[i64], scalars: Scalars) -> Result<Inputs> {
     let ids = vec![0u32; sequences.num_tokens()];
-    let host = HostInputs { ids: &ids, targets, sequences, cache: None, scalars };
+    let host = HostInputs { ids: &ids, targets, sequences, cache: None, scalars, draws: &[] };
     let inputs = Inputs::new(&checks.gpu, host.shape(false))?;
     inputs.fill(&checks.gpu, &host)?;
     Ok(inputs)

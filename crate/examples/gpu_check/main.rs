@@ -5,24 +5,28 @@
 //! check; the exit status is 1 if any failed.
 
 mod check;
+mod curve;
 mod layers;
 mod load;
 mod memory;
 mod model;
 mod optim;
 mod quant;
+mod sample;
 
 use check::Checks;
 use qlora_nb::error::Result;
 
 type Group = (&'static str, fn(&mut Checks) -> Result<()>);
 
-const GROUPS: [Group; 6] = [
+const GROUPS: [Group; 8] = [
     ("quant", quant::run),
     ("load", load::run),
     ("layers", layers::run),
     ("optim", optim::run),
+    ("sample", sample::run),
     ("model", model::run),
+    ("curve", curve::run),
     ("memory", memory::run),
 ];
 

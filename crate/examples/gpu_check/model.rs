@@ -24,15 +24,17 @@ pub fn run(checks: &mut Checks) -> Result<()> {
     Ok(())
 }
 
+pub const BUNDLED: &str = "notebooks/models/poet-bloom-zh";
+
 /// The bundled BLOOM, or the folder that QLORA_MODEL names.
-fn folder() -> PathBuf {
+pub fn folder() -> PathBuf {
     match std::env::var_os("QLORA_MODEL") {
         Some(folder) => folder.into(),
-        None => "notebooks/models/poet-bloom-zh".into(),
+        None => BUNDLED.into(),
     }
 }
 
-fn load(folder: &PathBuf, dtype: DType, nf4: bool, device_map: DeviceMap, modules: &[&str]) -> Result<PeftModel> {
+pub fn load(folder: &PathBuf, dtype: DType, nf4: bool, device_map: DeviceMap, modules: &[&str]) -> Result<PeftModel> {
     let quantization = BitsAndBytesConfig {
         load_in_4bit: true,
         bnb_4bit_use_double_quant: true,
@@ -46,10 +48,8 @@ fn load(folder: &PathBuf, dtype: DType, nf4: bool, device_map: DeviceMap, module
         ..Default::default()
     };
     let base = AutoModelForCausalLM::from_pretrained(folder, options)?;
-    let model = get_peft_model(
-        &base,
-        &LoraConfig { r: 8, target_modules: modules.iter().copied().collect::<Vec<_>>().into(), ..Default::default() },
-    )?;
+    let model =
+        get_peft_model(&base, &LoraConfig { r: 8, target_modules: modules.to_vec().into(), ..Default::default() })?;
     // B starts at zero, and A's gradient with it: another start shows both.
     for (i, p) in model.trainable_parameters().iter().enumerate() {
         let n = p.value().elem_count();
@@ -60,7 +60,7 @@ fn load(folder: &PathBuf, dtype: DType, nf4: bool, device_map: DeviceMap, module
 }
 
 /// Rows of random ids, padded on the left, labels on the second half.
-fn batch(checks: &mut Checks, vocab: usize, lengths: &[usize]) -> Result<Batch> {
+pub fn batch(checks: &mut Checks, vocab: usize, lengths: &[usize]) -> Result<Batch> {
     let t = lengths.iter().copied().max().unwrap_or(1);
     let (mut ids, mut mask, mut labels) = (Vec::new(), Vec::new(), Vec::new());
     for &n in lengths {

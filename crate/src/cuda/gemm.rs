@@ -31,10 +31,12 @@ pub struct Gemm {
     /// W is `[n, k]`: a forward's weight. Otherwise `[k, n]`: a backward's.
     pub transposed: bool,
     pub y: Operand,
-    /// Added to the product, in y's dtype; never y itself.
+    /// Added to the product, in y's dtype; may be y itself.
     pub c: Option<Operand>,
     /// `[n]` in y's dtype, added to each row.
     pub bias: Option<u64>,
+    /// y goes through gelu; before that it is also written here, unless this is 0.
+    pub gelu: Option<u64>,
     /// Of x and W; sums are in f32.
     pub dtype: DType,
     /// Of y, c and bias.
@@ -47,6 +49,7 @@ struct Key {
     rows: [usize; 4],
     transposed: bool,
     bias: bool,
+    gelu: Option<bool>,
     add: bool,
     dtype: (u8, u8),
 }
@@ -102,6 +105,7 @@ impl Gpu {
             rows: [g.x.row, g.w.row, g.y.row, g.c.map_or(0, |c| c.row)],
             transposed: g.transposed,
             bias: g.bias.is_some(),
+            gelu: g.gelu.map(|before| before != 0),
             add: g.c.is_some(),
             dtype: (data_type(g.dtype)?.1, data_type(g.out)?.1),
         };
@@ -115,9 +119,12 @@ impl Gpu {
 
     fn run(&self, g: &Gemm, plan: &Plan) -> Result<()> {
         let (one, beta) = (1f32, if g.c.is_some() { 1f32 } else { 0f32 });
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
         if let Some(bias) = g.bias {
-            let what = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-            set(plan.desc, what, &bias)?;
+            set(plan.desc, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+        }
+        if let Some(before) = g.gelu.filter(|&at| at != 0) {
+            set(plan.desc, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &before)?;
         }
         let at = |address: u64| address as *const c_void;
         // SAFETY: the plan's descriptors are alive as long as the handle; the callers give addresses of memory that
@@ -139,7 +146,7 @@ impl Gpu {
                 &plan.algo,
                 self.workspace_address() as *mut c_void,
                 WORKSPACE,
-                self.stream.cu_stream().cast(),
+                self.working_stream().cu_stream().cast(),
             )
         }
         .map_err(blas_error("matmul"))
@@ -158,8 +165,21 @@ impl Gpu {
         // Row-major is column-major transposed: y^T = W x^T.
         let transpose: i32 = g.transposed.into();
         set(desc, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transpose)?;
+        use sys::cublasLtEpilogue_t as Epilogue;
+        let epilogue = match (g.bias.is_some(), g.gelu) {
+            (false, None) => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
+            (true, None) => Epilogue::CUBLASLT_EPILOGUE_BIAS,
+            (false, Some(0)) => Epilogue::CUBLASLT_EPILOGUE_GELU,
+            (true, Some(0)) => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
+            (false, Some(_)) => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX,
+            (true, Some(_)) => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+        };
+        set(desc, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+        if let Some(before) = g.gelu.filter(|&at| at != 0) {
+            set(desc, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &before)?;
+            set(desc, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(g.y.row as i64))?;
+        }
         if let Some(bias) = g.bias {
-            set(desc, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
             set(desc, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
             set(desc, Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &out)?;
         }
@@ -196,13 +216,6 @@ impl Gpu {
             found
         };
         Ok(found.map_err(blas_error("looking for an algorithm"))?.algo)
-    }
-
-    /// Whether what is launched now is recorded into a graph.
-    pub fn is_capturing(&self) -> Result<bool> {
-        use candle_core::cuda_backend::cudarc::driver::sys::CUstreamCaptureStatus;
-        let status = self.stream.capture_status().map_err(driver_error("asking for the stream"))?;
-        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 }
 

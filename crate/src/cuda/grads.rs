@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Gpu, KernelArg, address, driver_error, uninit};
+use super::{Gpu, KernelArg, address, driver_error, tensor::clear, uninit};
 use crate::{error::Result, layers::param::Param};
 
 /// A table of where the gradients are, and room for a copy of them.
@@ -51,8 +51,8 @@ impl Grads {
 
     /// Writes to `flag` (i32) whether any is NaN or infinite.
     pub fn check(&self, gpu: &Gpu, flag: u64) -> Result<()> {
-        let (table, zero) = (address(&self.table)?, 0i32);
-        gpu.launch("set_int", (1, 1, 1), 1, 0, &[&flag, &zero])?;
+        let table = address(&self.table)?;
+        clear(gpu, flag, size_of::<i32>())?;
         if self.count == 0 {
             return Ok(());
         }

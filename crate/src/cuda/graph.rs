@@ -1,4 +1,4 @@
-//! Launches that were recorded once and are repeated as one.
+//! Launches that are made again and again: recorded once, and from then on one launch.
 
 use candle_core::cuda_backend::cudarc::driver::{
     CudaGraph,
@@ -8,8 +8,29 @@ use candle_core::cuda_backend::cudarc::driver::{
 use super::{Gpu, driver_error};
 use crate::error::{Error, Result};
 
+/// Work that is launched the first time, which also chooses algorithms and loads kernels, recorded the second time, and
+/// repeated from then on.
+#[derive(Default)]
+pub struct Repeated {
+    launched: bool,
+    graph: Option<Graph>,
+}
+
+impl Repeated {
+    /// Runs `work`, or what it launched before. Tensors that `work` makes it must also drop.
+    pub fn run(&mut self, gpu: &Gpu, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        match &self.graph {
+            Some(graph) => return graph.launch(gpu),
+            None if !self.launched || !gpu.records => work()?,
+            None => self.graph.insert(Graph::record(gpu, work)?).launch(gpu)?,
+        }
+        self.launched = true;
+        Ok(())
+    }
+}
+
 /// A recorded pass.
-pub struct Graph {
+struct Graph {
     graph: CudaGraph,
     /// Memory that its tensors have at the most.
     bytes: usize,
@@ -19,14 +40,14 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Records what `work` launches; nothing runs. Tensors that `work` makes it must also drop.
-    pub fn record(gpu: &Gpu, work: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let stream = gpu.stream();
+    /// Records what `work` launches; nothing runs.
+    fn record(gpu: &Gpu, work: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let stream = gpu.recording_stream();
         // Relaxed: what is done on other streams, giving memory above all, is not recorded and goes on.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).map_err(driver_error("beginning to record"))?;
         let done = gpu.with_recorded_memory(work);
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
         let graph = stream.end_capture(flags).map_err(driver_error("recording a pass"));
         let (done, bytes) = done?;
         done?;
@@ -36,9 +57,13 @@ impl Graph {
         }
     }
 
-    /// Runs it.
-    pub fn launch(&self, gpu: &Gpu) -> Result<()> {
+    /// Runs it, in the order of the GPU's stream.
+    fn launch(&self, gpu: &Gpu) -> Result<()> {
+        use candle_core::cuda_backend::cudarc::driver::result;
         gpu.count_recorded(self.bytes);
-        self.graph.launch().map_err(driver_error("running a recorded pass"))
+        gpu.bind()?;
+        // SAFETY: the graph lives; what it works on lives as long as the device or as `Repeated`'s owner.
+        unsafe { result::graph::launch(self.graph.cu_graph_exec(), gpu.stream().cu_stream()) }
+            .map_err(driver_error("running a recorded pass"))
     }
 }

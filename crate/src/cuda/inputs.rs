@@ -18,6 +18,9 @@ pub const ROWS: usize = 64;
 /// Rows of queries that a block of the attention kernels takes.
 pub const TILE: usize = 64;
 
+/// Words of a draw.
+const DRAW: usize = 8;
+
 /// What the places in the buffer depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct InputShape {
@@ -27,6 +30,8 @@ pub struct InputShape {
     pub labels: usize,
     /// Sequences, without the one that is padding.
     pub sequences: usize,
+    /// Tokens to be chosen.
+    pub draws: usize,
 }
 
 /// Numbers that change from batch to batch.
@@ -48,6 +53,18 @@ pub struct HostInputs<'a> {
     /// Of a key-value cache: rows held of each sequence, and rows that it has for each.
     pub cache: Option<(&'a [usize], usize)>,
     pub scalars: Scalars,
+    /// How tokens are chosen.
+    pub draws: &'a [InputDraw],
+}
+
+/// How a token is chosen: see `models::causal_lm::Draw`.
+#[derive(Clone, Copy, Debug)]
+pub struct InputDraw {
+    pub row: i32,
+    pub top_k: i32,
+    pub temperature: f32,
+    pub top_p: f64,
+    pub u: f64,
 }
 
 /// The buffer on the device.
@@ -66,7 +83,7 @@ impl HostInputs<'_> {
     pub fn shape(&self, pad: bool) -> InputShape {
         let labels = self.targets.iter().filter(|t| **t != IGNORE_INDEX).count();
         let rows = if pad { padded(self.ids.len()) } else { self.ids.len() };
-        InputShape { rows, labels: padded(labels), sequences: self.sequences.len() }
+        InputShape { rows, labels: padded(labels), sequences: self.sequences.len(), draws: self.draws.len() }
     }
 }
 
@@ -81,6 +98,7 @@ struct Places {
     label_rows: usize,
     targets: usize,
     tiles: usize,
+    draws: usize,
     end: usize,
 }
 
@@ -107,6 +125,7 @@ impl InputShape {
             label_rows: take(self.labels),
             targets: take(self.labels),
             tiles: take(4 * self.tiles()),
+            draws: take(DRAW * self.draws),
             end: at,
         }
     }
@@ -169,6 +188,11 @@ impl Inputs {
         for (to, tile) in w[p.tiles..].chunks_exact_mut(4).zip(tiles) {
             to.copy_from_slice(&tile);
         }
+        for (to, draw) in w[p.draws..].chunks_exact_mut(DRAW).zip(host.draws) {
+            let double = |x: f64| [x.to_bits() as i32, (x.to_bits() >> 32) as i32];
+            let ([p0, p1], [u0, u1]) = (double(draw.top_p), double(draw.u));
+            to.copy_from_slice(&[draw.row, draw.top_k, draw.temperature.to_bits() as i32, 0, p0, p1, u0, u1]);
+        }
         w[p.slots..p.slots + rows].fill(-1);
         w[p.label_rows..p.label_rows + labels].fill(-1);
         w[p.targets..p.targets + labels].fill(-1);
@@ -228,6 +252,10 @@ impl Inputs {
     /// `[labels]`: their labels; -1 is padding.
     pub fn targets(&self) -> u64 {
         self.at(self.shape.places().targets)
+    }
+    /// `[draws]`, as the kernel has them.
+    pub fn draws(&self) -> u64 {
+        self.at(self.shape.places().draws)
     }
     /// `[tiles, 4]`: first row of the sequence, its length, first row of the tile within it.
     pub fn tiles(&self) -> u64 {

@@ -1,8 +1,11 @@
 //! How much memory the card has, what to do when it is not enough.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, atomic::Ordering::SeqCst};
 
-use candle_core::cuda_backend::cudarc::driver::{DriverError, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaContext, CudaStream, DriverError, result,
+    sys::{self, CUmemPool_attribute_enum as Attribute},
+};
 
 use super::{Gpu, driver_error};
 use crate::error::{Error, Result};
@@ -38,20 +41,131 @@ pub(crate) fn out_of_memory_in(error: &candle_core::Error) -> Option<Error> {
     ours.then(|| out_of_memory("making a tensor"))
 }
 
+/// Makes the memory that is freed stay with the process: asking the driver again would stop the stream. Gives a second
+/// pool beside the device's own.
+pub(super) fn pools(context: &CudaContext) -> Result<sys::CUmemoryPool> {
+    context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
+    let default = default_pool(context)?;
+    let mut second = std::ptr::null_mut();
+    // SAFETY: zeros are valid for what is not set; plain calls of the driver with valid places to read and write.
+    unsafe {
+        let mut properties: sys::CUmemPoolProps = std::mem::zeroed();
+        properties.allocType = sys::CUmemAllocationType_enum::CU_MEM_ALLOCATION_TYPE_PINNED;
+        properties.location.type_ = sys::CUmemLocationType_enum::CU_MEM_LOCATION_TYPE_DEVICE;
+        properties.location.id = context.cu_device();
+        let keep = |pool| {
+            let (mut all, what) = (u64::MAX, Attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD);
+            sys::cuMemPoolSetAttribute(pool, what, std::ptr::from_mut(&mut all).cast()).result()
+        };
+        sys::cuMemPoolCreate(&mut second, &properties)
+            .result()
+            .and_then(|()| keep(default))
+            .and_then(|()| keep(second))
+            .map_err(driver_error("setting its memory pools"))?;
+    }
+    Ok(second)
+}
+
+fn default_pool(context: &CudaContext) -> Result<sys::CUmemoryPool> {
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: a plain call with a place to write to.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result() }
+        .map_err(driver_error("asking for its memory pool"))?;
+    Ok(pool)
+}
+
+/// While it lives, new tensors are given from the memory of recorded passes.
+struct Recording<'a> {
+    gpu: &'a Gpu,
+    default: sys::CUmemoryPool,
+}
+
+impl<'a> Recording<'a> {
+    fn begin(gpu: &'a Gpu) -> Result<Self> {
+        let this = Self { gpu, default: gpu.pool()? };
+        this.choose(gpu.recorded_memory)?;
+        gpu.is_recording.store(true, SeqCst);
+        Ok(this)
+    }
+
+    fn choose(&self, pool: sys::CUmemoryPool) -> Result<()> {
+        // SAFETY: both pools live as long as the device.
+        unsafe { sys::cuDeviceSetMemPool(self.gpu.stream.context().cu_device(), pool).result() }
+            .map_err(driver_error("choosing a memory pool"))
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        self.gpu.is_recording.store(false, SeqCst);
+        // It was this device's pool before: the driver has no reason to refuse, and nobody is here to be told.
+        let _ = self.choose(self.default);
+    }
+}
+
 impl Gpu {
+    /// Free and total bytes of the card.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.stream.context().mem_get_info().map_err(driver_error("asking for its memory"))
+    }
+
+    /// The most device memory that tensors had at one time since [`Gpu::reset_peak`], bytes. What a recorded pass has
+    /// comes on top of what is held when this is asked.
+    pub fn peak(&self) -> Result<usize> {
+        let pool = self.pool()?;
+        let recorded = match self.recorded_peak.load(SeqCst) {
+            0 => 0,
+            bytes => self.of_pool(pool, Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)? + bytes,
+        };
+        Ok(recorded.max(self.of_pool(pool, Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
+    }
+
+    /// Forgets the peak so far.
+    pub fn reset_peak(&self) -> Result<()> {
+        self.recorded_peak.store(0, SeqCst);
+        self.reset_high(self.pool()?)
+    }
+
+    fn reset_high(&self, pool: sys::CUmemoryPool) -> Result<()> {
+        let (mut zero, what) = (0u64, Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH);
+        self.bind()?;
+        // SAFETY: the attribute takes 64 bits.
+        unsafe { sys::cuMemPoolSetAttribute(pool, what, std::ptr::from_mut(&mut zero).cast()).result() }
+            .map_err(driver_error("asking for its memory"))
+    }
+
+    /// The stream whose order a new tensor's memory follows.
+    pub(super) fn giving_stream(&self) -> &Arc<CudaStream> {
+        if self.is_recording() { &self.memory_stream } else { &self.stream }
+    }
+
+    /// Runs `work` with new tensors from the memory of recorded passes. They all share it: passes run one after
+    /// another, and nothing in it outlives a pass. Also gives the most bytes that were held at a time.
+    pub(super) fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<(R, usize)> {
+        self.reset_high(self.recorded_memory)?;
+        let recording = Recording::begin(self)?;
+        let done = work();
+        drop(recording);
+        Ok((done, self.of_pool(self.recorded_memory, Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?))
+    }
+
+    /// Counts a run of a recorded pass that holds `bytes`.
+    pub(super) fn count_recorded(&self, bytes: usize) {
+        self.recorded_peak.fetch_max(bytes, SeqCst);
+    }
+
     /// Bytes that tensors have; the memory of recorded passes is theirs as long as the process runs.
     pub fn used(&self) -> Result<usize> {
-        use sys::{CUgraphMem_attribute_enum as Graph, CUmemPool_attribute_enum as Pool};
-        Ok(self.of_pool(self.pool()?, Pool::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?
-            + self.of_pool(self.recorded_memory, Pool::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?
+        use sys::CUgraphMem_attribute_enum as Graph;
+        Ok(self.of_pool(self.pool()?, Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?
+            + self.of_pool(self.recorded_memory, Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?
             + self.of_graphs(Graph::CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT)?)
     }
 
     /// Bytes that tensors can still have: what the card has free, and what this process keeps without using it.
     pub fn available(&self) -> Result<usize> {
-        use sys::CUmemPool_attribute_enum as Pool;
-        let reserved = self.of_pool(self.pool()?, Pool::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
-        let used = self.of_pool(self.pool()?, Pool::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        let reserved = self.of_pool(self.pool()?, Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        let used = self.of_pool(self.pool()?, Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
         Ok(self.memory()?.0 + reserved.saturating_sub(used))
     }
 
@@ -87,9 +201,9 @@ impl Gpu {
     pub(super) fn with_room<T>(&self, work: impl Fn() -> Result<T, DriverError>) -> Result<T, DriverError> {
         match work() {
             Err(e) if is_out_of_memory(&e) => {
-                if self.is_capturing().unwrap_or(true) {
-                    // Waiting for the stream would end the recording.
-                    self.no_room_to_record.store(true, Relaxed);
+                if self.is_recording() {
+                    // What is given back belongs to passes that are over; the recording itself is made again.
+                    self.no_room_to_record.store(true, SeqCst);
                     return Err(e);
                 }
                 // The error that counts is the first one.
@@ -102,11 +216,11 @@ impl Gpu {
 
     /// Whether a recording failed for lack of memory since this was last asked: after [`Gpu::trim`] it may succeed.
     pub(crate) fn take_no_room_to_record(&self) -> bool {
-        self.no_room_to_record.swap(false, Relaxed)
+        self.no_room_to_record.swap(false, SeqCst)
     }
 
     fn pool(&self) -> Result<sys::CUmemoryPool> {
         self.bind()?;
-        super::default_pool(self.stream.context())
+        default_pool(self.stream.context())
     }
 }

@@ -27,17 +27,18 @@ use std::{
 use candle_core::{
     CudaDevice, Device,
     cuda_backend::cudarc::{
-        driver::{self, CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, sys},
+        driver::{self, CudaContext, CudaFunction, CudaModule, CudaSlice, DevicePtr, result, sys},
         nvrtc::Ptx,
     },
 };
 
 use crate::error::{Error, Result};
 
+pub use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream};
 pub use gemm::{Gemm, Operand};
 pub use grads::{Grads, Outputs};
-pub use graph::Graph;
-pub use inputs::{HostInputs, InputShape, Inputs, Scalars};
+pub use graph::Repeated;
+pub use inputs::{HostInputs, InputDraw, InputShape, Inputs, Scalars};
 pub use managed::{Managed, Place};
 pub(crate) use memory::out_of_memory_in;
 pub(crate) use select::first;
@@ -66,12 +67,13 @@ const OVERLAPPING: [&str; 19] = [
     "rms_norm_",
     "rope_",
     "rows_",
-    "set_int",
+    "sample",
     "sum_f64",
     "swiglu_",
 ];
 
-const USED_HIGH: sys::CUmemPool_attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+/// Dequantized weights that exist at a time: one is multiplied while the next ones come.
+pub const PLACES: usize = 3;
 
 /// Bytes that cuBLAS may use beside its operands.
 pub(crate) const WORKSPACE: usize = 32 << 20;
@@ -83,6 +85,10 @@ const LIBRARIES: usize = 256 << 20;
 pub struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
+    /// What a pass launches while it is recorded: of the highest priority, which its kernels keep.
+    recording_stream: Arc<CudaStream>,
+    /// What a recorded pass may do beside that, where the card has room: of the lowest priority.
+    side_stream: Arc<CudaStream>,
     /// Nothing runs here; it gives and takes memory while a pass is recorded, which would repeat the giving and taking
     /// if it were done on the stream that is recorded. What uses the memory is in the order of that one stream, so
     /// a piece may be given again as soon as its tensor is dropped. Never for tensors that others get to see: candle
@@ -101,9 +107,12 @@ pub struct Gpu {
     /// Small tables that layers read, by their bits.
     constants: Mutex<HashMap<Vec<u32>, CudaSlice<f32>>>,
     /// See [`Gpu::scratch`]. What was outgrown stays: recorded passes have its address.
-    scratch: Mutex<Vec<CudaSlice<u8>>>,
+    scratch: Mutex<[Vec<CudaSlice<u8>>; PLACES]>,
     /// Whether a kernel may start before the one in front of it has ended.
     overlaps: bool,
+    /// Whether passes are recorded at all; not with QLORA_NB_NO_GRAPHS in the environment, for tools that look at
+    /// memory, which take that of a recorded pass for freed.
+    records: bool,
     /// See [`Gpu::take_no_room_to_record`].
     no_room_to_record: AtomicBool,
     /// Multiprocessors.
@@ -122,8 +131,8 @@ pub trait KernelArg {
 
 macro_rules! kernel_arg {
     ($($t:ty),*) => {$(
-        impl KernelArg for $t {
-            fn pointer(&self) -> *mut c_void {
+        impl $crate::cuda::KernelArg for $t {
+            fn pointer(&self) -> *mut std::ffi::c_void {
                 std::ptr::from_ref(self).cast_mut().cast()
             }
         }
@@ -131,6 +140,7 @@ macro_rules! kernel_arg {
 }
 
 kernel_arg!(u64, i64, u32, i32, f32, f64, [f32; 16]);
+pub(crate) use kernel_arg;
 
 /// The device of that number; one for the whole process, so that all tensors share its stream.
 pub fn device(ordinal: usize) -> Result<Device> {
@@ -204,8 +214,9 @@ impl Gpu {
             })
         };
         let modules = MODULES.iter().map(load).collect::<Result<_>>()?;
-        let memory_stream = context.new_stream().map_err(driver_error("making a stream"))?;
-        let recorded_memory = memory_pools(&context)?;
+        let new_stream = |priority| context.new_stream_with_priority(priority).map_err(driver_error("making a stream"));
+        let (lowest, highest) = result::stream::get_priority_range().map_err(driver_error("making a stream"))?;
+        let recorded_memory = memory::pools(&context)?;
         let workspace = stream.alloc_zeros::<u8>(WORKSPACE).map_err(driver_error("making cuBLAS's workspace"))?;
         let processors = context
             .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
@@ -215,7 +226,9 @@ impl Gpu {
         Ok(Self {
             device,
             stream,
-            memory_stream,
+            recording_stream: new_stream(highest)?,
+            side_stream: new_stream(lowest)?,
+            memory_stream: new_stream(lowest)?,
             is_recording: AtomicBool::new(false),
             recorded_memory,
             recorded_peak: AtomicUsize::new(0),
@@ -226,15 +239,16 @@ impl Gpu {
             constants,
             scratch: Mutex::default(),
             overlaps: capability.0 >= 9,
+            records: std::env::var_os("QLORA_NB_NO_GRAPHS").is_none(),
             no_room_to_record: AtomicBool::new(false),
             processors,
         })
     }
 
-    /// Memory for a weight that is dequantized to be used once, by what is launched next. One place for all: what
-    /// lies there is still in the card's cache when the next weight takes it.
-    pub fn scratch(&self, bytes: usize) -> Result<u64> {
+    /// One of [`PLACES`] places for a weight that is dequantized to be used once; the same for all weights of all models.
+    pub fn scratch(&self, which: usize, bytes: usize) -> Result<u64> {
         let mut places = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
+        let places = &mut places[which % PLACES];
         if places.last().is_none_or(|place| place.len() < bytes) {
             // SAFETY: any bits are a number; it is written before it is read.
             let place = self.with_room(|| unsafe { self.stream.alloc::<u8>(bytes) });
@@ -278,70 +292,37 @@ impl Gpu {
         self.stream.synchronize().map_err(driver_error("waiting for the kernels"))
     }
 
-    /// Free and total bytes of the card.
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        self.stream.context().mem_get_info().map_err(driver_error("asking for its memory"))
+    /// The stream that what is launched now goes to.
+    pub(crate) fn working_stream(&self) -> &Arc<CudaStream> {
+        if self.is_recording() { &self.recording_stream } else { &self.stream }
     }
 
-    /// The most device memory that tensors had at one time since [`Gpu::reset_peak`], bytes. What a recorded pass has
-    /// comes on top of what is held when this is asked.
-    pub fn peak(&self) -> Result<usize> {
-        let (pool, what) =
-            (default_pool(self.stream.context())?, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
-        let recorded = match self.recorded_peak.load(Ordering::SeqCst) {
-            0 => 0,
-            bytes => self.pool_attribute(pool, what)? + bytes,
-        };
-        Ok(recorded.max(self.pool_attribute(pool, USED_HIGH)?))
+    /// See `Gpu::recording_stream`.
+    fn recording_stream(&self) -> &Arc<CudaStream> {
+        &self.recording_stream
     }
 
-    /// Forgets the peak so far.
-    pub fn reset_peak(&self) -> Result<()> {
-        self.recorded_peak.store(0, Ordering::SeqCst);
-        self.reset_high(default_pool(self.stream.context())?)
+    /// Whether what is launched now is recorded, to be repeated later.
+    pub fn is_recording(&self) -> bool {
+        self.is_recording.load(Ordering::SeqCst)
     }
 
-    fn reset_high(&self, pool: sys::CUmemoryPool) -> Result<()> {
-        self.bind()?;
-        let mut zero = 0u64;
-        // SAFETY: the attribute takes 64 bits.
-        unsafe { sys::cuMemPoolSetAttribute(pool, USED_HIGH, std::ptr::from_mut(&mut zero).cast()).result() }
-            .map_err(driver_error("asking for its memory"))
+    /// In a pass that is recorded: what `work` launches, on the stream that it is given, may run as soon as `after`
+    /// allows and beside what follows. Gives the event of its end.
+    pub fn beside(&self, after: &CudaEvent, work: impl FnOnce(&CudaStream) -> Result<()>) -> Result<CudaEvent> {
+        self.side_stream.wait(after).map_err(driver_error("recording a pass"))?;
+        work(&self.side_stream)?;
+        self.side_stream.record_event(None).map_err(driver_error("recording a pass"))
     }
 
-    fn pool_attribute(&self, pool: sys::CUmemoryPool, what: sys::CUmemPool_attribute) -> Result<usize> {
-        self.bind()?;
-        let mut bytes = 0u64;
-        // SAFETY: the attribute has 64 bits.
-        unsafe { sys::cuMemPoolGetAttribute(pool, what, std::ptr::from_mut(&mut bytes).cast()).result() }
-            .map_err(driver_error("asking for its memory"))?;
-        Ok(bytes as usize)
+    /// In a pass that is recorded: the event of all that was launched so far.
+    pub fn mark(&self) -> Result<CudaEvent> {
+        self.working_stream().record_event(None).map_err(driver_error("recording a pass"))
     }
 
-    /// The stream whose order a new tensor's memory follows.
-    fn giving_stream(&self) -> &Arc<CudaStream> {
-        if self.is_recording.load(Ordering::SeqCst) { &self.memory_stream } else { &self.stream }
-    }
-
-    /// Runs `work` with new tensors from the memory of recorded passes. They all share it: passes run one after
-    /// another, and nothing in it outlives a pass. Also gives the most bytes that were held at a time.
-    fn with_recorded_memory<R>(&self, work: impl FnOnce() -> R) -> Result<(R, usize)> {
-        self.bind()?;
-        let (device, default) = (self.stream.context().cu_device(), default_pool(self.stream.context())?);
-        // SAFETY: both pools live as long as the device.
-        let choose = |pool| unsafe { sys::cuDeviceSetMemPool(device, pool).result() };
-        self.reset_high(self.recorded_memory)?;
-        choose(self.recorded_memory).map_err(driver_error("choosing a memory pool"))?;
-        self.is_recording.store(true, Ordering::SeqCst);
-        let done = work();
-        self.is_recording.store(false, Ordering::SeqCst);
-        choose(default).map_err(driver_error("choosing a memory pool"))?;
-        Ok((done, self.pool_attribute(self.recorded_memory, USED_HIGH)?))
-    }
-
-    /// Counts a run of a recorded pass that holds `bytes`.
-    fn count_recorded(&self, bytes: usize) {
-        self.recorded_peak.fetch_max(bytes, Ordering::SeqCst);
+    /// In a pass that is recorded: what is launched from now on comes after `event`.
+    pub fn wait_for(&self, event: &CudaEvent) -> Result<()> {
+        self.working_stream().wait(event).map_err(driver_error("recording a pass"))
     }
 
     /// Launches a kernel of `kernels/cuda` by its name.
@@ -350,6 +331,19 @@ impl Gpu {
     /// memory that is large enough. That is for the callers in this crate to keep.
     pub fn launch(
         &self,
+        name: &str,
+        grid: (usize, usize, usize),
+        block: usize,
+        shared_bytes: usize,
+        args: &[&dyn KernelArg],
+    ) -> Result<()> {
+        self.launch_on(self.working_stream(), name, grid, block, shared_bytes, args)
+    }
+
+    /// [`Gpu::launch`] on a stream.
+    pub fn launch_on(
+        &self,
+        stream: &CudaStream,
         name: &str,
         grid: (usize, usize, usize),
         block: usize,
@@ -372,7 +366,7 @@ impl Gpu {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: shared_bytes as u32,
-            hStream: self.stream.cu_stream(),
+            hStream: stream.cu_stream(),
             attrs: &mut overlap,
             numAttrs: (self.overlaps && OVERLAPPING.iter().any(|start| name.starts_with(start))).into(),
         };
@@ -405,36 +399,4 @@ impl Gpu {
         }
         Ok(function.clone())
     }
-}
-
-fn default_pool(context: &CudaContext) -> Result<sys::CUmemoryPool> {
-    let mut pool = std::ptr::null_mut();
-    // SAFETY: a plain call with a place to write to.
-    unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result() }
-        .map_err(driver_error("asking for its memory pool"))?;
-    Ok(pool)
-}
-
-/// Memory that is freed stays with the process: asking the driver again would stop the stream. Gives a second pool.
-fn memory_pools(context: &CudaContext) -> Result<sys::CUmemoryPool> {
-    context.bind_to_thread().map_err(driver_error("choosing the GPU"))?;
-    let default = default_pool(context)?;
-    let mut second = std::ptr::null_mut();
-    // SAFETY: zeros are valid for what is not set; plain calls of the driver with valid places to read and write.
-    unsafe {
-        let mut properties: sys::CUmemPoolProps = std::mem::zeroed();
-        properties.allocType = sys::CUmemAllocationType_enum::CU_MEM_ALLOCATION_TYPE_PINNED;
-        properties.location.type_ = sys::CUmemLocationType_enum::CU_MEM_LOCATION_TYPE_DEVICE;
-        properties.location.id = context.cu_device();
-        let keep = |pool| {
-            let (mut all, what) = (u64::MAX, sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD);
-            sys::cuMemPoolSetAttribute(pool, what, std::ptr::from_mut(&mut all).cast()).result()
-        };
-        sys::cuMemPoolCreate(&mut second, &properties)
-            .result()
-            .and_then(|()| keep(default))
-            .and_then(|()| keep(second))
-            .map_err(driver_error("setting its memory pools"))?;
-    }
-    Ok(second)
 }

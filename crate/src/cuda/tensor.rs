@@ -79,12 +79,16 @@ fn make(gpu: &Gpu, shape: Shape, dtype: DType, zeroed: bool) -> Result<Tensor> {
 
 /// Sets a contiguous tensor's elements to zero, in place.
 pub fn fill_zero(tensor: &Tensor) -> Result<()> {
-    let gpu = super::of(tensor.device())?;
     let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
-    gpu.stream.context().bind_to_thread().map_err(super::driver_error("choosing the GPU"))?;
-    // SAFETY: the tensor has as many bytes.
-    unsafe { driver::result::memset_d8_async(address(tensor)?, 0, bytes, gpu.stream.cu_stream()) }
-        .map_err(super::driver_error("clearing a tensor"))
+    clear(&*super::of(tensor.device())?, address(tensor)?, bytes)
+}
+
+/// Sets bytes at an address to zero.
+pub(crate) fn clear(gpu: &Gpu, at: u64, bytes: usize) -> Result<()> {
+    gpu.bind()?;
+    // SAFETY: the callers give memory of as many bytes.
+    unsafe { driver::result::memset_d8_async(at, 0, bytes, gpu.working_stream().cu_stream()) }
+        .map_err(super::driver_error("clearing memory"))
 }
 
 /// Copies numbers of the host to an address, in the order of the stream.

@@ -20,6 +20,9 @@ pub struct Run<'a> {
     /// What the batch is on the GPU; `None` on the CPU.
     #[cfg(feature = "cuda")]
     pub inputs: Option<&'a crate::cuda::Inputs>,
+    /// On the GPU, how a pass that is repeated comes by its quantized weights.
+    #[cfg(feature = "cuda")]
+    pub weights: Option<&'a super::cuda::Weights>,
 }
 
 impl<'a> Run<'a> {
@@ -33,6 +36,8 @@ impl<'a> Run<'a> {
             block: 0,
             #[cfg(feature = "cuda")]
             inputs: None,
+            #[cfg(feature = "cuda")]
+            weights: None,
         }
     }
 

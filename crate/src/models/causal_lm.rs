@@ -24,6 +24,36 @@ pub trait CausalLM: Send + Sync {
     /// the logits after the last of them: f32 `[sequences, vocab]`. Sequences may be of
     /// different lengths: nothing is padded.
     fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor>;
+
+    /// Appends as [`CausalLM::next_token_logits`] does, and chooses the next tokens where the logits are. A model that
+    /// cannot, or cannot this time, gives the logits.
+    fn next_tokens(&self, new_tokens: &[&[u32]], cache: &mut KvCache, draws: &[Draw]) -> Result<Next> {
+        let _ = draws;
+        self.next_token_logits(new_tokens, cache).map(Next::Logits)
+    }
+}
+
+/// How a token is chosen from a row of logits: divided by `temperature`, the `top_k` highest of them, of those the most
+/// likely that together reach `top_p`, of those the one at `u` of their cumulative probability in the order of ids.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// The row of the logits.
+    pub row: usize,
+    /// 1 is the highest logit, whatever else is said.
+    pub top_k: usize,
+    pub temperature: f32,
+    pub top_p: f64,
+    /// In [0, 1).
+    pub u: f64,
+}
+
+/// What comes after the tokens that were appended.
+#[derive(Clone, Debug)]
+pub enum Next {
+    /// The token of each draw.
+    Ids(Vec<u32>),
+    /// f32 `[sequences, vocab]`: choose yourself.
+    Logits(Tensor),
 }
 
 /// A model with parameters to learn.

@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc};
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    causal_lm::{Pass, PassOptions},
+    causal_lm::{Draw, Next, Pass, PassOptions},
     memory::Needs,
     options::ModelOptions,
     weights::Weights,
@@ -388,6 +388,14 @@ impl Decoder {
 
     /// See [`super::causal_lm::CausalLM::next_token_logits`].
     pub fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor> {
+        match self.next_tokens(new_tokens, cache, &[])? {
+            Next::Logits(logits) => Ok(logits),
+            Next::Ids(_) => Err(candle_core::Error::Msg("tokens without a draw".into()).bt().into()),
+        }
+    }
+
+    /// See [`super::causal_lm::CausalLM::next_tokens`]: a GPU chooses, the CPU gives the logits.
+    pub fn next_tokens(&self, new_tokens: &[&[u32]], cache: &mut KvCache, draws: &[Draw]) -> Result<Next> {
         if new_tokens.len() != cache.lengths().len() {
             return Err(Error::argument(
                 "new_tokens",
@@ -412,10 +420,11 @@ impl Decoder {
         cache.reserve(&lengths)?;
         #[cfg(feature = "cuda")]
         if self.device().is_cuda() {
-            let logits = self.with_room_to_record(|| self.next_token_logits_on_gpu(&ids, &sequences, cache))?;
+            let next = self.with_room_to_record(|| self.next_tokens_on_gpu(&ids, &sequences, cache, draws))?;
             cache.advance(&lengths);
-            return Ok(logits);
+            return Ok(next);
         }
+        let _ = draws;
         let x = {
             let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
             self.run_blocks(&ids, &mut run)?
@@ -426,7 +435,7 @@ impl Decoder {
         let sequences = Sequences::new([new_tokens.len()]);
         let mut run = Run::inference(&sequences);
         let x = self.final_norm.forward(&x, &mut run)?;
-        self.head.forward(&x, None, &mut run)
+        self.head.forward(&x, None, &mut run).map(Next::Logits)
     }
 
     /// Every linear layer, in the order of the modules, the head last.

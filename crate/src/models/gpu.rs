@@ -2,11 +2,11 @@
 //!
 //! A pass is a few hundred short launches, and launching them takes the CPU longer than running them
 //! takes the GPU. So the second pass of a shape is recorded as a CUDA graph, and from then on the shape
-//! is one launch. What changes from batch to batch is in memory that the recorded launches read
-//! ([`Inputs`]). Nothing is allocated when a graph runs.
+//! is one launch ([`Repeated`]). What changes from batch to batch is in memory that the recorded launches
+//! read ([`Inputs`]). Nothing is allocated when a graph runs.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fmt,
     sync::{Arc, Mutex},
 };
@@ -14,15 +14,16 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    causal_lm::{Pass, PassOptions},
+    causal_lm::{Draw, Next, Pass, PassOptions},
     decoder::Decoder,
 };
 use crate::{
-    cuda::{self, Gpu, Grads, Graph, HostInputs, InputShape, Inputs, Outputs, Scalars},
+    cuda::{self, Gpu, Grads, HostInputs, InputDraw, InputShape, Inputs, Outputs, Repeated, Scalars},
     error::Result,
     layers::{
-        cuda as layers,
+        cuda::{self as layers, Order, Weights},
         kv_cache::KvCache,
+        linear::Weight,
         run::Run,
         sequences::{IGNORE_INDEX, Packed, Sequences},
     },
@@ -54,16 +55,18 @@ struct Training {
 
 struct Shape {
     inputs: Inputs,
-    passes: usize,
-    graph: Option<Graph>,
+    pass: Repeated,
+    order: Order,
 }
 
 /// The pass of one new token a sequence, recorded.
 pub(crate) struct Decode {
     inputs: Inputs,
+    /// f32 `[sequences, vocab]`.
     logits: Tensor,
-    passes: usize,
-    graph: Option<Graph>,
+    /// i32, one a draw.
+    chosen: Tensor,
+    pass: Repeated,
 }
 
 impl Decoder {
@@ -97,6 +100,7 @@ impl Decoder {
             sequences: &packed.sequences,
             cache: None,
             scalars: Scalars { grad_scale: 1.0, loss_scale: 1.0, dropout_key: 0 },
+            draws: &[],
         };
         let inputs = Inputs::new(gpu, host.shape(true))?;
         inputs.fill(gpu, &host)?;
@@ -170,6 +174,7 @@ impl Decoder {
                 sequences: &packed.sequences,
                 cache: None,
                 scalars,
+                draws: &[],
             };
             let (loss_sum, overflow) = self.pass_on_gpu(&gpu, training, &host, options.gradient_checkpointing)?;
             if !overflow || loss_scale <= MIN_LOSS_SCALE || !loss_sum.is_finite() {
@@ -180,7 +185,19 @@ impl Decoder {
         }
     }
 
+    /// Makes both places for dequantized weights as large as they must be, so that none is outgrown.
+    fn reserve(&self, gpu: &Gpu) -> Result<()> {
+        let width = self.embedding.weight.dtype().size_in_bytes();
+        let largest = self.linears().into_iter().filter_map(|l| match &l.weight {
+            Weight::Quantized(q) => Some(q.shape().iter().product::<usize>() * width),
+            Weight::Dense(_) => None,
+        });
+        let Some(largest) = largest.max() else { return Ok(()) };
+        (0..cuda::PLACES).try_for_each(|place| gpu.scratch(place, largest).map(drop))
+    }
+
     fn new_training(&self, gpu: &Gpu) -> Result<Training> {
+        self.reserve(gpu)?;
         let lora = self.linears().into_iter().filter_map(|l| l.lora.as_ref());
         let params: Vec<_> = lora.flat_map(|l| [l.a.clone(), l.b.clone()]).collect();
         // bf16 and f32 have the exponents for the smallest gradients.
@@ -205,26 +222,16 @@ impl Decoder {
         if training.shapes.len() >= MAX_SHAPES && !training.shapes.contains_key(&key) {
             training.shapes.clear();
         }
-        let shape = match training.shapes.entry(key) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Shape { inputs: Inputs::new(gpu, key.0)?, passes: 0, graph: None })
+        let Shape { inputs, pass, order } = match training.shapes.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let inputs = Inputs::new(gpu, key.0)?;
+                entry.insert(Shape { inputs, pass: Repeated::default(), order: Order::default() })
             }
         };
-        shape.inputs.fill(gpu, host)?;
-        let (inputs, grads, outputs) = (&shape.inputs, &training.grads, &training.outputs);
-        let work = || self.launch_pass(gpu, inputs, grads, outputs, host, checkpointing);
-        // The first pass also chooses algorithms and loads kernels, which cannot be recorded.
-        match (&shape.graph, shape.passes) {
-            (Some(graph), _) => graph.launch(gpu)?,
-            (None, 0) => work()?,
-            (None, _) => {
-                let graph = Graph::record(gpu, work)?;
-                graph.launch(gpu)?;
-                shape.graph = Some(graph);
-            }
-        }
-        shape.passes += 1;
+        inputs.fill(gpu, host)?;
+        let (grads, outputs) = (&training.grads, &training.outputs);
+        pass.run(gpu, || self.launch_pass(gpu, inputs, order, (grads, outputs), host, checkpointing))?;
         outputs.read(gpu)
     }
 
@@ -232,14 +239,16 @@ impl Decoder {
         &self,
         gpu: &Gpu,
         inputs: &Inputs,
-        grads: &Grads,
-        outputs: &Outputs,
+        order: &Order,
+        (grads, outputs): (&Grads, &Outputs),
         host: &HostInputs,
         checkpointing: bool,
     ) -> Result<()> {
         let key = Some(host.scalars.dropout_key);
+        let weights = Weights::new(self.gpu()?, order)?;
         let run = |saves: bool| Run {
             inputs: Some(inputs),
+            weights: Some(&weights),
             dropout_key: key,
             saved: saves.then(Default::default),
             ..Run::inference(host.sequences)
@@ -247,64 +256,66 @@ impl Decoder {
         grads.save(gpu)?;
         let embedded = self.embed_on_gpu(inputs, &mut run(false))?;
         self.learn(embedded, checkpointing, &run, |x, run| {
-            let dx = layers::head_and_loss(x, &self.head, true, outputs.loss()?, run)?;
-            Ok(dx.filter(|_| inputs.shape.labels > 0))
+            layers::head_and_loss(x, &self.head, true, outputs.loss()?, run)
         })?;
+        weights.end()?;
         grads.check(gpu, outputs.flag()?)
     }
 
-    /// Logits after the last new token of each sequence, f32 `[sequences, vocab]` on the CPU.
-    pub(super) fn next_token_logits_on_gpu(
+    /// What follows the last new token of each sequence: a token a draw or, without draws and where the GPU could not
+    /// choose, logits on the CPU.
+    pub(super) fn next_tokens_on_gpu(
         &self,
         ids: &[u32],
         sequences: &Sequences,
         cache: &mut KvCache,
-    ) -> Result<Tensor> {
+        draws: &[Draw],
+    ) -> Result<Next> {
         let gpu = self.gpu()?;
-        let count = sequences.len();
         let lengths = cache.lengths().to_vec();
+        let draws: Vec<InputDraw> = draws.iter().map(input_draw).collect();
         let host = HostInputs {
             ids,
             targets: &[],
             sequences,
             cache: Some((&lengths, cache.capacity())),
             scalars: Scalars::default(),
+            draws: &draws,
         };
-        let shape = host.shape(false);
         // One token a sequence, with something before it: the pass that generation repeats.
-        if ids.len() == count && lengths.iter().all(|held| *held > 0) {
-            let mut decode = match cache.recorded.take() {
-                Some(decode) => decode,
-                None => Decode {
-                    inputs: Inputs::new(&gpu, shape)?,
-                    logits: cuda::uninit(&gpu, (count, self.vocab_size()), DType::F32)?,
-                    passes: 0,
-                    graph: None,
-                },
-            };
-            decode.inputs.fill(&gpu, &host)?;
-            let mut work = || {
-                let logits = self.new_rows(&decode.inputs, sequences, cache)?;
-                layers::copy_rows(&logits, &decode.logits)
-            };
-            match (&decode.graph, decode.passes) {
-                (Some(graph), _) => graph.launch(&gpu)?,
-                (None, 0) => work()?,
-                (None, _) => {
-                    let graph = Graph::record(&gpu, work)?;
-                    graph.launch(&gpu)?;
-                    decode.graph = Some(graph);
-                }
-            }
-            decode.passes += 1;
-            let logits = decode.logits.to_device(&Device::Cpu)?;
-            cache.recorded = Some(decode);
-            return Ok(logits);
-        }
-        let inputs = Inputs::new(&gpu, shape)?;
+        let repeats = ids.len() == sequences.len() && lengths.iter().all(|held| *held > 0);
+        let recorded = cache.recorded.take().filter(|decode| repeats && decode.inputs.shape == host.shape(false));
+        let mut decode = match recorded {
+            Some(decode) => decode,
+            None => self.new_decode(&gpu, host.shape(false))?,
+        };
+        let Decode { inputs, logits, chosen, pass } = &mut decode;
         inputs.fill(&gpu, &host)?;
-        let logits = self.new_rows(&inputs, sequences, cache)?;
-        self.to_cpu(&logits, count, self.vocab_size())
+        let mut work = || {
+            layers::copy_rows(&self.new_rows(inputs, sequences, cache)?, logits)?;
+            if draws.is_empty() { Ok(()) } else { layers::sample(logits, inputs, chosen) }
+        };
+        if repeats {
+            pass.run(&gpu, work)?
+        } else {
+            work()?
+        };
+        let ids = if draws.is_empty() { Vec::new() } else { chosen.to_vec1::<i32>()? };
+        let next = match ids.iter().map(|&id| u32::try_from(id)).collect::<Result<Vec<u32>, _>>() {
+            Ok(ids) if !ids.is_empty() => Next::Ids(ids),
+            _ => Next::Logits(logits.to_device(&Device::Cpu)?),
+        };
+        cache.recorded = repeats.then_some(decode);
+        Ok(next)
+    }
+
+    fn new_decode(&self, gpu: &Gpu, shape: InputShape) -> Result<Decode> {
+        Ok(Decode {
+            inputs: Inputs::new(gpu, shape)?,
+            logits: cuda::uninit(gpu, (shape.sequences, self.vocab_size()), DType::F32)?,
+            chosen: cuda::uninit(gpu, shape.draws, DType::I32)?,
+            pass: Repeated::default(),
+        })
     }
 
     /// Appends the rows of `inputs` to the cache; logits of the last row of each sequence.
@@ -323,6 +334,11 @@ impl Decoder {
         let x = self.final_norm.forward(&x, &mut run)?;
         layers::head_logits(&self.head, &x, &mut run)
     }
+}
+
+fn input_draw(draw: &Draw) -> InputDraw {
+    let &Draw { row, top_k, temperature, top_p, u } = draw;
+    InputDraw { row: row as i32, top_k: top_k.min(i32::MAX as usize) as i32, temperature, top_p, u }
 }
 
 fn labels(packed: &Packed) -> usize {

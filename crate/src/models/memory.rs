@@ -127,18 +127,14 @@ impl MemoryReport {
     #[cfg(feature = "cuda")]
     fn of_gpu(decoder: &Decoder, float: usize) -> Self {
         let mut report = Self::default();
-        let (mut room, mut largest, mut gradients) = (0, 0, 0);
+        let (mut largest, mut gradients) = (0, 0);
         for linear in decoder.linears() {
             if let Weight::Quantized(q) = &linear.weight {
-                let needed = q.shape().iter().product::<usize>() * float;
-                // What was outgrown stays.
-                if needed > largest {
-                    (room, largest) = (room + needed, needed);
-                }
+                largest = largest.max(q.shape().iter().product::<usize>() * float);
             }
             gradients += linear.lora.as_ref().map_or(0, |lora| bytes(lora.a.grad()) + bytes(lora.b.grad()));
         }
-        report.add("room for a dequantized weight", room);
+        report.add("room for dequantized weights", crate::cuda::PLACES * largest);
         report.add("copy of the gradients", gradients);
         report.add("workspace of the matrix products", crate::cuda::WORKSPACE);
         report

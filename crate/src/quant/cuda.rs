@@ -14,7 +14,7 @@ use super::{
     tensor::{not_finite, not_float},
 };
 use crate::{
-    cuda::{self, Gpu, KernelArg, address, dtype_suffix},
+    cuda::{self, CudaStream, Gpu, KernelArg, address, dtype_suffix},
     error::Result,
 };
 
@@ -28,7 +28,7 @@ const LARGE: usize = 1 << 24;
 /// Writes the weight to `out`, the address of as many elements of `dtype` as it has, row-major:
 /// each `code * absmax` rounded to the weight's own dtype, as [`super::dequantize_range`] does, then
 /// to `dtype`. Launches one kernel and allocates nothing, so a CUDA graph may record it.
-pub fn dequantize_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64, dtype: DType) -> Result<()> {
+pub fn dequantize_into(gpu: &Gpu, stream: &CudaStream, weight: &QuantizedTensor, out: u64, dtype: DType) -> Result<()> {
     check_float(dtype)?;
     let state = weight.state();
     let (n, packed) = (state.elem_count(), address(weight.packed())?);
@@ -55,7 +55,7 @@ pub fn dequantize_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64, dtype: DTy
         _ => ("dequantize_4bit_via", DECODED_4BIT),
     };
     let grid = (n.div_ceil(decoded * threads), 1, 1);
-    gpu.launch(&format!("{kernel}_{}", dtype_suffix(dtype)?), grid, threads, 0, &args)
+    gpu.launch_on(stream, &format!("{kernel}_{}", dtype_suffix(dtype)?), grid, threads, 0, &args)
 }
 
 /// Whether [`dequantize_transposed_into`] serves.
@@ -66,7 +66,13 @@ pub fn transposes(weight: &QuantizedTensor, dtype: DType) -> bool {
 
 /// Writes the transpose of a weight `[n, k]` to `out`: `[k, n]` of `dtype`, the values that [`dequantize_into`]
 /// gives. For weights that [`transposes`] allows.
-pub fn dequantize_transposed_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64, dtype: DType) -> Result<()> {
+pub fn dequantize_transposed_into(
+    gpu: &Gpu,
+    stream: &CudaStream,
+    weight: &QuantizedTensor,
+    out: u64,
+    dtype: DType,
+) -> Result<()> {
     let state = weight.state();
     let &[n, k] = weight.shape() else { return Err(candle_core::Error::Msg("not a matrix".into()).bt().into()) };
     let (packed, a, code) = (address(weight.packed())?, AbsmaxArgs::new(state)?, values(state.quant_type));
@@ -74,7 +80,8 @@ pub fn dequantize_transposed_into(gpu: &Gpu, weight: &QuantizedTensor, out: u64,
     let args: [&dyn KernelArg; 11] =
         [&packed, &a.at, &a.absmax2, &a.code2, &a.offset, &a.log_block, &a.log_block2, &code, &out, &n_arg, &k_arg];
     let (to, via) = (dtype_suffix(dtype)?, dtype_suffix(state.dtype)?);
-    gpu.launch(&format!("dequantize_4bit_transposed_{to}_via_{via}"), (k / 64, n / 64, 1), 256, 0, &args)
+    let kernel = format!("dequantize_4bit_transposed_{to}_via_{via}");
+    gpu.launch_on(stream, &kernel, (k / 64, n / 64, 1), 256, 0, &args)
 }
 
 /// How the kernels find a block's maximum.
@@ -111,7 +118,7 @@ pub(crate) fn values(quant_type: QuantType) -> [f32; 16] {
 pub(super) fn dequantize(weight: &QuantizedTensor) -> Result<Tensor> {
     let gpu = cuda::of(weight.packed().device())?;
     let out = cuda::uninit(&gpu, weight.shape(), weight.dtype())?;
-    dequantize_into(&gpu, weight, address(&out)?, weight.dtype())?;
+    dequantize_into(&gpu, gpu.working_stream(), weight, address(&out)?, weight.dtype())?;
     Ok(out)
 }
 

@@ -1,0 +1,81 @@
+//! LoRA's thin products: u = A dropout(x), y = scaling B u, and their gradients.
+
+use candle_core::{DType, Tensor};
+
+use super::{
+    super::{linear::Lora, run::Run},
+    inputs, name,
+};
+use crate::{
+    cuda::{Gpu, KernelArg, address, uninit},
+    error::Result,
+};
+
+/// Saves x and u = A dropout(x) `[M, r]`, and gives u.
+pub fn forward_down(gpu: &Gpu, lora: &Lora, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+    let ((m, k), rank) = (x.dims2()?, lora.rank());
+    let u = uninit(gpu, (m, rank), DType::F32)?;
+    let (x_at, a, u_at) = (address(x)?, address(lora.a.value())?, address(&u)?);
+    let (m_arg, k_arg, r) = (m as i32, k as i32, rank as i32);
+    let (key, id, p) = lora.dropout_args(run)?;
+    let args: [&dyn KernelArg; 9] = [&x_at, &a, &u_at, &m_arg, &k_arg, &r, &key, &id, &p];
+    gpu.launch(&name("lora_down", x.dtype())?, (m.div_ceil(DOWN_ROWS), 1, 1), 512, 0, &args)?;
+    run.save(x);
+    run.save(&u);
+    Ok(u)
+}
+
+/// y = scaling B u, or what it is and that.
+pub fn forward_up(gpu: &Gpu, lora: &Lora, u: &Tensor, y: &Tensor, add: bool) -> Result<()> {
+    let ((m, rank), n) = (u.dims2()?, y.dims()[1]);
+    let (u_at, b, y_at, alpha) = (address(u)?, address(lora.b.value())?, address(y)?, lora.scaling as f32);
+    let c = if add { y_at } else { 0 };
+    let (m_arg, n_arg, r) = (m as i32, n as i32, rank as i32);
+    let args: [&dyn KernelArg; 8] = [&u_at, &b, &c, &y_at, &alpha, &m_arg, &n_arg, &r];
+    gpu.launch(&name("lora_up", y.dtype())?, (up_blocks(m, n, y.dtype()), 1, 1), 256, 0, &args)
+}
+
+/// Takes what [`forward_down`] saved; adds to the adapter's gradients and, where dx is given, makes it the adapter's
+/// part: dropout(scaling dy B A).
+pub fn backward(gpu: &Gpu, lora: &Lora, dy: &Tensor, dx: Option<&Tensor>, run: &mut Run) -> Result<()> {
+    let (u, x) = (run.take()?, run.take()?);
+    let ((m, n), rank, scale) = (dy.dims2()?, lora.rank(), inputs(run)?.grad_scale());
+    let du = uninit(gpu, (m, rank), DType::F32)?;
+    let (dy_at, b, du_at, u_at, grad) =
+        (address(dy)?, address(lora.b.value())?, address(&du)?, address(&u)?, address(lora.b.grad())?);
+    let (downs, grads) = (m.div_ceil(DOWN_ROWS), n.div_ceil(GRAD_COLUMNS));
+    let (alpha, m_arg, n_arg, r, grads_arg) = (lora.scaling as f32, m as i32, n as i32, rank as i32, grads as i32);
+    let args: [&dyn KernelArg; 11] = [&dy_at, &b, &du_at, &u_at, &grad, &scale, &alpha, &m_arg, &n_arg, &r, &grads_arg];
+    gpu.launch(&name("lora_backward_b", dy.dtype())?, (grads + downs, 1, 1), 512, 0, &args)?;
+
+    let k = x.dims()[1];
+    let (x_at, a, grad) = (address(&x)?, address(lora.a.value())?, address(lora.a.grad())?);
+    let dx_at = dx.map(address).transpose()?.unwrap_or(0);
+    let grads = k.div_ceil(GRAD_COLUMNS);
+    let ups = if dx.is_some() { up_blocks(m, k, x.dtype()) } else { 0 };
+    let (k_arg, grads_arg, (key, id, p)) = (k as i32, grads as i32, lora.dropout_args(run)?);
+    let args: [&dyn KernelArg; 13] =
+        [&x_at, &a, &dx_at, &du_at, &grad, &scale, &m_arg, &k_arg, &r, &grads_arg, &key, &id, &p];
+    gpu.launch(&name("lora_backward_a", x.dtype())?, (grads + ups, 1, 1), 256, 0, &args)
+}
+
+/// Blocks of 256 that make a matrix: in 16 bits 32 columns of 128 rows a warp, in 32 eight of sixteen a thread.
+fn up_blocks(m: usize, n: usize, dtype: DType) -> usize {
+    match dtype {
+        DType::F32 => (n.div_ceil(8) * m.div_ceil(16)).div_ceil(256),
+        _ => (n.div_ceil(32) * m.div_ceil(128)).div_ceil(8),
+    }
+}
+
+impl Lora {
+    /// Address of the key of the dropout masks (0: nothing is dropped), the layer's own, the probability.
+    fn dropout_args(&self, run: &Run) -> Result<(u64, u64, f64)> {
+        let active = run.dropout_key.is_some() && self.dropout > 0.0;
+        Ok((if active { inputs(run)?.dropout_key() } else { 0 }, self.id, self.dropout))
+    }
+}
+
+/// Rows of a block that makes u.
+const DOWN_ROWS: usize = 8;
+/// Columns of a block that makes a gradient.
+const GRAD_COLUMNS: usize = 64;

@@ -1,0 +1,80 @@
+//! The GPU's side of the layers: the same operations, by the kernels of `kernels/cuda`.
+//!
+//! Activations and their gradients are in the model's dtype, sums and statistics in f32, adapters
+//! and their gradients in f32.
+
+mod activation;
+mod attention;
+mod few;
+mod head;
+mod linear;
+mod lora;
+mod norm;
+mod rope;
+mod weights;
+
+use candle_core::{DType, Tensor};
+
+use super::run::Run;
+use crate::{
+    cuda::{self, Inputs, KernelArg, address, dtype_suffix, uninit},
+    error::Result,
+};
+
+pub use activation::{gelu_backward, gelu_forward, swiglu_backward, swiglu_forward};
+pub use attention::{attention_backward, attention_forward};
+pub use head::{head_and_loss, head_logits};
+pub use linear::{linear_backward, linear_forward, linear_gelu, linear_remember};
+pub use norm::{norm_backward, norm_forward};
+pub use rope::{rope_join, rope_split};
+pub use weights::{Order, Weights};
+
+/// Shared memory that a block may have.
+const MAX_SHARED: usize = 200 << 10;
+
+fn name(kernel: &str, dtype: DType) -> Result<String> {
+    Ok(format!("{kernel}_{}", dtype_suffix(dtype)?))
+}
+
+fn internal(what: &str) -> crate::error::Error {
+    candle_core::Error::Msg(what.into()).bt().into()
+}
+
+fn inputs<'a>(run: &Run<'a>) -> Result<&'a Inputs> {
+    run.inputs.ok_or_else(|| internal("a pass on the GPU without its inputs"))
+}
+
+/// Threads for a row of `c` numbers, eight a thread.
+fn row_threads(c: usize) -> usize {
+    (c / 8).next_multiple_of(32).clamp(32, 256)
+}
+
+/// Rows of `table` `[.., C]` by `count` indices at an address; a negative index gives zeros.
+pub fn rows(table: &Tensor, index: u64, count: usize) -> Result<Tensor> {
+    let gpu = cuda::of(table.device())?;
+    let c = table.dims()[1];
+    let out = uninit(&gpu, (count, c), table.dtype())?;
+    let (table_at, out_at, c_arg) = (address(table)?, address(&out)?, c as i32);
+    if count > 0 {
+        let args: [&dyn KernelArg; 4] = [&table_at, &index, &out_at, &c_arg];
+        gpu.launch(&name("rows", table.dtype())?, (count, 1, 1), row_threads(c), 0, &args)?;
+    }
+    Ok(out)
+}
+
+/// The token of each of the inputs' draws to `chosen` i32 `[draws]`, from logits f32 `[rows, vocab]`; -1 where the host
+/// must look.
+pub fn sample(logits: &Tensor, inputs: &Inputs, chosen: &Tensor) -> Result<()> {
+    let gpu = cuda::of(logits.device())?;
+    let (logits_at, draws, chosen_at) = (address(logits)?, inputs.draws(), address(chosen)?);
+    let vocab = logits.dims()[1] as i32;
+    gpu.launch("sample", (inputs.shape.draws, 1, 1), 1024, 0, &[&logits_at, &draws, &chosen_at, &vocab])
+}
+
+/// The first columns of `from` `[m, wide]` to `to` `[m, narrow]`, both f32.
+pub fn copy_rows(from: &Tensor, to: &Tensor) -> Result<()> {
+    let gpu = cuda::of(from.device())?;
+    let ((m, wide), narrow) = (from.dims2()?, to.dims()[1]);
+    let (from_at, to_at, wide, narrow_arg) = (address(from)?, address(to)?, wide as i32, narrow as i32);
+    gpu.launch("copy_columns", (narrow.div_ceil(1024), m, 1), 256, 0, &[&from_at, &to_at, &wide, &narrow_arg])
+}
