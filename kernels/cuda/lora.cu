@@ -1,9 +1,9 @@
 // LoRA's thin products: one side is the rank r, so each is one pass over the wide matrix.
 // Adapters are f32; sums are f32. The rank is taken eight at a time.
 //
-// A product with a matrix of 16-bit numbers is the tensor cores': those numbers are tf32 as they are, and the others are
-// split into two tf32, the upper and the lower half, which stand below each other as the 16 rows of an mma's first
-// operand: eight ranks twice.
+// A product with a matrix of 16-bit numbers is the tensor cores' (`_mma`): those numbers are tf32 as they are, and the
+// others are split into two tf32, the upper and the lower half, which stand below each other as the 16 rows of an mma's
+// first operand: eight ranks twice. With a matrix in f32 it is plain arithmetic (`_plain`).
 #include "common.cuh"
 #include "mma.cuh"
 
@@ -24,6 +24,9 @@ struct Dropout {
         const uint64_t bits = mix(k ^ mix(uint64_t(i))) >> 11;
         return double(bits) / double(1ull << 53) < p ? 0.f : float(1.0 / (1.0 - p));
     }
+    __device__ __forceinline__ bool drops(uint64_t k, int64_t i) const { return key && (*this)(k, i) == 0.f; }
+    // What all that is not dropped is multiplied by.
+    __device__ __forceinline__ float scale() const { return key ? float(1.0 / (1.0 - p)) : 1.f; }
     __device__ __forceinline__ uint64_t layer_key() const { return key ? mix(key[0] ^ id) : 0; }
 };
 
@@ -47,8 +50,8 @@ __device__ __forceinline__ void reduce(float (&v)[64]) {
     }
 }
 
-// W's elements for a pair of neighbours along the wide side, all of eight ranks. `inner` is the side whose
-// neighbours lie side by side in memory: the wide one (A, [r, k]) or the ranks (B, [n, r]).
+// W's elements for a pair of neighbours along the wide side, all of eight ranks. Side by side in memory lie those of the
+// wide side (A, [r, k]) or the ranks (B, [n, r]).
 __device__ __forceinline__ void pair_of(float (&w)[2][R], const float *from, int64_t wide_step, int64_t rank_step, int at,
                                         int end, int r0, int r) {
     if (rank_step == 1 && r % 4 == 0 && r0 + R <= r && at + 1 < end) {
@@ -74,18 +77,19 @@ __device__ __forceinline__ void pair_of(float (&w)[2][R], const float *from, int
     }
 }
 
-template <typename T> __device__ __forceinline__ float2 two(const T *from, bool both) {
-    if (both) {
-        const Vec<T, 2> v = *reinterpret_cast<const Vec<T, 2> *>(from);
-        return make_float2(to_f32(v.v[0]), to_f32(v.v[1]));
-    }
-    return make_float2(to_f32(from[0]), 0.f);
+// u from what 16 warps have of the sums of eight rows and eight ranks.
+__device__ __forceinline__ void write_u(const float (&part)[16][64], float *u, float alpha, int first, int r0, int m, int r) {
+    if (threadIdx.x >= 64) return;
+    float s = 0;
+#pragma unroll
+    for (int v = 0; v < 16; v++) s += part[v][threadIdx.x];
+    const int row = first + threadIdx.x / R, q = r0 + threadIdx.x % R;
+    if (row < m && q < r) u[int64_t(row) * r + q] = alpha * s;
 }
 
 // u[m, r] = alpha * dropout(x)[m, k] W[r, k]^T, W's element (r, k) at w[r * wr + k * wk].
 // A block of 512 takes 8 rows; each of its 16 warps takes a part of k. Block bx.
-template <typename T>
-__device__ void down_plain(const T *x, const float *w, int64_t wr, int64_t wk, float *u, float alpha, int m, int k, int r,
+__device__ void down_plain(const float *x, const float *w, int64_t wr, int64_t wk, float *u, float alpha, int m, int k, int r,
                      Dropout dropout, int bx) {
     __shared__ float part[16][64];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = bx * 8;
@@ -100,7 +104,7 @@ __device__ void down_plain(const T *x, const float *w, int64_t wr, int64_t wk, f
 #pragma unroll
             for (int row = 0; row < 8; row++) {
                 const int64_t at = int64_t(min(first + row, m - 1)) * k + i;
-                v[row] = k % 2 == 0 ? two(x + at, true) : make_float2(to_f32(x[at]), i + 1 < k ? to_f32(x[at + 1]) : 0.f);
+                v[row] = k % 2 == 0 ? *reinterpret_cast<const float2 *>(x + at) : make_float2(x[at], i + 1 < k ? x[at + 1] : 0.f);
                 if (dropout.key) v[row].x *= dropout(key, at), v[row].y *= dropout(key, at + 1);
             }
 #pragma unroll
@@ -111,12 +115,7 @@ __device__ void down_plain(const T *x, const float *w, int64_t wr, int64_t wk, f
         reduce(sum);
         part[warp][lane * 2] = sum[0], part[warp][lane * 2 + 1] = sum[1];
         __syncthreads();
-        if (threadIdx.x < 64) {
-            float s = 0;
-            for (int v = 0; v < 16; v++) s += part[v][threadIdx.x];
-            const int row = first + threadIdx.x / R, q = r0 + threadIdx.x % R;
-            if (row < m && q < r) u[int64_t(row) * r + q] = alpha * s;
-        }
+        write_u(part, u, alpha, first, r0, m, r);
         __syncthreads();
     }
 }
@@ -124,9 +123,9 @@ __device__ void down_plain(const T *x, const float *w, int64_t wr, int64_t wk, f
 // y[m, n] = c + alpha * dropout(u[m, r] W[n, r]^T), W's element (n, r) at w[n * wn + r * wr]; c: null or y itself.
 // A thread takes 8 columns of 16 rows.
 constexpr int UP_ROWS = 16;
-template <int THREADS, typename T>
-__device__ void up_plain(const float *u, const float *w, int64_t wn, int64_t wr, const T *c, T *y, float alpha, int m, int n, int r,
-                   Dropout dropout, int block) {
+template <int THREADS>
+__device__ void up_plain(const float *u, const float *w, int64_t wn, int64_t wr, const float *c, float *y, float alpha, int m,
+                         int n, int r, Dropout dropout, int block) {
     constexpr int AHEAD = 4;
     const int wide = (n + 7) / 8;
     const int64_t place = int64_t(block) * THREADS + threadIdx.x;
@@ -135,17 +134,17 @@ __device__ void up_plain(const float *u, const float *w, int64_t wn, int64_t wr,
     const bool whole = n % 8 == 0;
     for (int r0 = 0; r0 < r && begin < end; r0 += R) {
         // What later eights of ranks add to.
-        const T *from_y = r0 ? y : c;
+        const float *from_y = r0 ? y : c;
         float b[4][2][R];
 #pragma unroll
         for (int j = 0; j < 4; j++) pair_of(b[j], w, wn, wr, column + 2 * j, n, r0, r);
 #pragma unroll 1
         for (int first = begin; first < end; first += AHEAD) {
-            Vec<T, 8> old[AHEAD];
+            Vec<float, 8> old[AHEAD];
 #pragma unroll
             for (int i = 0; i < AHEAD; i++)
                 if (from_y && whole && first + i < end)
-                    old[i] = *reinterpret_cast<const Vec<T, 8> *>(from_y + int64_t(first + i) * n + column);
+                    old[i] = *reinterpret_cast<const Vec<float, 8> *>(from_y + int64_t(first + i) * n + column);
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 const int row = first + i;
@@ -165,12 +164,12 @@ __device__ void up_plain(const float *u, const float *w, int64_t wn, int64_t wr,
                 for (int j = 0; j < 8; j++) {
                     if (dropout.key) v[j] *= dropout(key, at + j);
                     v[j] *= alpha;
-                    if (from_y) v[j] += whole ? to_f32(old[i].v[j]) : column + j < n ? to_f32(from_y[at + j]) : 0.f;
+                    if (from_y) v[j] += whole ? old[i].v[j] : column + j < n ? from_y[at + j] : 0.f;
                 }
                 if (whole) store(y + at, v);
                 else
                     for (int j = 0; j < 8; j++)
-                        if (column + j < n) y[at + j] = from_f32<T>(v[j]);
+                        if (column + j < n) y[at + j] = v[j];
             }
         }
     }
@@ -178,9 +177,9 @@ __device__ void up_plain(const float *u, const float *w, int64_t wn, int64_t wr,
 
 // g[n, r] += scale[0] * alpha * dropout(x)[m, n]^T u[m, r], g's element at g[n * gn + r * gr].
 // A block takes 16 columns and all rows: four lanes side by side read a row's 16, THREADS / 4 rows at a time. Block bx.
-template <int THREADS, typename T>
-__device__ void grad_plain(const T *x, const float *u, float *g, int64_t gn, int64_t gr, const float *scale, float alpha, int m,
-                     int n, int r, Dropout dropout, int bx) {
+template <int THREADS>
+__device__ void grad_plain(const float *x, const float *u, float *g, int64_t gn, int64_t gr, const float *scale, float alpha,
+                           int m, int n, int r, Dropout dropout, int bx) {
     constexpr int PLACES = THREADS / 4, WARPS = THREADS / 32;
     __shared__ float part[WARPS][16][R]; // [warp][column][rank]
     const int place = threadIdx.x / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -200,7 +199,7 @@ __device__ void grad_plain(const T *x, const float *u, float *g, int64_t gn, int
                 if (n % 4 == 0) load(v, x + int64_t(row) * n + column);
                 else
 #pragma unroll
-                    for (int j = 0; j < 4; j++) v[j] = column + j < n ? to_f32(x[int64_t(row) * n + column + j]) : 0.f;
+                    for (int j = 0; j < 4; j++) v[j] = column + j < n ? x[int64_t(row) * n + column + j] : 0.f;
                 if (dropout.key)
 #pragma unroll
                     for (int j = 0; j < 4; j++) v[j] *= dropout(key, int64_t(row) * n + column + j);
@@ -259,15 +258,14 @@ template <typename T> __device__ __forceinline__ Vec<T, 8> eight(const T *from, 
     return v;
 }
 
-// As down_plain. The first operand is W, eight ranks twice; the second x, eight rows. Of a warp's 32
-// neighbours along k a lane has eight.
+// As down_plain. The first operand is W, eight ranks twice; the second x, eight rows. Of a warp's 32 neighbours along k a
+// lane has eight.
 template <typename T>
 __device__ void down_mma(const T *x, const float *w, int64_t wr, int64_t wk, float *u, float alpha, int m, int k, int r,
                          Dropout dropout, int bx) {
     __shared__ float part[16][64];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, first = bx * 8;
     const uint64_t key = dropout.layer_key();
-    const float by = dropout.key ? alpha * float(1.0 / (1.0 - dropout.p)) : alpha;
     const int64_t own = int64_t(min(first + g, m - 1)) * k;
     for (int r0 = 0; r0 < r; r0 += R) {
         float d[4] = {};
@@ -282,10 +280,9 @@ __device__ void down_mma(const T *x, const float *w, int64_t wr, int64_t wk, flo
 #pragma unroll
                 for (int j = 0; j < 8; j++)
                     if (i + j < k) a[j] = wg[(i + j) * wk];
-            if (dropout.key)
 #pragma unroll
-                for (int j = 0; j < 8; j++)
-                    if (dropout(key, own + i + j) == 0.f) v.v[j] = from_f32<T>(0.f);
+            for (int j = 0; j < 8; j++)
+                if (dropout.drops(key, own + i + j)) v.v[j] = from_f32<T>(0.f);
 #pragma unroll
             for (int j = 0; j < 8; j += 2) {
                 uint32_t fa[4];
@@ -296,19 +293,13 @@ __device__ void down_mma(const T *x, const float *w, int64_t wr, int64_t wk, flo
         // Rank g, rows 2 t and 2 t + 1.
         part[warp][2 * t * R + g] = d[0] + d[2], part[warp][(2 * t + 1) * R + g] = d[1] + d[3];
         __syncthreads();
-        if (threadIdx.x < 64) {
-            float s = 0;
-#pragma unroll
-            for (int v = 0; v < 16; v++) s += part[v][threadIdx.x];
-            const int row = first + threadIdx.x / R, q = r0 + threadIdx.x % R;
-            if (row < m && q < r) u[int64_t(row) * r + q] = by * s;
-        }
+        write_u(part, u, alpha * dropout.scale(), first, r0, m, r);
         __syncthreads();
     }
 }
 
-// As grad_plain, 64 columns a block. The first operand is u, eight ranks twice, along the rows; of
-// eight second ones each has every eighth column, so that a lane's are side by side in memory. Warps share the rows.
+// As grad_plain, 64 columns a block. The first operand is u, eight ranks twice, along the rows; of eight second ones each
+// has every eighth column, so that a lane's are side by side in memory. Warps share the rows.
 constexpr int GRAD_COLUMNS = 64;
 template <int THREADS, typename T>
 __device__ void grad_mma(const T *x, const float *u, float *to, int64_t gn, int64_t gr, const float *scale, float alpha, int m,
@@ -318,7 +309,7 @@ __device__ void grad_mma(const T *x, const float *u, float *to, int64_t gn, int6
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int column = bx * GRAD_COLUMNS + 8 * g;
     const uint64_t key = dropout.layer_key();
-    const float by = (dropout.key ? alpha * float(1.0 / (1.0 - dropout.p)) : alpha) * scale[0];
+    const float by = alpha * dropout.scale() * scale[0];
     for (int r0 = 0; r0 < r; r0 += R) {
         float d[8][4] = {};
 #pragma unroll 4
@@ -332,10 +323,9 @@ __device__ void grad_mma(const T *x, const float *u, float *to, int64_t gn, int6
                 const int64_t at = int64_t(row) * n + column;
                 v[h] = eight(x + at, there ? n - column : 0, n % 8 == 0);
                 a[h] = there && r0 + g < r ? u[int64_t(row) * r + r0 + g] : 0.f;
-                if (dropout.key)
 #pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        if (dropout(key, at + j) == 0.f) v[h].v[j] = from_f32<T>(0.f);
+                for (int j = 0; j < 8; j++)
+                    if (dropout.drops(key, at + j)) v[h].v[j] = from_f32<T>(0.f);
             }
             uint32_t fa[4];
             split(fa[0], fa[1], a[0]), split(fa[2], fa[3], a[1]);

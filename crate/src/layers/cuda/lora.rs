@@ -59,7 +59,7 @@ pub fn backward(gpu: &Gpu, lora: &Lora, dy: &Tensor, dx: Option<&Tensor>, run: &
     gpu.launch(&name("lora_backward_a", x.dtype())?, (grads + ups, 1, 1), 256, 0, &args)
 }
 
-/// Blocks of 256 that make a matrix: in 16 bits 32 columns of 128 rows a warp, in 32 eight of sixteen a thread.
+/// Blocks of 256 that make a matrix: 32 columns of 128 rows a warp on the tensor cores, else eight of sixteen a thread.
 fn up_blocks(m: usize, n: usize, dtype: DType) -> usize {
     match dtype {
         DType::F32 => (n.div_ceil(8) * m.div_ceil(16)).div_ceil(256),
