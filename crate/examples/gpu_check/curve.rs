@@ -43,7 +43,6 @@ fn losses(model: &PeftModel, batches: &[Batch], gradient_checkpointing: bool) ->
         let options =
             PassOptions { num_items: batch.num_label_tokens() as f64, gradient_checkpointing, dropout_key: 0 };
         losses.push(model.forward_backward(batch, &options)?.loss_sum / options.num_items);
-
         optimizer.step(1e-2, 1.0)?;
     }
     Ok(losses)
@@ -58,16 +57,15 @@ fn against_cpu(checks: &mut Checks) -> Result<()> {
     let modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
     // In 16 bits the card's activations are rounded where the CPU's are not, and twenty updates part the two further.
     for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 5e-3), (DType::BF16, 5e-2)] {
-        let cpu = load(&BUNDLED.into(), dtype, true, DeviceMap::Cpu, &modules)?;
-        let lengths = |checks: &mut Checks| -> Vec<usize> { (0..4).map(|_| 20 + checks.rng.below(60)).collect() };
+        let cpu = load(BUNDLED.as_ref(), dtype, true, DeviceMap::Cpu, &modules)?;
         let mut batches = Vec::new();
         for _ in 0..4 {
-            let lengths = lengths(checks);
+            let lengths: Vec<usize> = (0..4).map(|_| 20 + checks.rng.below(60)).collect();
             batches.push(batch(checks, cpu.vocab_size(), &lengths)?);
         }
         let want = losses(&cpu, &batches, true)?;
         for checkpointing in [false, true] {
-            let gpu = load(&BUNDLED.into(), dtype, true, DeviceMap::Cuda(0), &modules)?;
+            let gpu = load(BUNDLED.as_ref(), dtype, true, DeviceMap::Cuda(0), &modules)?;
             let what =
                 format!("{STEPS} losses, {} NF4, checkpointing {checkpointing}, against the CPU", dtype.as_str());
             compare(checks, &what, losses(&gpu, &batches, checkpointing)?, &want, tolerance)?;

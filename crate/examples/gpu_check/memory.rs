@@ -12,13 +12,14 @@ use qlora_nb::{
     prelude::*,
 };
 
-use crate::check::Checks;
+use crate::{
+    check::Checks,
+    model::{BUNDLED as TOKENIZER, options},
+};
 
 /// The argument of the child process that must see no GPU, and of one that measures what was planned.
 pub const WITHOUT_GPU: &str = "--without-gpu";
 pub const PLAN: &str = "--memory-plan";
-
-const TOKENIZER: &str = "notebooks/models/poet-bloom-zh";
 
 pub fn run(checks: &mut Checks) -> Result<()> {
     unusable(checks)?;
@@ -142,19 +143,7 @@ fn write_bloom(folder: &Path, rng: &mut crate::check::Rng) -> std::io::Result<()
 }
 
 fn load(folder: &Path, dtype: DType, nf4: bool) -> Result<Model> {
-    let quantization = BitsAndBytesConfig {
-        load_in_4bit: true,
-        bnb_4bit_use_double_quant: true,
-        bnb_4bit_compute_dtype: dtype,
-        ..Default::default()
-    };
-    let options = ModelOptions {
-        torch_dtype: dtype,
-        device_map: DeviceMap::Cuda(0),
-        quantization_config: nf4.then_some(quantization),
-        ..Default::default()
-    };
-    AutoModelForCausalLM::from_pretrained(folder, options)
+    AutoModelForCausalLM::from_pretrained(folder, options(dtype, nf4, DeviceMap::Cuda(0)))
 }
 
 /// Four rows of 250 tokens, all with labels, a micro-batch.

@@ -1,7 +1,7 @@
 //! Whole models on the card against the CPU: logits, losses, every adapter's gradient; recorded passes
 //! against those that are not; overflow; generation.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use qlora_nb::{
     batch::Batch,
@@ -27,27 +27,31 @@ pub fn run(checks: &mut Checks) -> Result<()> {
 pub const BUNDLED: &str = "notebooks/models/poet-bloom-zh";
 
 /// The bundled BLOOM, or the folder that QLORA_MODEL names.
-pub fn folder() -> PathBuf {
+fn folder() -> PathBuf {
     match std::env::var_os("QLORA_MODEL") {
         Some(folder) => folder.into(),
         None => BUNDLED.into(),
     }
 }
 
-pub fn load(folder: &PathBuf, dtype: DType, nf4: bool, device_map: DeviceMap, modules: &[&str]) -> Result<PeftModel> {
+/// A model in a dtype, or in NF4 with double quantization that computes in it.
+pub fn options(dtype: DType, nf4: bool, device_map: DeviceMap) -> ModelOptions {
     let quantization = BitsAndBytesConfig {
         load_in_4bit: true,
         bnb_4bit_use_double_quant: true,
         bnb_4bit_compute_dtype: dtype,
         ..Default::default()
     };
-    let options = ModelOptions {
+    ModelOptions {
         torch_dtype: dtype,
         device_map,
         quantization_config: nf4.then_some(quantization),
         ..Default::default()
-    };
-    let base = AutoModelForCausalLM::from_pretrained(folder, options)?;
+    }
+}
+
+pub fn load(folder: &Path, dtype: DType, nf4: bool, device_map: DeviceMap, modules: &[&str]) -> Result<PeftModel> {
+    let base = AutoModelForCausalLM::from_pretrained(folder, options(dtype, nf4, device_map))?;
     let model =
         get_peft_model(&base, &LoraConfig { r: 8, target_modules: modules.to_vec().into(), ..Default::default() })?;
     // B starts at zero, and A's gradient with it: another start shows both.
@@ -95,7 +99,7 @@ fn joined(grads: &[Tensor]) -> Result<Tensor> {
     Ok(Tensor::cat(&flat, 0)?)
 }
 
-fn compare(checks: &mut Checks, folder: &PathBuf, dtype: DType, nf4: bool, tolerance: f64) -> Result<()> {
+fn compare(checks: &mut Checks, folder: &Path, dtype: DType, nf4: bool, tolerance: f64) -> Result<()> {
     let modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
     let modules: &[&str] = if std::env::var_os("QLORA_MODEL").is_some() { &modules[..1] } else { &modules };
     let cpu = load(folder, dtype, nf4, DeviceMap::Cpu, modules)?;

@@ -1,7 +1,7 @@
 //! Launches that are made again and again: recorded once, and from then on one launch.
 
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaGraph,
+    CudaEvent, CudaGraph, CudaStream, result,
     sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
 };
 
@@ -42,7 +42,7 @@ unsafe impl Send for Graph {}
 impl Graph {
     /// Records what `work` launches; nothing runs.
     fn record(gpu: &Gpu, work: impl FnOnce() -> Result<()>) -> Result<Self> {
-        let stream = gpu.recording_stream();
+        let stream = &gpu.recording_stream;
         // Relaxed: what is done on other streams, giving memory above all, is not recorded and goes on.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         stream.begin_capture(mode).map_err(driver_error("beginning to record"))?;
@@ -59,11 +59,30 @@ impl Graph {
 
     /// Runs it, in the order of the GPU's stream.
     fn launch(&self, gpu: &Gpu) -> Result<()> {
-        use candle_core::cuda_backend::cudarc::driver::result;
         gpu.count_recorded(self.bytes);
         gpu.bind()?;
         // SAFETY: the graph lives; what it works on lives as long as the device or as `Repeated`'s owner.
         unsafe { result::graph::launch(self.graph.cu_graph_exec(), gpu.stream().cu_stream()) }
             .map_err(driver_error("running a recorded pass"))
+    }
+}
+
+impl Gpu {
+    /// In a pass that is recorded: what `work` launches, on the stream that it is given, may run as soon as `after`
+    /// allows and beside what follows. Gives the event of its end.
+    pub fn beside(&self, after: &CudaEvent, work: impl FnOnce(&CudaStream) -> Result<()>) -> Result<CudaEvent> {
+        self.side_stream.wait(after).map_err(driver_error("recording a pass"))?;
+        work(&self.side_stream)?;
+        self.side_stream.record_event(None).map_err(driver_error("recording a pass"))
+    }
+
+    /// In a pass that is recorded: the event of all that was launched so far.
+    pub fn mark(&self) -> Result<CudaEvent> {
+        self.working_stream().record_event(None).map_err(driver_error("recording a pass"))
+    }
+
+    /// In a pass that is recorded: what is launched from now on comes after `event`.
+    pub fn wait_for(&self, event: &CudaEvent) -> Result<()> {
+        self.working_stream().wait(event).map_err(driver_error("recording a pass"))
     }
 }

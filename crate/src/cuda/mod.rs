@@ -297,32 +297,9 @@ impl Gpu {
         if self.is_recording() { &self.recording_stream } else { &self.stream }
     }
 
-    /// See `Gpu::recording_stream`.
-    fn recording_stream(&self) -> &Arc<CudaStream> {
-        &self.recording_stream
-    }
-
     /// Whether what is launched now is recorded, to be repeated later.
     pub fn is_recording(&self) -> bool {
         self.is_recording.load(Ordering::SeqCst)
-    }
-
-    /// In a pass that is recorded: what `work` launches, on the stream that it is given, may run as soon as `after`
-    /// allows and beside what follows. Gives the event of its end.
-    pub fn beside(&self, after: &CudaEvent, work: impl FnOnce(&CudaStream) -> Result<()>) -> Result<CudaEvent> {
-        self.side_stream.wait(after).map_err(driver_error("recording a pass"))?;
-        work(&self.side_stream)?;
-        self.side_stream.record_event(None).map_err(driver_error("recording a pass"))
-    }
-
-    /// In a pass that is recorded: the event of all that was launched so far.
-    pub fn mark(&self) -> Result<CudaEvent> {
-        self.working_stream().record_event(None).map_err(driver_error("recording a pass"))
-    }
-
-    /// In a pass that is recorded: what is launched from now on comes after `event`.
-    pub fn wait_for(&self, event: &CudaEvent) -> Result<()> {
-        self.working_stream().wait(event).map_err(driver_error("recording a pass"))
     }
 
     /// Launches a kernel of `kernels/cuda` by its name.

@@ -21,6 +21,7 @@ const FEW: usize = 8;
 const WARPS: usize = 16;
 /// Shared memory of a block beside which one of the next kernel finds room.
 const HALF_SHARED: usize = 112 << 10;
+
 /// Whether `gemv.cu` serves: few rows, nothing to be kept for a backward, aligned rows.
 pub fn serves(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
     let (m, k) = x.dims2()?;
