@@ -493,114 +493,144 @@ __device__ void rows_dkv(const T *qkv, const int *after, const float *slopes, co
     reduce_and_write(dv, grad + row * l.row + l.v.offset + kv * l.v.stride, d, 1.f);
 }
 
-// One query a sequence over a long cache, as decoding has it. Block of 1024 a (sequence, head); D / 8 lanes share a
-// key. The first ROUNDS keys and values of each group are all under way before the first is used; scores of all keys
-// are kept in shared memory.
+// One query a sequence over a cache, as decoding has it. SPLITS blocks of 256, a cluster where there are such, share a
+// (sequence, head); D / 8 lanes, a group, share a key. The first ROUNDS keys and values of each group are all under way
+// before the previous kernel has ended.
+#if __CUDA_ARCH__ >= 900
+constexpr int SPLITS = 8;
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// To where `own`, a place in shared memory, is in another block of the cluster.
+__device__ __forceinline__ void put_in(int block, float *own, float x) {
+    uint32_t at;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(own)), "r"(block));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
+}
+#define CLUSTER __cluster_dims__(1, 1, SPLITS)
+#else
+constexpr int SPLITS = 1;
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+__device__ __forceinline__ void put_in(int, float *own, float x) { *own = x; }
+#define CLUSTER
+#endif
+
+// What sums under the greatest score `own` count for under the greatest of all.
+__device__ __forceinline__ float weight(float own, float all) { return own == -INFINITY ? 0.f : exp2f(own - all); }
+
 template <typename T, int D>
 __device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes, T *out, Layout l) {
-    constexpr int LANES = D / 8, GROUPS = 1024 / LANES, ROUNDS = 4;
-    extern __shared__ __align__(16) unsigned char memory[];
-    float *scores = reinterpret_cast<float *>(memory);
-    __shared__ float part[32][D], reduced[32];
+    constexpr int LANES = D / 8, GROUPS = 256 / LANES, ROUNDS = 4, STEP = GROUPS * SPLITS, OWN = D / SPLITS;
+    __shared__ float part[8][D], tops[8], sums[8];
+    __shared__ float of_split[SPLITS][OWN], split_tops[SPLITS], split_sums[SPLITS];
     const int64_t row = blockIdx.x;
-    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, group = threadIdx.x / LANES, c = threadIdx.x % LANES * 8;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int head = blockIdx.y, kv = head * l.kv_heads / l.heads, c = threadIdx.x % LANES * 8, split = blockIdx.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = split * GROUPS + threadIdx.x / LANES;
+    let_next_start();
+    cluster_arrive();
     const int2 range = keys[row];
     const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
     const T *own = qkv + row * l.row, *own_k = own + l.k.offset + kv * l.k.stride, *own_v = own + l.v.offset + kv * l.v.stride;
     k += int64_t(range.x) * k_row + kv * D, v += int64_t(range.x) * k_row + kv * D;
-    const int last = range.y - 1, rounds = (range.y + GROUPS - 1) / GROUPS;
+    const int last = range.y - 1;
     using Eight = Vec<T, sizeof(T) == 4 ? 4 : 8>;
     constexpr int WORDS = 8 * sizeof(T) / 16;
     Eight ks[ROUNDS][WORDS], vs[ROUNDS][WORDS];
+    auto read = [&](Eight (&to)[WORDS], const T *from) {
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) to[w] = reinterpret_cast<const Eight *>(from + c)[w];
+    };
     // What the cache holds does not depend on the previous kernel; the newest key and value do: they are in the
     // projection, not yet in the cache.
-    auto source = [&](const T *cache, const T *newest, int j) { return reinterpret_cast<const Eight *>((j < last ? cache + j * k_row : newest) + c); };
-    let_next_start();
 #pragma unroll
-    for (int t = 0; t < ROUNDS; t++) {
-        const int j = t * GROUPS + group;
-        if (j < last)
-#pragma unroll
-            for (int w = 0; w < WORDS; w++) ks[t][w] = source(k, own_k, j)[w], vs[t][w] = source(v, own_v, j)[w];
-    }
+    for (int t = 0; t < ROUNDS; t++)
+        if (const int j = first + t * STEP; j < last) read(ks[t], k + j * k_row), read(vs[t], v + j * k_row);
     wait_for_previous();
     float q[8];
     load(q, own + l.q.offset + head * l.q.stride + c);
-#pragma unroll
-    for (int t = 0; t < ROUNDS; t++)
-        if (t * GROUPS + group >= last)
-#pragma unroll
-            for (int w = 0; w < WORDS; w++) ks[t][w] = source(k, own_k, last)[w], vs[t][w] = source(v, own_v, last)[w];
-    if (threadIdx.x < LANES)
-#pragma unroll
-        for (int w = 0; w < WORDS; w++) {
-            reinterpret_cast<Eight *>(k + last * k_row + c)[w] = reinterpret_cast<const Eight *>(own_k + c)[w];
-            reinterpret_cast<Eight *>(v + last * k_row + c)[w] = reinterpret_cast<const Eight *>(own_v + c)[w];
-        }
-    float top = -INFINITY;
-    auto score = [&](const Eight *x, int j) {
+    float top = -INFINITY, sum = 0, acc[8] = {};
+    auto take = [&](const Eight (&key)[WORDS], const Eight (&value)[WORDS], int j) {
         float s = 0;
 #pragma unroll
-        for (int e = 0; e < 8; e++) s += q[e] * to_f32(x[e / (8 / WORDS)].v[e % (8 / WORDS)]);
+        for (int e = 0; e < 8; e++) s += q[e] * to_f32(key[e / (8 / WORDS)].v[e % (8 / WORDS)]);
 #pragma unroll
         for (int step = 1; step < LANES; step *= 2) s += __shfl_xor_sync(~0u, s, step);
-        s = s * scale + slope * float(j - last);
-        if (j <= last) {
-            if (c == 0) scores[j] = s;
-            top = fmaxf(top, s);
+        s = j <= last ? s * scale + slope * float(j - last) : -INFINITY;
+        const float new_top = fmaxf(top, s), shrink = weight(top, new_top), p = weight(s, new_top);
+        sum = sum * shrink + p, top = new_top;
+#pragma unroll
+        for (int e = 0; e < 8; e++) acc[e] = acc[e] * shrink + p * to_f32(value[e / (8 / WORDS)].v[e % (8 / WORDS)]);
+    };
+    // All groups of a warp go round equally often: they shuffle together.
+#pragma unroll
+    for (int t = 0; t < ROUNDS; t++) {
+        const int j = first + t * STEP;
+        if (j == last) {
+            read(ks[t], own_k), read(vs[t], own_v);
+#pragma unroll
+            for (int w = 0; w < WORDS; w++) {
+                reinterpret_cast<Eight *>(k + last * k_row + c)[w] = ks[t][w];
+                reinterpret_cast<Eight *>(v + last * k_row + c)[w] = vs[t][w];
+            }
         }
-    };
+        if (j > last)
 #pragma unroll
-    for (int t = 0; t < ROUNDS; t++) score(ks[t], t * GROUPS + group);
-    for (int t = ROUNDS; t < rounds; t++) {
-        const int j = t * GROUPS + group;
-#pragma unroll
-        for (int w = 0; w < WORDS; w++) ks[0][w] = source(k, own_k, min(j, last))[w];
-        score(ks[0], j);
+            for (int w = 0; w < WORDS; w++) vs[t][w] = {}; // zero times what happens to be there might not be zero
+        take(ks[t], vs[t], j);
     }
-    top = warp_max(top);
-    if (lane == 0) reduced[warp] = top;
-    __syncthreads();
-    top = warp_max(reduced[lane]);
-    __syncthreads();
-    float acc[8] = {}, sum = 0;
-    auto take = [&](const Eight *x, int j) {
-        const float p = j <= last ? exp2f(scores[min(j, last)] - top) : 0.f;
-        sum += p;
+    for (int j = first + ROUNDS * STEP; j - threadIdx.x / LANES <= last; j += STEP) {
+        const bool newest = j == last;
+        const int at = min(j, max(last - 1, 0));
+        read(ks[0], newest ? own_k : k + at * k_row), read(vs[0], newest ? own_v : v + at * k_row);
+        if (newest)
 #pragma unroll
-        for (int e = 0; e < 8; e++) acc[e] += p * to_f32(x[e / (8 / WORDS)].v[e % (8 / WORDS)]);
-    };
-#pragma unroll
-    for (int t = 0; t < ROUNDS; t++) take(vs[t], t * GROUPS + group);
-    for (int t = ROUNDS; t < rounds; t++) {
-        const int j = t * GROUPS + group;
-#pragma unroll
-        for (int w = 0; w < WORDS; w++) vs[0][w] = source(v, own_v, min(j, last))[w];
-        take(vs[0], j);
+            for (int w = 0; w < WORDS; w++) {
+                reinterpret_cast<Eight *>(k + last * k_row + c)[w] = ks[0][w];
+                reinterpret_cast<Eight *>(v + last * k_row + c)[w] = vs[0][w];
+            }
+        take(ks[0], vs[0], j);
     }
-    // Over the groups of a warp, then over the warps. Each of a group's lanes counted the same keys.
+    // Over the groups of a warp, the warps of a block, the blocks of a cluster, each of which makes OWN elements.
 #pragma unroll
-    for (int step = LANES; step < 32; step *= 2)
+    for (int step = LANES; step < 32; step *= 2) {
+        const float other = __shfl_xor_sync(~0u, top, step), all = fmaxf(top, other);
+        const float by = weight(top, all);
+        top = all, sum *= by;
+        sum += __shfl_xor_sync(~0u, sum, step);
 #pragma unroll
-        for (int e = 0; e < 8; e++) acc[e] += __shfl_xor_sync(~0u, acc[e], step);
+        for (int e = 0; e < 8; e++) acc[e] *= by, acc[e] += __shfl_xor_sync(~0u, acc[e], step);
+    }
     if (lane < LANES)
 #pragma unroll
         for (int e = 0; e < 8; e++) part[warp][c + e] = acc[e];
-    sum = warp_sum(sum) / LANES;
-    if (lane == 0) reduced[warp] = sum;
+    if (lane == 0) tops[warp] = top, sums[warp] = sum;
     __syncthreads();
-    sum = warp_sum(reduced[lane]);
-    for (int i = threadIdx.x; i < D; i += 1024) {
-        float s = 0;
+    cluster_wait(); // the other blocks have begun: their shared memory is there
+    if (threadIdx.x < D) {
+        float all = -INFINITY, s = 0, x = 0;
 #pragma unroll
-        for (int w = 0; w < 32; w++) s += part[w][i];
-        out[(row * l.heads + head) * D + i] = from_f32<T>(s / sum);
+        for (int w = 0; w < 8; w++) all = fmaxf(all, tops[w]);
+#pragma unroll
+        for (int w = 0; w < 8; w++) s += sums[w] * weight(tops[w], all), x += part[w][threadIdx.x] * weight(tops[w], all);
+        const int to = threadIdx.x / OWN;
+        put_in(to, &of_split[split][threadIdx.x % OWN], x);
+        if (threadIdx.x % OWN == 0) put_in(to, &split_tops[split], all), put_in(to, &split_sums[split], s);
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (threadIdx.x < OWN) {
+        float all = -INFINITY, s = 0, x = 0;
+#pragma unroll
+        for (int i = 0; i < SPLITS; i++) all = fmaxf(all, split_tops[i]);
+#pragma unroll
+        for (int i = 0; i < SPLITS; i++)
+            s += split_sums[i] * weight(split_tops[i], all), x += of_split[i][threadIdx.x] * weight(split_tops[i], all);
+        out[(row * l.heads + head) * D + split * OWN + threadIdx.x] = from_f32<T>(x / s);
     }
 }
 
 #define DEFINE_D(NAME, T, D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                   \
+    extern "C" __global__ void CLUSTER __launch_bounds__(256)                                                            \
         decode_attention_##NAME##_##D(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys, const float *slopes,    \
                                       T *out, Layout l) {                                                                \
         decode<T, D>(qkv, k, v, k_row, keys, slopes, out, l);                                                            \

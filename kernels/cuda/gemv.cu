@@ -123,102 +123,219 @@ __device__ void gemv_4bit(const T *x, const uint32_t *w, Absmax a, Code code, T 
 // is what a register of A holds, so a byte is one look-up in a table of 256 pairs; the table is there once a lane, so
 // that look-ups never meet in a bank. The sum along k may be taken in any order as long as x is read in the same: lane
 // t of a row's four takes the elements 16 t .. 16 t + 15 of a block of 64, two of them an mma and register.
+//
+// What is slow about a product of few rows is waiting, so all that does not depend on the previous kernel is under way
+// before that has ended: the weights in a queue in shared memory, deep enough for a layer of two thousand; the table; an
+// adapter. And what comes before the product is part of it: the norm of x, and an adapter's A x, which every block of
+// threads makes for itself. Loops stay loops, without divisions: instructions that run once are waited for as well.
 
-// Shared memory: the table (32 KiB), x [m][k + 8], the warps' sums [2][WARPS][16][m], what is added to them
-// [tiles of the block][16][m], A [rank][k] where it fits.
-constexpr int TABLE = 256 * 32;
+// Warps of a block of threads: few, each with much to do, since what a warp does besides looking up and multiplying it
+// does however little it has. A warp takes BLOCKS blocks of 64 weights of each of 16 rows at a time: a piece. Up to DEPTH
+// pieces of each warp are in the queue.
+constexpr int WARPS = 8, BLOCKS = 4, DEPTH = 3, THREADS = 32 * WARPS;
+constexpr int ALONG = WARPS * BLOCKS * 64; // elements along k that the warps' pieces cover
+constexpr int HELD = 16;                   // loads of an adapter's A that a lane has made before x is there
 
-// Warps of a block; blocks of 64 weights that a warp has under way at a time.
-constexpr int WARPS = 16, FLIGHT = 2;
+// A piece in the queue: the codes, 128 bytes a row; of its 64 blocks (row i / 4, block i % 4) the maximum or, where that
+// is a byte, the second-level one and the word with the byte.
+struct Codes {
+    unsigned char codes[16 * 32 * BLOCKS];
+    float tops[16 * BLOCKS];
+    uint32_t words[16 * BLOCKS];
+};
 
-// Codes and maxima of blocks b, b + WARPS, ... of rows `row` and `row + 8` (of the last row, where there are fewer).
-template <bool NESTED> struct Flight {
-    uint2 q[FLIGHT][2];
-    float top[FLIGHT][2]; // as in Piece
-    uint8_t c[FLIGHT][2];
-    __device__ __forceinline__ void fetch(const uint8_t *w, const Absmax &a, int row, int n, int k, int b, int blocks, int t) {
+// Shared memory: this, the queue [places][WARPS], x [m][k + 8], sums [tiles of the block][WARPS][16][m],
+// B [tiles of the block][16][rank].
+struct Fixed {
+    uint32_t pairs[256][32];
+    float2 stats[8][WARPS];
+    float table[16], table2[256], u_parts[64];
+};
+
+template <int BYTES> __device__ __forceinline__ void copy(void *to, const void *from) {
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from));
+}
+
+// The norm that x goes through first, unless w is null; b null: no centering.
+struct NormOf {
+    const float *w, *b;
+    float eps;
+};
+
+// x [m, k] to shared memory.
+template <typename T> __device__ __forceinline__ void fetch_x(T *xs, int stride, const T *x, int m, int k) {
+#pragma unroll 1
+    for (int r = 0; r < m; r++, x += k, xs += stride)
+#pragma unroll 2
+        for (int i = threadIdx.x * 8; i < k; i += THREADS * 8)
+            *reinterpret_cast<Vec<T, 8> *>(xs + i) = *reinterpret_cast<const Vec<T, 8> *>(x + i);
+}
+
+// The same through the norm, as norm.cu makes it, with a row's statistics put together of those of its warps (Chan et
+// al.: means, and squares about them).
+template <typename T>
+__device__ __forceinline__ void fetch_normed(T *xs, int stride, const T *x, int m, int k, const NormOf &norm,
+                                             float2 (&stats)[8][WARPS]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = threadIdx.x * 8;
+    const bool center = norm.b;
+    // Elements of the warp of the lane's number.
+    int count = 0;
+#pragma unroll 1
+    for (int i = lane % WARPS * 256; i < k; i += ALONG) count += min(256, k - i);
+    const float n = count, own_n = fmaxf(__shfl_sync(~0u, n, warp), 1.f);
+#pragma unroll 1
+    for (int r = 0; r < m; r++) {
+        float sum = 0, square = 0;
+#pragma unroll 1
+        for (int i = first; i < k; i += ALONG) {
+            const Vec<T, 8> v = *reinterpret_cast<const Vec<T, 8> *>(x + int64_t(r) * k + i);
+            *reinterpret_cast<Vec<T, 8> *>(xs + r * stride + i) = v;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int own = min(row + 8 * h, n - 1);
-            const uint2 *from = reinterpret_cast<const uint2 *>(w + int64_t(own) * (k / 2)) + b * 4 + t;
-            const uint32_t first = own * blocks + b;
+            for (int j = 0; j < 8; j++) sum += to_f32(v.v[j]);
+        }
+        const float mean = center ? warp_sum(sum) / own_n : 0.f;
+#pragma unroll 1
+        for (int i = first; i < k; i += ALONG) {
+            float v[8];
+            load(v, xs + r * stride + i);
 #pragma unroll
-            for (int f = 0; f < FLIGHT; f++) {
-                if (b + WARPS * f >= blocks) break;
-                q[f][h] = __ldcs(from + 4 * WARPS * f);
-                const uint32_t block = first + WARPS * f >> a.log_block - 6;
-                if constexpr (NESTED) {
-                    c[f][h] = static_cast<const uint8_t *>(a.at)[block];
-                    top[f][h] = a.absmax2[block >> a.log_block2];
-                } else {
-                    top[f][h] = static_cast<const float *>(a.at)[block];
+            for (int j = 0; j < 8; j++) square += (v[j] - mean) * (v[j] - mean);
+        }
+        square = warp_sum(square);
+        if (lane == 0) stats[r][warp] = make_float2(mean, square);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int r = 0; r < m; r++) {
+        // Each of the warps 32 / WARPS times.
+        const float2 own = stats[r][lane % WARPS];
+        const float by = WARPS / 32.f / k, mean = center ? warp_sum(own.x * n) * by : 0.f, off = own.x - mean;
+        const float rstd = rsqrtf(warp_sum(own.y + n * off * off) * by + norm.eps);
+#pragma unroll 1
+        for (int i = first; i < k; i += ALONG) {
+            float v[8], w[8], b[8] = {};
+            load(v, xs + r * stride + i), load(w, norm.w + i);
+            if (center) load(b, norm.b + i);
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = (v[j] - mean) * rstd * w[j] + b[j];
+            store(xs + r * stride + i, v);
+        }
+    }
+}
+
+// n rows of the weight in tiles of 16; a block of threads takes every gridDim.x-th tile, `own_tiles` of them at most. Its
+// warps share k. k is a multiple of 64, and so is a block of the quantization; there are less than 2^32 of those.
+template <typename T>
+__device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, const Code &code, T *y, int m, int n, int k,
+                              const Epilogue<T, T> &e, const float *lora_a, const NormOf &norm, int own_tiles, int places) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    const int stride = k + 8, blocks = k / 64, tiles = (n + 15) / 16;
+    Fixed &fixed = *reinterpret_cast<Fixed *>(memory);
+    Codes *queue = reinterpret_cast<Codes *>(memory + sizeof(Fixed));
+    T *xs = reinterpret_cast<T *>(queue + places * WARPS);
+    float *sums = reinterpret_cast<float *>(xs + m * stride), *bs = sums + own_tiles * WARPS * 16 * m;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const bool nested = a.absmax2;
+    let_next_start();
+
+    // A walk over the block's pieces: tiles, and along k within one. `b`: the warp's first block of 64 along k.
+    struct Walk {
+        int tile, b, place;
+        __device__ __forceinline__ void next(int blocks, int places) {
+            place = place + 1 == places ? 0 : place + 1;
+            b += BLOCKS * WARPS;
+            if (b - int(threadIdx.x / 32) * BLOCKS >= blocks) b = threadIdx.x / 32 * BLOCKS, tile += gridDim.x;
+        }
+    };
+    // A piece on its way to its place in the queue. Of a row's eight times 16 bytes a lane brings two; a row has its blocks
+    // in an order of its own, so that what is read together lies in different banks.
+    auto send = [&](const Walk &at) {
+        Codes &piece = queue[at.place * WARPS + warp];
+        if (at.tile < tiles) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint8_t *from = w + int64_t(min(at.tile * 16 + g + 8 * h, n - 1)) * (k / 2) + (at.b * 2 + t) * 16;
+                unsigned char *to = piece.codes + (g + 8 * h) * 128;
+                if (at.b + t / 2 < blocks) copy<16>(to + (t ^ g % 4 * 2) * 16, from);
+                if (at.b + t / 2 + 2 < blocks) copy<16>(to + ((t + 4) ^ g % 4 * 2) * 16, from + 64);
+                const int b = at.b + lane % 4;
+                const uint32_t block = uint32_t(min(at.tile * 16 + g + 8 * h, n - 1)) * blocks + b >> a.log_block - 6;
+                if (b < blocks && nested) {
+                    copy<4>(&piece.tops[lane + 32 * h], a.absmax2 + (block >> a.log_block2));
+                    copy<4>(&piece.words[lane + 32 * h], static_cast<const uint32_t *>(a.at) + block / 4);
+                } else if (b < blocks) {
+                    copy<4>(&piece.tops[lane + 32 * h], static_cast<const float *>(a.at) + block);
                 }
             }
         }
-    }
-};
-
-// n rows of the weight in tiles of 16; a block of threads takes a tile after another, the next one's weights on their
-// way while it multiplies. Its warps share k, a block of 64 each in turn. k is a multiple of 64, and so is a block of
-// the quantization; there are less than 2^32 of those. What depends on nothing (weights, table, A) is fetched before
-// the previous kernel has ended. With A, the [rank, k] half of an adapter, each block makes u for itself.
-template <bool NESTED, typename T>
-__device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, const Code &code, T *y, int m, int n, int k,
-                              const Epilogue<T, T> &e, const float *lora_a) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    const int stride = k + 8, blocks = k / 64, tiles = (n + 15) / 16, own_tiles = (tiles + gridDim.x - 1) / gridDim.x;
-    uint32_t *table = reinterpret_cast<uint32_t *>(memory);
-    T *xs = reinterpret_cast<T *>(table + TABLE);
-    float *sums = reinterpret_cast<float *>(xs + m * stride), *added = sums + 2 * WARPS * 16 * m, *as = added + own_tiles * 16 * m;
-    __shared__ float table1[16], table2[256], us[64];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    let_next_start();
-    int tile = blockIdx.x, b0 = 0;
-    Flight<NESTED> flight;
-    flight.fetch(w, a, tile * 16 + g, n, k, warp, blocks, t);
-    if (lora_a)
-        for (int i = threadIdx.x * 4; i < e.rank * k; i += 32 * WARPS * 4)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(as + i)), "l"(lora_a + i));
-    if (NESTED && threadIdx.x < 256) table2[threadIdx.x] = a.code2[threadIdx.x];
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    Walk sent = {int(blockIdx.x), BLOCKS * warp, 0};
+#pragma unroll 1
+    for (int p = 0; p < places; p++) send(sent), sent.next(blocks, places);
+    // B of the rows to come.
+    if (e.b)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < own_tiles * 16 * e.rank; i += THREADS) {
+            const int row = min((blockIdx.x + i / (16 * e.rank) * gridDim.x) * 16 + i / e.rank % 16, n - 1);
+            bs[i] = e.b[int64_t(row) * e.rank + i % e.rank];
+        }
+    // What is small or read by every block comes from the second-level cache later on.
+    auto prefetch = [&](const float *from, int count) {
+        if (from)
+#pragma unroll 1
+            for (int i = threadIdx.x * 32; i < count; i += THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+    };
+    prefetch(norm.w, k), prefetch(norm.b, k);
+    // An adapter's A x: `parts` warps share a row of A, or a warp takes several.
+    const int parts = lora_a ? max(1, WARPS / e.rank) : 1, part_of = warp % parts, share = (k / parts + 127) / 128 * 128;
+    const int a_begin = part_of * share + lane * 4, a_end = lora_a ? min(k, (part_of + 1) * share) : 0;
+    auto a_at = [&](int q, int i) { return *reinterpret_cast<const Vec<float, 4> *>(lora_a + int64_t(q) * k + i); };
+    Vec<float, 4> held[HELD];
+    if (lora_a && warp / parts < e.rank)
+#pragma unroll
+        for (int s = 0; s < HELD; s++)
+            if (a_begin + s * 128 < a_end) held[s] = a_at(warp / parts, a_begin + s * 128);
+    if (nested && threadIdx.x < 256) fixed.table2[threadIdx.x] = a.code2[threadIdx.x];
     // By way of shared memory: an index that is not constant into an argument is a chain of comparisons.
-    if (threadIdx.x < 16) table1[threadIdx.x] = code.v[threadIdx.x];
+    if (threadIdx.x < 16) fixed.table[threadIdx.x] = code.v[threadIdx.x];
     __syncthreads();
-#pragma unroll 4
-    for (int b = warp; b < 256; b += WARPS) {
+#pragma unroll 2
+    for (int b = threadIdx.x / (8); b < 256; b += THREADS / (8)) {
         // The first element of a byte is in its high half.
         Vec<T, 2> pair;
-        pair.v[0] = from_f32<T>(table1[b >> 4]), pair.v[1] = from_f32<T>(table1[b & 15]);
-        table[b * 32 + lane] = reinterpret_cast<const uint32_t &>(pair);
+        pair.v[0] = from_f32<T>(fixed.table[b >> 4]), pair.v[1] = from_f32<T>(fixed.table[b & 15]);
+        const uint32_t word = reinterpret_cast<const uint32_t &>(pair);
+        *reinterpret_cast<uint4 *>(&fixed.pairs[b][threadIdx.x % (8) * 4]) = make_uint4(word, word, word, word);
     }
+
     wait_for_previous();
-    for (int r = 0; r < m; r++)
-        for (int i = threadIdx.x * 8; i < k; i += 32 * WARPS * 8)
-            *reinterpret_cast<Vec<T, 8> *>(xs + r * stride + i) = *reinterpret_cast<const Vec<T, 8> *>(x + int64_t(r) * k + i);
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    if (norm.w) fetch_normed(xs, stride, x, m, k, norm, fixed.stats);
+    else fetch_x(xs, stride, x, m, k);
     __syncthreads();
-    if (lora_a) {
-        for (int i = warp; i < m * e.rank; i += WARPS) {
-            const int row = i / e.rank, r = i % e.rank;
+    if (lora_a)
+#pragma unroll 1
+        for (int r = 0; r < m; r++) {
+            auto dot = [&](const Vec<float, 4> &v, int i) {
+                float p[4];
+                load(p, xs + r * stride + i);
+                return v.v[0] * p[0] + v.v[1] * p[1] + v.v[2] * p[2] + v.v[3] * p[3];
+            };
             float sum = 0;
-#pragma unroll 4
-            for (int j = lane * 4; j < k; j += 128) {
-                float v[4], p[4];
-                load(v, as + r * k + j), load(p, xs + row * stride + j);
 #pragma unroll
-                for (int q = 0; q < 4; q++) sum += v[q] * p[q];
+            for (int s = 0; s < HELD; s++)
+                if (a_begin + s * 128 < a_end) sum += dot(held[s], a_begin + s * 128);
+#pragma unroll 1
+            for (int q = warp / parts, i = a_begin + HELD * 128; q < e.rank; q += WARPS / parts, i = a_begin, sum = 0) {
+#pragma unroll 1
+                for (; i < a_end; i += 128) sum += dot(a_at(q, i), i);
+                sum = warp_sum(sum);
+                if (lane == 0) fixed.u_parts[(q * parts + part_of) * m + r] = sum;
             }
-            sum = warp_sum(sum);
-            if (lane == 0) us[i] = sum;
         }
-        __syncthreads();
-    }
-    // What the sums of all tiles get, at once, so that no tile waits for it.
-    for (int i = threadIdx.x; i < own_tiles * 16 * m; i += 32 * WARPS) {
-        const int row = (blockIdx.x + i / (16 * m) * gridDim.x) * 16 + i / m % 16;
-        if (row < n) added[i] = e.beside(lora_a ? us : e.u, i % m, row, n);
-    }
     // The table's word for the byte at `shift` of a word of codes: its 128 bytes a byte, the lane's 4 of them.
-    const char *own_table = reinterpret_cast<const char *>(table);
+    const char *own_table = reinterpret_cast<const char *>(fixed.pairs);
     const uint32_t own_word = lane * 4;
     auto table_at = [&](uint32_t word, int shift) {
         const uint32_t place = (shift > 7 ? word >> (shift - 7) : word << (7 - shift)) & (255u << 7) | own_word;
@@ -227,68 +344,91 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
     // Columns of B beyond m are never written out: they may read row 0.
     const T *own = xs + (g < m ? g : 0) * stride + t * 16;
     float total[4] = {};
-    for (int number = 0; tile < tiles;) {
-        const int now = tile, from_block = b0 + warp;
-        const bool ends = b0 + WARPS * FLIGHT >= blocks;
-        if (ends) tile += gridDim.x, b0 = 0;
-        else b0 += WARPS * FLIGHT;
-        Flight<NESTED> next;
-        if (tile < tiles) next.fetch(w, a, tile * 16 + g, n, k, b0 + warp, blocks, t);
+    float *to = sums + warp * 16 * m;
+    // The bits of a row's block in the piece that make it lie elsewhere are those of the block's number.
+    const uint32_t own_code = g * 128 + g % 4 * 32 + t * 8;
+    Walk at = {int(blockIdx.x), BLOCKS * warp, 0};
+#pragma unroll 1
+    while (at.tile < tiles) {
+        if (places == DEPTH) asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+        else asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+        const Codes &piece = queue[at.place * WARPS + warp];
+        float top[2] = {piece.tops[lane], piece.tops[lane + 32]};
+        if (nested)
 #pragma unroll
-        for (int f = 0; f < FLIGHT; f++) {
-            const int b = from_block + WARPS * f;
-            if (b >= blocks) break;
-            float part[4] = {};
-            const uint4 *from = reinterpret_cast<const uint4 *>(own + b * 64);
-            const uint4 lo = from[0], hi = from[1];
+            for (int h = 0; h < 2; h++) {
+                const uint32_t block = uint32_t(min(at.tile * 16 + g + 8 * h, n - 1)) * blocks + at.b + t >> a.log_block - 6;
+                top[h] = fixed.table2[piece.words[lane + 32 * h] >> block % 4 * 8 & 255] * top[h] + a.offset;
+            }
+        // A block that is not there has the codes of an earlier one, and no weight.
+        if (at.b + t >= blocks) top[0] = top[1] = 0;
+        const T *values = own + at.b * 64;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            const uint4 *from_x = reinterpret_cast<const uint4 *>(at.b + b < blocks ? values + b * 64 : own);
+            const unsigned char *from = piece.codes + (own_code ^ b * 32);
+            const uint2 words[2] = {*reinterpret_cast<const uint2 *>(from), *reinterpret_cast<const uint2 *>(from + 8 * 128)};
+            const uint4 lo = from_x[0], hi = from_x[1];
             const uint32_t xv[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+            float part[4] = {};
 #pragma unroll
             for (int s = 0; s < 4; s++) {
                 uint32_t fa[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint32_t word = s < 2 ? flight.q[f][i % 2].x : flight.q[f][i % 2].y;
-                    fa[i] = table_at(word, (s % 2 * 2 + i / 2) * 8);
-                }
+                for (int i = 0; i < 4; i++) fa[i] = table_at(s < 2 ? words[i % 2].x : words[i % 2].y, (s % 2 * 2 + i / 2) * 8);
                 Mma<T>::run(part, fa, xv[2 * s], xv[2 * s + 1]);
             }
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const float top = NESTED ? table2[flight.c[f][h]] * flight.top[f][h] + a.offset : flight.top[f][h];
-                total[2 * h] += top * part[2 * h], total[2 * h + 1] += top * part[2 * h + 1];
+                const float by = __shfl_sync(~0u, top[h], 4 * g + b);
+                total[2 * h] += by * part[2 * h], total[2 * h + 1] += by * part[2 * h + 1];
             }
         }
-        flight = next;
-        if (!ends) continue;
-        // total: rows g and g + 8, columns 2 t and 2 t + 1. Two places in turn: one is read while the other is written.
-        float *to = sums + number % 2 * (WARPS * 16 * m);
+        __syncwarp();
+        send(sent), sent.next(blocks, places);
+        const int tile = at.tile;
+        at.next(blocks, places);
+        if (at.tile != tile) {
+            // Rows g and g + 8, columns 2 t and 2 t + 1.
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (2 * t + i % 2 < m) to[(warp * 16 + g + i / 2 * 8) * m + 2 * t + i % 2] = total[i];
-            total[i] = 0;
+            for (int i = 0; i < 4; i++) {
+                if (2 * t + i % 2 < m) to[(g + i / 2 * 8) * m + 2 * t + i % 2] = total[i];
+                total[i] = 0;
+            }
+            to += WARPS * 16 * m;
         }
-        __syncthreads();
-        const int row = now * 16 + threadIdx.x / m;
-        if (threadIdx.x < 16 * m && row < n) {
-            float sum = added[number * 16 * m + threadIdx.x];
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < own_tiles * 16 * m; i += THREADS) {
+        const int of = i / (16 * m), row = (blockIdx.x + of * gridDim.x) * 16 + i / m % 16, r = i % m;
+        if (row >= n) continue;
+        float sum = e.bias ? to_f32(e.bias[row]) : 0.f, lora = 0;
+        if (e.c) sum += to_f32(e.c[int64_t(r) * n + row]);
+        const float *from = sums + of * (WARPS * 16 * m) + i % (16 * m);
 #pragma unroll
-            for (int v = 0; v < WARPS; v++) sum += to[v * 16 * m + threadIdx.x];
-            y[int64_t(threadIdx.x % m) * n + row] = e.done(sum);
+        for (int v = 0; v < WARPS; v++) sum += from[v * 16 * m];
+#pragma unroll 1
+        for (int j = 0; j < e.rank; j++) {
+            float u = lora_a ? 0.f : e.u[r * e.rank + j];
+            for (int p = 0; p < parts && lora_a; p++) u += fixed.u_parts[(j * parts + p) * m + r];
+            lora += u * bs[i / m * e.rank + j];
         }
-        number++;
+        y[int64_t(r) * n + row] = e.done(sum + e.alpha * lora);
     }
 }
 
 #define DEFINE(NAME, T)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                              \
         gemv_4bit_mma_##NAME(const T *x, const uint8_t *w, const void *absmax, const float *absmax2, const float *code2,  \
-                             float offset, int log_block, int log_block2, const __grid_constant__ Code code, T *y, int m, int n, int k,           \
-                             const T *bias, const float *u, const float *b, float alpha, int rank, const T *c, int gelu,  \
-                             const float *lora_a) {                                                                       \
+                             float offset, int log_block, int log_block2, const __grid_constant__ Code code, T *y, int m, \
+                             int n, int k, const T *bias, const float *u, const float *b, float alpha, int rank,          \
+                             const T *c, int gelu, const float *lora_a, const float *norm_w, const float *norm_b,         \
+                             float eps, int own_tiles, int places) {                                                      \
         const Absmax a{absmax, absmax2, code2, offset, log_block, log_block2};                                            \
-        const Epilogue<T, T> e{bias, u, b, alpha, rank, c, gelu};                                                         \
-        if (absmax2) gemv_4bit_mma<true>(x, w, a, code, y, m, n, k, e, lora_a);                                           \
-        else gemv_4bit_mma<false>(x, w, a, code, y, m, n, k, e, lora_a);                                                  \
+        gemv_4bit_mma<T>(x, w, a, code, y, m, n, k, {bias, u, b, alpha, rank, c, gelu}, lora_a, {norm_w, norm_b, eps},    \
+                         own_tiles, places);                                                                              \
     }
 DEFINE(f16, f16) DEFINE(bf16, bf16)
 #undef DEFINE

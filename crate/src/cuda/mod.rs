@@ -356,6 +356,13 @@ impl Gpu {
         .map_err(driver_error(name))
     }
 
+    /// Blocks along z of a cluster of that kernel, as it was compiled; 1 where there are no clusters.
+    pub fn cluster_depth(&self, name: &str) -> Result<usize> {
+        let depth = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_DEPTH;
+        let depth = self.function(name, 0)?.get_attribute(depth).map_err(driver_error(name))?;
+        Ok(depth.max(1) as usize)
+    }
+
     fn function(&self, name: &str, shared_bytes: usize) -> Result<CudaFunction> {
         let mut functions = self.functions.lock().unwrap_or_else(|e| e.into_inner());
         let (function, allowed) = match functions.entry(name.into()) {

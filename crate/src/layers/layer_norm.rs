@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     cpu::{F32View, math},
+    norm::Normed,
     only_cpu,
     run::Run,
 };
@@ -18,13 +19,18 @@ pub struct LayerNorm {
     pub bias: Tensor,
     pub eps: f64,
     /// The same in f32, in which it is computed.
-    wide: (Tensor, Tensor),
+    pub(super) wide: (Tensor, Tensor),
 }
 
 impl LayerNorm {
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Result<Self> {
         let wide = (weight.to_dtype(DType::F32)?, bias.to_dtype(DType::F32)?);
         Ok(Self { weight, bias, eps, wide })
+    }
+
+    /// The norm of x, made when it is first asked for.
+    pub fn of<'a>(&'a self, x: &'a Tensor) -> Normed<'a> {
+        Normed::layer(self, x)
     }
 
     /// `[M, C]` to `[M, C]`; saves x and each row's mean and 1/std.

@@ -11,7 +11,9 @@ use super::{
         F32View,
         matmul::{Mat, WeightView, gemm_f32, matmul_nn, matmul_nt},
     },
-    dropout, gelu, only_cpu,
+    dropout, gelu,
+    norm::Normed,
+    only_cpu,
     param::{Param, modify_f32},
     run::Run,
 };
@@ -143,6 +145,24 @@ impl Linear {
             return super::cuda::linear_gelu(self, x, run);
         }
         gelu::forward(&self.forward(x, None, run)?, run)
+    }
+
+    /// [`Linear::forward`] of a norm's output, without that in memory where it pays.
+    pub fn forward_normed(&self, input: &Normed, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = super::cuda::linear_normed(self, input, false, run)? {
+            return Ok(y);
+        }
+        self.forward(input.tensor(run)?, None, run)
+    }
+
+    /// [`Linear::forward_gelu`] of a norm's output, without that in memory where it pays.
+    pub fn forward_normed_gelu(&self, input: &Normed, run: &mut Run) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = super::cuda::linear_normed(self, input, true, run)? {
+            return Ok(y);
+        }
+        self.forward_gelu(input.tensor(run)?, run)
     }
 
     /// Saves what [`Linear::forward`] saves, without its result: for a block that is computed again on the way back.

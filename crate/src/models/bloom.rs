@@ -20,7 +20,7 @@ use crate::{
         gelu,
         layer_norm::LayerNorm,
         linear::{Linear, Weight},
-        norm::Norm,
+        norm::{Norm, Normed},
         run::Run,
     },
     module_tree::ModuleNode,
@@ -185,23 +185,23 @@ impl BloomBlock {
     /// Everything but the last linear layer: its input and the residual that goes round it.
     fn up_to_last(&self, x: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)> {
         // What is not needed any more goes at once: each is as large as the batch.
-        let normed = self.input_layernorm.forward(x, run)?; // (M, C)
-        let projected = self.query_key_value.forward(&normed, None, run)?; // (M, heads * 3 * head_dim)
-        let residual = self.residual(normed, x);
+        let normed = self.input_layernorm.of(x); // (M, C)
+        let projected = self.query_key_value.forward_normed(&normed, run)?; // (M, heads * 3 * head_dim)
+        let residual = self.residual(normed, x, run)?;
         let mixed = self.attention.forward(&projected, run)?; // (M, C)
         drop(projected);
         let x = self.dense.forward(&mixed, Some(&residual), run)?; // (M, C)
         drop((mixed, residual));
 
-        let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
-        let wide = self.dense_h_to_4h.forward_gelu(&normed, run)?; // (M, 4C)
-        let residual = self.residual(normed, &x);
+        let normed = self.post_attention_layernorm.of(&x); // (M, C)
+        let wide = self.dense_h_to_4h.forward_normed_gelu(&normed, run)?; // (M, 4C)
+        let residual = self.residual(normed, &x, run)?;
         Ok((wide, residual))
     }
 
     /// What goes round a branch whose norm made `normed` of `x`.
-    fn residual(&self, normed: Tensor, x: &Tensor) -> Tensor {
-        if self.residual_after_norm { normed } else { x.clone() }
+    fn residual(&self, normed: Normed, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        Ok(if self.residual_after_norm { normed.tensor(run)?.clone() } else { x.clone() })
     }
 
     /// Through a norm whose input also goes round it as the residual. `d` is the gradient of

@@ -205,10 +205,10 @@ struct LlamaBlock {
 impl Block for LlamaBlock {
     fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
         // What is not needed any more goes at once: each is as large as the batch.
-        let normed = self.input_layernorm.forward(x, run)?; // (M, C)
-        let q = self.q_proj.forward(&normed, None, run)?; // (M, heads * head_dim)
-        let k = self.k_proj.forward(&normed, None, run)?; // (M, kv_heads * head_dim)
-        let v = self.v_proj.forward(&normed, None, run)?; // (M, kv_heads * head_dim)
+        let normed = self.input_layernorm.of(x); // (M, C)
+        let q = self.q_proj.forward_normed(&normed, run)?; // (M, heads * head_dim)
+        let k = self.k_proj.forward_normed(&normed, run)?; // (M, kv_heads * head_dim)
+        let v = self.v_proj.forward_normed(&normed, run)?; // (M, kv_heads * head_dim)
         drop(normed);
         let joined = self.rope.join(&q, &k, &v, &self.attention.layout, run)?; // (M, (heads + 2 kv_heads) * head_dim)
         drop((q, k, v));
@@ -217,9 +217,9 @@ impl Block for LlamaBlock {
         let x = self.o_proj.forward(&mixed, Some(x), run)?; // (M, C)
         drop(mixed);
 
-        let normed = self.post_attention_layernorm.forward(&x, run)?; // (M, C)
-        let gate = self.gate_proj.forward(&normed, None, run)?; // (M, I)
-        let up = self.up_proj.forward(&normed, None, run)?; // (M, I)
+        let normed = self.post_attention_layernorm.of(&x); // (M, C)
+        let gate = self.gate_proj.forward_normed(&normed, run)?; // (M, I)
+        let up = self.up_proj.forward_normed(&normed, run)?; // (M, I)
         drop(normed);
         let wide = swiglu::forward(&gate, &up, run)?; // (M, I)
         drop((gate, up));

@@ -10,7 +10,7 @@ use super::{
         kv_cache::KvCache,
         run::Run,
     },
-    MAX_SHARED, inputs, name,
+    inputs, name,
 };
 use crate::{
     cuda::{self, Gpu, Inputs, KernelArg, address, kernel_arg, uninit},
@@ -86,14 +86,12 @@ pub fn attention_forward(attention: &Attention, projected: &Tensor, run: &mut Ru
         Some(cache) => cache.lengths().iter().all(|held| *held == 0),
     };
     if let Some(cache) = &run.cache {
-        // Its block keeps a score a key: some 50 thousand of them.
-        let one_each = !fresh && m == run.sequences.len() && matches!(d, 32 | 64 | 128) && l.row % 8 == 0;
-        if one_each && cache.capacity() * 4 <= MAX_SHARED / 2 {
+        if !fresh && m == run.sequences.len() && matches!(d, 32 | 64 | 128) && l.row % 8 == 0 {
             let (keys, values) = cache.block(run.block);
             let (k_at, v_at, k_row, keys) = (address(keys)?, address(values)?, (l.kv_heads * d) as i64, inputs.keys());
             let args: [&dyn KernelArg; 8] = [&qkv, &k_at, &v_at, &k_row, &keys, &slopes, &out_at, &arg];
             let kernel = format!("{}_{d}", name("decode_attention", dtype)?);
-            gpu.launch(&kernel, (m, l.heads, 1), 1024, cache.capacity() * 4, &args)?;
+            gpu.launch(&kernel, (m, l.heads, gpu.cluster_depth(&kernel)?), 256, 0, &args)?;
             return Ok(out);
         }
         append(&gpu, cache, run.block, inputs, projected, &arg, d)?;

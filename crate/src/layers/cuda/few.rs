@@ -17,10 +17,15 @@ use crate::{
 
 /// Rows that are few enough for the kernels that read the weight once and multiply as they read.
 const FEW: usize = 8;
-/// Warps of a block of `gemv_4bit_mma`.
-const WARPS: usize = 16;
-/// Shared memory of a block beside which one of the next kernel finds room.
-const HALF_SHARED: usize = 112 << 10;
+/// Of `gemv_4bit_mma`: warps of a block of threads, places of its queue, elements along k of a piece of all warps; bytes
+/// of a piece and of what lies before the queue (`Codes`, `Fixed`).
+const WARPS: usize = 8;
+const DEPTH: usize = 3;
+const ALONG: usize = WARPS * 4 * 64;
+const PIECE: usize = 16 * 128 + 16 * 4 * 8;
+const FIXED: usize = 4 * (256 * 32 + 8 * WARPS * 2 + 16 + 256 + 64);
+/// Numbers of an adapter's A x that the kernel makes itself.
+const MAX_U: usize = 64;
 
 /// Whether `gemv.cu` serves: few rows, nothing to be kept for a backward, aligned rows.
 pub fn serves(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
@@ -34,39 +39,86 @@ pub fn serves(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
     Ok(fits && stored && !dropped && run.saved.is_none())
 }
 
-/// The layer's output, plus `c`, through gelu when asked, in dtype `out`: x's, or f32 for a weight that is not quantized.
-pub fn forward(linear: &Linear, x: &Tensor, c: Option<&Tensor>, out: DType, gelu: bool) -> Result<Tensor> {
+/// How `gemv_4bit_mma` shares out its work.
+struct Plan {
+    blocks: usize,
+    /// Tiles of a block, at most.
+    own: usize,
+    /// Places of each warp's queue.
+    places: usize,
+    shared: usize,
+    /// It makes the adapter's A x.
+    makes_u: bool,
+}
+
+impl Plan {
+    /// `None`: the kernel does not serve.
+    fn new(gpu: &Gpu, linear: &Linear, x: &Tensor) -> Result<Option<Self>> {
+        let ((m, k), (n, _)) = (x.dims2()?, linear.weight.dims2()?);
+        let Weight::Quantized(q) = &linear.weight else { return Ok(None) };
+        if x.dtype() == DType::F32 || k % 64 != 0 || q.state().blocksize % 64 != 0 {
+            return Ok(None);
+        }
+        // Sixteen rows of the weight are a tile; as few a block of threads as keep every processor busy.
+        let tiles = n.div_ceil(16);
+        let mut own = tiles.div_ceil(gpu.processors);
+        let rank = linear.lora.as_ref().map_or(0, Lora::rank);
+        let bytes = |own: usize, places: usize| {
+            FIXED + places * WARPS * PIECE + m * (k + 8) * 2 + own * 16 * (WARPS * m + rank) * 4
+        };
+        let mut places = DEPTH.min(own * k.div_ceil(ALONG));
+        while bytes(own, places) > MAX_SHARED {
+            match (own, places) {
+                (1, 1) => return Ok(None),
+                (own_now, 1) => own = own_now.div_ceil(2),
+                _ => places -= 1,
+            }
+        }
+        let makes_u = linear.lora.is_some() && m * rank <= MAX_U;
+        Ok(Some(Self { blocks: tiles.div_ceil(own), own, places, shared: bytes(own, places), makes_u }))
+    }
+}
+
+/// The norm that x goes through first: `weight`, `bias` (`None`: RMS) and eps.
+pub type NormOf<'a> = (&'a Tensor, Option<&'a Tensor>, f64);
+
+/// What stands around a product.
+#[derive(Default)]
+pub struct Around<'a> {
+    pub norm: Option<NormOf<'a>>,
+    /// Is added.
+    pub c: Option<&'a Tensor>,
+    pub gelu: bool,
+}
+
+/// Whether [`forward`] takes a norm too.
+pub fn takes_norm(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
+    Ok(serves(linear, x, run)? && Plan::new(&*cuda::of(x.device())?, linear, x)?.is_some_and(|plan| {
+        // What makes u outside has no normed x.
+        linear.lora.is_none() || plan.makes_u
+    }))
+}
+
+/// The layer's output with what stands around it, in dtype `out`: x's, or f32 for a weight that is not quantized.
+pub fn forward(linear: &Linear, x: &Tensor, out: DType, around: &Around) -> Result<Tensor> {
     let gpu = &*cuda::of(x.device())?;
     let ((m, k), dtype) = (x.dims2()?, x.dtype());
     let (n, _) = linear.weight.dims2()?;
     let y = uninit(gpu, (m, n), out)?;
-    // Sixteen rows of the weight at a time a block, and a block a processor, so that the next kernel's find room too.
-    let tiles = n.div_ceil(16);
-    let blocks_mma = tiles.min(gpu.processors);
-    let shared_mma = (32 << 10) + m * (k + 8) * 2 + (2 * WARPS + tiles.div_ceil(blocks_mma)) * 16 * m * 4;
-    let on_tensor_cores = match &linear.weight {
-        Weight::Quantized(q) => {
-            dtype != DType::F32 && k % 64 == 0 && q.state().blocksize % 64 == 0 && shared_mma <= MAX_SHARED
-        }
-        Weight::Dense(_) => false,
-    };
-    // Where A fits into its shared memory, that kernel makes u itself.
-    let inside =
-        |lora: &&Lora| on_tensor_cores && m * lora.rank() <= 64 && shared_mma + lora.rank() * k * 4 <= HALF_SHARED;
-    let lora_inside = linear.lora.as_ref().filter(inside);
+    let plan = Plan::new(gpu, linear, x)?;
     let u = match &linear.lora {
-        Some(lora) if lora_inside.is_none() => Some(down(gpu, lora, x)?),
+        Some(lora) if !plan.as_ref().is_some_and(|plan| plan.makes_u) => Some(down(gpu, lora, x)?),
         _ => None,
     };
     let (x_at, y_at) = (address(x)?, address(&y)?);
     let (m_arg, n_arg, k_arg) = (m as i32, n as i32, k as i32);
-    let bias = linear.bias.as_ref().map(address).transpose()?.unwrap_or(0);
-    let u_at = u.as_ref().map(address).transpose()?.unwrap_or(0);
+    let at = |t: Option<&Tensor>| t.map_or(Ok(0), address);
+    let (bias, u_at, c_at) = (at(linear.bias.as_ref())?, at(u.as_ref())?, at(around.c)?);
     let (b, alpha, rank) = match &linear.lora {
         None => (0, 0f32, 0i32),
         Some(lora) => (address(lora.b.value())?, lora.scaling as f32, lora.rank() as i32),
     };
-    let (c_at, gelu) = (c.map(address).transpose()?.unwrap_or(0), i32::from(gelu));
+    let gelu = i32::from(around.gelu);
     let epilogue: [&dyn KernelArg; 7] = [&bias, &u_at, &b, &alpha, &rank, &c_at, &gelu];
     // Eight warps a block, a row of the weight each.
     let (blocks, shared) = (n.div_ceil(8), m * k * dtype.size_in_bytes());
@@ -78,11 +130,14 @@ pub fn forward(linear: &Linear, x: &Tensor, c: Option<&Tensor>, out: DType, gelu
             let operands: [&dyn KernelArg; 2] = [&x_at, &w];
             let shape: [&dyn KernelArg; 5] = [&code, &y_at, &m_arg, &n_arg, &k_arg];
             let args = [&operands[..], &absmax, &shape, &epilogue].concat();
-            if on_tensor_cores {
-                let lora_a = lora_inside.map(|lora| address(lora.a.value())).transpose()?.unwrap_or(0);
-                let bytes = shared_mma + lora_inside.map_or(0, |lora| lora.rank() * k * 4);
-                let args = [&args[..], &[&lora_a as &dyn KernelArg]].concat();
-                gpu.launch(&name("gemv_4bit_mma", dtype)?, (blocks_mma, 1, 1), 32 * WARPS, bytes, &args)?;
+            if let Some(plan) = plan {
+                let lora_a = at(linear.lora.as_ref().filter(|_| plan.makes_u).map(|lora| lora.a.value()))?;
+                let (weight, norm_bias, eps) = around.norm.map_or((None, None, 0.0), |(w, b, eps)| (Some(w), b, eps));
+                let (norm_w, norm_b, eps) = (at(weight)?, at(norm_bias)?, eps as f32);
+                let (own, places) = (plan.own as i32, plan.places as i32);
+                let before: [&dyn KernelArg; 6] = [&lora_a, &norm_w, &norm_b, &eps, &own, &places];
+                let args = [&args[..], &before].concat();
+                gpu.launch(&name("gemv_4bit_mma", dtype)?, (plan.blocks, 1, 1), 32 * WARPS, plan.shared, &args)?;
             } else {
                 // As many blocks as run at once: a warp takes several rows.
                 let blocks = blocks.min(3 * gpu.processors);

@@ -32,7 +32,7 @@ fn head_rows(weight: &Weight) -> Result<usize> {
 /// Logits in f32, `[rows, padded vocabulary]`.
 pub fn head_logits(head: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor> {
     if few::serves(head, x, run)? && matches!(head.weight, Weight::Dense(_)) {
-        return few::forward(head, x, None, DType::F32, false);
+        return few::forward(head, x, DType::F32, &few::Around::default());
     }
     let n = head_rows(&head.weight)?;
     if head.lora.is_some() && head.weight.dims2()?.0 != n {

@@ -3,8 +3,9 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    super::{linear::Linear, run::Run},
-    few, gelu_forward, lora,
+    super::{linear::Linear, norm::Normed, run::Run},
+    few::{self, Around},
+    gelu_forward, lora,
     weights::with_weight,
 };
 use crate::{
@@ -47,7 +48,7 @@ fn product_backward(gpu: &Gpu, linear: &Linear, dy: &Tensor, c: Option<&Tensor>,
 /// [`linear_forward`] and gelu after it.
 pub fn linear_gelu(linear: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor> {
     if few::serves(linear, x, run)? {
-        return few::forward(linear, x, None, x.dtype(), true);
+        return few::forward(linear, x, x.dtype(), &Around { gelu: true, ..Around::default() });
     }
     // The product's own gelu is for 16 bits.
     if x.dtype() == DType::F32 {
@@ -64,10 +65,19 @@ pub fn linear_gelu(linear: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor>
     Ok(y)
 }
 
+/// [`linear_forward`] of a norm's output, or [`linear_gelu`], where one kernel makes both: few rows, nothing to be kept.
+pub fn linear_normed(linear: &Linear, input: &Normed, gelu: bool, run: &mut Run) -> Result<Option<Tensor>> {
+    let Some(x) = input.before().filter(|x| x.device().is_cuda()) else { return Ok(None) };
+    if !few::takes_norm(linear, x, run)? {
+        return Ok(None);
+    }
+    few::forward(linear, x, x.dtype(), &Around { norm: Some(input.norm()), gelu, ..Around::default() }).map(Some)
+}
+
 /// y, plus `residual`; saves x and A x when an adapter needs them.
 pub fn linear_forward(linear: &Linear, x: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
     if few::serves(linear, x, run)? {
-        return few::forward(linear, x, residual, x.dtype(), false);
+        return few::forward(linear, x, x.dtype(), &Around { c: residual, ..Around::default() });
     }
     linear_to(linear, x, residual, (linear.weight.dims2()?.0, x.dtype()), run)
 }

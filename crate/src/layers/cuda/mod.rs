@@ -24,13 +24,13 @@ use crate::{
 pub use activation::{gelu_backward, gelu_forward, swiglu_backward, swiglu_forward};
 pub use attention::{attention_backward, attention_forward};
 pub use head::{head_and_loss, head_logits};
-pub use linear::{linear_backward, linear_forward, linear_gelu, linear_remember};
+pub use linear::{linear_backward, linear_forward, linear_gelu, linear_normed, linear_remember};
 pub use norm::{norm_backward, norm_forward};
 pub use rope::{rope_join, rope_split};
 pub use weights::{Order, Weights};
 
 /// Shared memory that a block may have.
-const MAX_SHARED: usize = 200 << 10;
+const MAX_SHARED: usize = 220 << 10;
 
 fn name(kernel: &str, dtype: DType) -> Result<String> {
     Ok(format!("{kernel}_{}", dtype_suffix(dtype)?))
