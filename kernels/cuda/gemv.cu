@@ -341,8 +341,7 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
         const uint32_t place = (shift > 7 ? word >> (shift - 7) : word << (7 - shift)) & (255u << 7) | own_word;
         return *reinterpret_cast<const uint32_t *>(own_table + place);
     };
-    // Columns of B beyond m are never written out: they may read row 0.
-    const T *own = xs + (g < m ? g : 0) * stride + t * 16;
+    const T *own = xs + g * stride + t * 16;
     float total[4] = {};
     float *to = sums + warp * 16 * m;
     // The bits of a row's block in the piece that make it lie elsewhere are those of the block's number.
@@ -364,12 +363,13 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
         // A block that is not there has the codes of an earlier one, and no weight.
         if (at.b + t >= blocks) top[0] = top[1] = 0;
         const T *values = own + at.b * 64;
+        uint4 lo = {}, hi = {}; // what stands in columns of B beyond m is never written out
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             const uint4 *from_x = reinterpret_cast<const uint4 *>(at.b + b < blocks ? values + b * 64 : own);
             const unsigned char *from = piece.codes + (own_code ^ b * 32);
             const uint2 words[2] = {*reinterpret_cast<const uint2 *>(from), *reinterpret_cast<const uint2 *>(from + 8 * 128)};
-            const uint4 lo = from_x[0], hi = from_x[1];
+            if (g < m) lo = from_x[0], hi = from_x[1];
             const uint32_t xv[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
             float part[4] = {};
 #pragma unroll

@@ -21,18 +21,13 @@ __device__ __forceinline__ float value_of(uint64_t key) {
 }
 __device__ __forceinline__ int id_of(uint64_t key) { return int(~uint32_t(key)); }
 
-// Sorts n keys, a power of two up to ROOM, the largest first.
-__device__ void sort(uint64_t *keys, int n) {
-    for (int size = 2; size <= n; size *= 2)
-        for (int step = size / 2; step > 0; step /= 2) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < n / 2; i += THREADS) {
-                const int low = i / step * step * 2 + i % step, high = low + step;
-                const uint64_t a = keys[low], b = keys[high];
-                if ((low & size) == 0 ? a < b : a > b) keys[low] = b, keys[high] = a;
-            }
-        }
-    __syncthreads();
+// The k-th largest of the upper halves of the block's keys: bit by bit, the largest that k of them reach.
+__device__ uint32_t kth_largest(uint32_t x, int k) {
+    uint32_t bound = 0;
+#pragma unroll 1
+    for (uint32_t bit = 1u << 31; bit; bit /= 2)
+        if (__syncthreads_count(x >= (bound | bit)) >= k) bound |= bit;
+    return bound;
 }
 
 __device__ __forceinline__ uint64_t block_max(uint64_t x) {
@@ -53,9 +48,9 @@ __device__ __forceinline__ uint64_t block_max(uint64_t x) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     sample(const float *logits, const Draw *draws, int *chosen, int vocab) {
     begin();
-    __shared__ uint64_t keys[ROOM];
+    __shared__ uint64_t found[ROOM], keys[ROOM];
     __shared__ float p[ROOM];
-    __shared__ int count, kept;
+    __shared__ int owner[THREADS], owners, count, kept;
     const Draw draw = draws[blockIdx.x];
     logits += int64_t(draw.row) * vocab;
     const bool greedy = draw.top_k == 1;
@@ -75,38 +70,40 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (threadIdx.x == 0) chosen[blockIdx.x] = bad ? -1 : id_of(first);
         return;
     }
-    keys[threadIdx.x] = top;
-    sort(keys, THREADS);
-    const float bound = value_of(keys[k - 1]);
+    // Threads whose largest may be among the k; a warp looks at all that such a thread has seen.
+    const uint32_t bound = kth_largest(uint32_t(top >> 32), k);
+    if (threadIdx.x == 0) count = 0, owners = 0;
     __syncthreads();
-    if (threadIdx.x == 0) count = 0;
-    keys[threadIdx.x] = keys[threadIdx.x + THREADS] = 0;
+    if (uint32_t(top >> 32) >= bound) owner[atomicAdd(&owners, 1)] = threadIdx.x;
     __syncthreads();
-    for (int i = threadIdx.x; i < vocab; i += THREADS) {
-        const float x = logits[i] / draw.temperature;
-        if (x >= bound && x > -INFINITY) {
-            const int at = atomicAdd(&count, 1);
-            if (at < ROOM) keys[at] = key_of(x, i);
+    for (int o = threadIdx.x / 32; o < owners; o += THREADS / 32)
+        for (int i = owner[o] + threadIdx.x % 32 * THREADS; i < vocab; i += 32 * THREADS) {
+            const float x = logits[i] / draw.temperature;
+            const uint64_t key = key_of(x, i);
+            if (uint32_t(key >> 32) >= bound && x > -INFINITY)
+                if (const int at = atomicAdd(&count, 1); at < ROOM) found[at] = key;
         }
-    }
     __syncthreads();
     if (count > ROOM) {
         if (threadIdx.x == 0) chosen[blockIdx.x] = -1;
         return;
     }
-    int n = 32;
-    while (n < count) n *= 2;
-    sort(keys, n);
-    // The k largest and those equal to the last of them.
-    const float last = value_of(keys[min(k, count) - 1]);
+    // In order: no two keys are equal.
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        int rank = 0;
+        for (int j = 0; j < count; j++) rank += found[j] > found[i];
+        keys[rank] = found[i];
+    }
     if (threadIdx.x == 0) kept = 0;
     __syncthreads();
+    // The k largest and those equal to the last of them.
+    const float last = value_of(keys[min(k, count) - 1]);
     for (int i = threadIdx.x; i < count; i += THREADS) {
         if (value_of(keys[i]) >= last) atomicMax(&kept, i + 1);
         p[i] = expf(value_of(keys[i]) - value_of(keys[0]));
     }
     __syncthreads();
-    n = kept;
+    int n = kept;
     __syncthreads();
     double total = 0;
     for (int j = 0; j < n; j++) total += p[j];
