@@ -24,15 +24,6 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 // ---------------------------------------------------------------------------------- tensor cores
 
-template <bool TRANS> __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void *p) {
-    if constexpr (TRANS)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
-}
-
 // ROWS rows of D elements to shared memory, rows of D + 8; rows from `valid` on become zeros.
 template <int ROWS, int D, typename T>
 __device__ __forceinline__ void load_tile(T *to, const T *from, int64_t row, int valid) {

@@ -43,27 +43,73 @@ pub fn backward(gpu: &Gpu, lora: &Lora, dy: &Tensor, dx: Option<&Tensor>, run: &
     let du = uninit(gpu, (m, rank), DType::F32)?;
     let (dy_at, b, du_at, u_at, grad) =
         (address(dy)?, address(lora.b.value())?, address(&du)?, address(&u)?, address(lora.b.grad())?);
+    // On the tensor cores dy is read once, a tile a block: what the tiles have of du and of the gradient, and how many
+    // bands of rows there are.
+    let (wide, tall, bands) = match dy.dtype() {
+        DType::F32 => (0, 0, 0),
+        _ => (n.div_ceil(TILE_COLUMNS), m.div_ceil(TILE_ROWS), m.div_ceil(TILE_ROWS).min(MAX_BANDS)),
+    };
+    let du_parts = uninit(gpu, (tall * wide * TILE_ROWS * rank).max(1), DType::F32)?;
+    let grad_parts = uninit(gpu, (bands * (n * rank).next_multiple_of(4)).max(1), DType::F32)?;
+    let (du_parts_at, grad_parts_at) = (address(&du_parts)?, address(&grad_parts)?);
     let (downs, grads) = (m.div_ceil(DOWN_ROWS), n.div_ceil(GRAD_COLUMNS));
     let (alpha, m_arg, n_arg, r, grads_arg) = (lora.scaling as f32, m as i32, n as i32, rank as i32, grads as i32);
-    let args: [&dyn KernelArg; 11] = [&dy_at, &b, &du_at, &u_at, &grad, &scale, &alpha, &m_arg, &n_arg, &r, &grads_arg];
-    gpu.launch(&name("lora_backward_b", dy.dtype())?, (grads + downs, 1, 1), 512, 0, &args)?;
+    let args: [&dyn KernelArg; 13] = [
+        &dy_at,
+        &b,
+        &du_at,
+        &u_at,
+        &grad,
+        &du_parts_at,
+        &grad_parts_at,
+        &scale,
+        &alpha,
+        &m_arg,
+        &n_arg,
+        &r,
+        &grads_arg,
+    ];
+    let (grid, threads) = if bands > 0 { ((wide, bands, 1), 256) } else { ((grads + downs, 1, 1), 512) };
+    gpu.launch(&name("lora_backward_b", dy.dtype())?, grid, threads, 0, &args)?;
 
-    let k = x.dims()[1];
+    let (k, grad_b) = (x.dims()[1], grad);
     let (x_at, a, grad) = (address(&x)?, address(lora.a.value())?, address(lora.a.grad())?);
     let dx_at = dx.map(address).transpose()?.unwrap_or(0);
     let grads = k.div_ceil(GRAD_COLUMNS);
+    let size = if bands > 0 { n * rank } else { 0 };
+    let adds = size.div_ceil(4 * 256);
     let ups = if dx.is_some() { up_blocks(m, k, x.dtype()) } else { 0 };
-    let (k_arg, grads_arg, (key, id, p)) = (k as i32, grads as i32, lora.dropout_args(run)?);
-    let args: [&dyn KernelArg; 13] =
-        [&x_at, &a, &dx_at, &du_at, &grad, &scale, &m_arg, &k_arg, &r, &grads_arg, &key, &id, &p];
-    gpu.launch(&name("lora_backward_a", x.dtype())?, (grads + ups, 1, 1), 256, 0, &args)
+    let (k_arg, grads_arg, adds_arg, bands_arg, size_arg) =
+        (k as i32, grads as i32, adds as i32, bands as i32, size as i32);
+    let (key, id, p) = lora.dropout_args(run)?;
+    let args: [&dyn KernelArg; 18] = [
+        &x_at,
+        &a,
+        &dx_at,
+        &du_at,
+        &grad,
+        &grad_b,
+        &grad_parts_at,
+        &scale,
+        &m_arg,
+        &k_arg,
+        &r,
+        &grads_arg,
+        &adds_arg,
+        &bands_arg,
+        &size_arg,
+        &key,
+        &id,
+        &p,
+    ];
+    gpu.launch(&name("lora_backward_a", x.dtype())?, (grads + adds + ups, 1, 1), 256, 0, &args)
 }
 
-/// Blocks of 256 that make a matrix: 32 columns of 128 rows a warp on the tensor cores, else eight of sixteen a thread.
+/// Blocks of 256 that make a matrix: 32 columns of 32 rows a warp on the tensor cores, else eight of sixteen a thread.
 fn up_blocks(m: usize, n: usize, dtype: DType) -> usize {
     match dtype {
         DType::F32 => (n.div_ceil(8) * m.div_ceil(16)).div_ceil(256),
-        _ => (n.div_ceil(32) * m.div_ceil(128)).div_ceil(8),
+        _ => (n.div_ceil(32) * m.div_ceil(32)).div_ceil(8),
     }
 }
 
@@ -78,4 +124,9 @@ impl Lora {
 /// Rows of a block that makes u.
 const DOWN_ROWS: usize = 8;
 /// Columns of a block that makes a gradient.
-const GRAD_COLUMNS: usize = 64;
+const GRAD_COLUMNS: usize = 16;
+/// Of a block that takes a tile of dy.
+const TILE_ROWS: usize = 64;
+const TILE_COLUMNS: usize = 256;
+/// Bands of rows that the gradient has a part of.
+const MAX_BANDS: usize = 16;
