@@ -97,6 +97,7 @@ pub fn generate(
         rows = keep.len();
         active.iter_mut().enumerate().for_each(|(row, sequence)| sequence.1 = row);
         let draws = chooser.draws(&active, &mut sequences);
+        cache.expect(chooser.draws_after(&active, &sequences));
         let last: Vec<&[u32]> = active.iter().map(|&(i, _)| sequences[i].last()).collect();
         next = model.next_tokens(&last, &mut cache, &draws)?;
     }
@@ -188,17 +189,44 @@ impl Chooser {
         if settings.sampling.is_some() {
             active.iter().for_each(|&(i, _)| sequences[i].u = sequences[i].rng.uniform());
         }
+        self.draws_at(active, sequences, 0, &|sequence| sequence.u)
+    }
+
+    /// What [`Chooser::draws`] will give after the next token of each sequence if all of them go on; none if that is known
+    /// not to be so.
+    fn draws_after(&self, active: &[(usize, usize)], sequences: &[Sequence]) -> Vec<Draw> {
+        if active.iter().any(|&(i, _)| sequences[i].ids.len() + 1 >= sequences[i].max_new_tokens) {
+            return Vec::new();
+        }
+        let sampled = self.settings.sampling.is_some();
+        self.draws_at(active, sequences, 1, &|s| if sampled { s.rng.clone().uniform() } else { s.u })
+    }
+
+    /// The draws once each sequence has `more` tokens than now, at these places of the cumulative probability.
+    fn draws_at(
+        &self,
+        active: &[(usize, usize)],
+        sequences: &[Sequence],
+        more: usize,
+        u: &dyn Fn(&Sequence) -> f64,
+    ) -> Vec<Draw> {
+        let settings = &self.settings;
         let (temperature, top_k, top_p) = settings.sampling.unwrap_or((1.0, 1, 1.0));
         let plain = |&(i, _): &(usize, usize)| {
             let sequence = &sequences[i];
-            let forbids = sequence.ids.len() < settings.min_new_tokens && !settings.eos_token_id.is_empty();
+            let forbids = sequence.ids.len() + more < settings.min_new_tokens && !settings.eos_token_id.is_empty();
             sequence.seen.is_none() && !forbids
         };
         if !(1..=MOST_DRAWN_FROM).contains(&top_k) || !active.iter().all(plain) {
             return Vec::new();
         }
-        let draw =
-            |&(i, row): &(usize, usize)| Draw { row, top_k, temperature: temperature as f32, top_p, u: sequences[i].u };
+        let draw = |&(i, row): &(usize, usize)| Draw {
+            row,
+            top_k,
+            temperature: temperature as f32,
+            top_p,
+            u: u(&sequences[i]),
+        };
         active.iter().map(draw).collect()
     }
 

@@ -43,11 +43,16 @@ __device__ __forceinline__ uint64_t block_max(uint64_t x) {
     return x;
 }
 
-// chosen[i] = the token of draw i, or -1 where the host must look: a logit that is NaN or +inf, no token at all, more
+// chosen[i], and ids[i] unless ids is null, = the token of draw i; or chosen[i] is -1 where the host must look: a logit that is NaN or +inf, no token at all, more
 // equal logits than there is room for.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sample(const float *logits, const Draw *draws, int *chosen, int vocab) {
+    sample(const float *logits, const Draw *draws, int *chosen, int *ids, int vocab) {
     begin();
+    auto choose = [&](int id) {
+        if (threadIdx.x) return;
+        chosen[blockIdx.x] = id;
+        if (ids && id >= 0) ids[blockIdx.x] = id;
+    };
     __shared__ uint64_t found[ROOM], keys[ROOM];
     __shared__ float p[ROOM];
     __shared__ int owner[THREADS], owners, count, kept;
@@ -66,10 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const uint64_t first = block_max(top);
     bad = __syncthreads_or(bad) || !(value_of(first) > -INFINITY);
-    if (bad || greedy) {
-        if (threadIdx.x == 0) chosen[blockIdx.x] = bad ? -1 : id_of(first);
-        return;
-    }
+    if (bad || greedy) return choose(bad ? -1 : id_of(first));
     // Threads whose largest may be among the k; a warp looks at all that such a thread has seen.
     const uint32_t bound = kth_largest(uint32_t(top >> 32), k);
     if (threadIdx.x == 0) count = 0, owners = 0;
@@ -84,10 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 if (const int at = atomicAdd(&count, 1); at < ROOM) found[at] = key;
         }
     __syncthreads();
-    if (count > ROOM) {
-        if (threadIdx.x == 0) chosen[blockIdx.x] = -1;
-        return;
-    }
+    if (count > ROOM) return choose(-1);
     // In order: no two keys are equal.
     for (int i = threadIdx.x; i < count; i += THREADS) {
         int rank = 0;
@@ -129,5 +128,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (before <= draw.u * total) best = max(best, uint64_t(uint32_t(id)) + 1);
     }
     best = block_max(best);
-    if (threadIdx.x == 0) chosen[blockIdx.x] = int(best) - 1;
+    choose(int(best) - 1);
 }

@@ -33,7 +33,7 @@ fn on_card(checks: &Checks, logits: &Tensor, draws: &[InputDraw]) -> Result<Vec<
     let inputs = Inputs::new(&checks.gpu, host.shape(false))?;
     inputs.fill(&checks.gpu, &host)?;
     let chosen = cuda::uninit(&checks.gpu, draws.len(), DType::I32)?;
-    sample(&logits.to_device(&checks.device)?, &inputs, &chosen)?;
+    sample(&logits.to_device(&checks.device)?, &inputs, &chosen, false)?;
     Ok(chosen.to_vec1()?)
 }
 

@@ -140,7 +140,16 @@ impl Inputs {
 
     /// Copies a batch of this shape.
     pub fn fill(&self, gpu: &Gpu, host: &HostInputs) -> Result<()> {
-        let words = self.words(host);
+        self.copy(gpu, 0, &self.words(host))
+    }
+
+    /// The same but for the ids, which the card has put there itself.
+    pub fn fill_behind_ids(&self, gpu: &Gpu, host: &HostInputs) -> Result<()> {
+        let first = self.shape.places().positions;
+        self.copy(gpu, first, &self.words(host)[first..])
+    }
+
+    fn copy(&self, gpu: &Gpu, first: usize, words: &[i32]) -> Result<()> {
         let (storage, _) = self.buffer.storage_and_layout();
         let candle_core::Storage::Cuda(storage) = &*storage else { return Ok(()) };
         // Immutable by candle's rules, a place to write to by ours: nothing else holds this tensor.
@@ -150,7 +159,7 @@ impl Inputs {
         let (pointer, _guard) = slice.device_ptr(stream);
         stream.context().bind_to_thread().map_err(driver_error("choosing the GPU"))?;
         // SAFETY: the buffer has as many words; a copy from pageable memory is staged before the call returns.
-        unsafe { result::memcpy_htod_async(pointer, &words, stream.cu_stream()) }
+        unsafe { result::memcpy_htod_async(pointer + 4 * first as u64, words, stream.cu_stream()) }
             .map_err(driver_error("copying a batch"))
     }
 

@@ -16,6 +16,9 @@ pub struct KvCache {
     /// The pass of one token a sequence, recorded for the tensors above; forgotten when they change.
     #[cfg(feature = "cuda")]
     pub(crate) recorded: Option<crate::models::gpu::Decode>,
+    /// See [`KvCache::expect`].
+    #[cfg(feature = "cuda")]
+    pub(crate) expected: Vec<crate::models::causal_lm::Draw>,
 }
 
 impl KvCache {
@@ -36,7 +39,21 @@ impl KvCache {
             width,
             #[cfg(feature = "cuda")]
             recorded: None,
+            #[cfg(feature = "cuda")]
+            expected: Vec::new(),
         })
+    }
+
+    /// What will be asked for after the coming [`next_tokens`](crate::models::causal_lm::CausalLM::next_tokens) if every
+    /// sequence goes on with its token: a GPU begins that pass before the host has seen the tokens. Nothing else may
+    /// change what the pass reads, the weights above all, as long as it is expected. Empty: nothing is expected.
+    pub(crate) fn expect(&mut self, draws: Vec<crate::models::causal_lm::Draw>) {
+        #[cfg(feature = "cuda")]
+        {
+            self.expected = draws;
+        }
+        #[cfg(not(feature = "cuda"))]
+        drop(draws);
     }
 
     /// Tokens held of each sequence.

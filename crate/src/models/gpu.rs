@@ -18,7 +18,7 @@ use super::{
     decoder::Decoder,
 };
 use crate::{
-    cuda::{self, Gpu, Grads, HostInputs, InputDraw, InputShape, Inputs, Outputs, Repeated, Scalars},
+    cuda::{self, Gpu, Grads, HostInputs, InputDraw, InputShape, Inputs, Outputs, Repeated, Results, Scalars},
     error::Result,
     layers::{
         cuda::{self as layers, Order, Weights},
@@ -66,7 +66,25 @@ pub(crate) struct Decode {
     logits: Tensor,
     /// i32, one a draw.
     chosen: Tensor,
+    /// The same on the host, of the last two passes in turn.
+    results: Results,
+    turn: usize,
     pass: Repeated,
+    /// A pass that was launched before it was asked for.
+    begun: Option<Begun>,
+    /// The tokens that the caller was given last.
+    last: Option<Vec<u32>>,
+}
+
+/// What a pass that was launched beforehand was launched for.
+struct Begun {
+    lengths: Vec<usize>,
+    draws: Vec<Draw>,
+}
+
+/// Whether the draws are one for each row, in order.
+fn one_each(draws: &[Draw]) -> bool {
+    draws.iter().enumerate().all(|(i, draw)| draw.row == i)
 }
 
 impl Decoder {
@@ -273,14 +291,15 @@ impl Decoder {
     ) -> Result<Next> {
         let gpu = self.gpu()?;
         let lengths = cache.lengths().to_vec();
-        let draws: Vec<InputDraw> = draws.iter().map(input_draw).collect();
+        let expected = std::mem::take(&mut cache.expected);
+        let input_draws: Vec<InputDraw> = draws.iter().map(input_draw).collect();
         let host = HostInputs {
             ids,
             targets: &[],
             sequences,
             cache: Some((&lengths, cache.capacity())),
             scalars: Scalars::default(),
-            draws: &draws,
+            draws: &input_draws,
         };
         // One token a sequence, with something before it: the pass that generation repeats.
         let repeats = ids.len() == sequences.len() && lengths.iter().all(|held| *held > 0);
@@ -289,32 +308,82 @@ impl Decoder {
             Some(decode) => decode,
             None => self.new_decode(&gpu, host.shape(false))?,
         };
-        let Decode { inputs, logits, chosen, pass } = &mut decode;
-        inputs.fill(&gpu, &host)?;
-        let mut work = || {
-            layers::copy_rows(&self.new_rows(inputs, sequences, cache)?, logits)?;
-            if draws.is_empty() { Ok(()) } else { layers::sample(logits, inputs, chosen) }
+        let begun = decode.begun.take().is_some_and(|begun| {
+            begun.lengths == lengths && begun.draws == draws && decode.last.as_deref() == Some(ids)
+        });
+        if !begun {
+            decode.inputs.fill(&gpu, &host)?;
+            self.launch_decode(&gpu, &mut decode, sequences, cache, repeats)?;
+        }
+        if draws.is_empty() {
+            let logits = decode.logits.to_device(&Device::Cpu)?;
+            cache.recorded = repeats.then_some(decode);
+            return Ok(Next::Logits(logits));
+        }
+        let result = decode.turn;
+        // The pass that follows if every sequence goes on with its token, which the card already has in its inputs.
+        let more: Vec<usize> = lengths.iter().map(|held| held + 1).collect();
+        let fits = more.iter().all(|held| *held < cache.capacity());
+        if repeats && fits && expected.len() == draws.len() && one_each(draws) && one_each(&expected) {
+            let input_draws: Vec<InputDraw> = expected.iter().map(input_draw).collect();
+            let cache_place = Some((more.as_slice(), cache.capacity()));
+            let host = HostInputs { cache: cache_place, draws: &input_draws, ..host };
+            decode.inputs.fill_behind_ids(&gpu, &host)?;
+            self.launch_decode(&gpu, &mut decode, sequences, cache, true)?;
+            decode.begun = Some(Begun { lengths: more, draws: expected });
+        }
+        let chosen = decode.results.wait(result)?;
+        let next = match chosen.iter().map(|&id| u32::try_from(id)).collect::<Result<Vec<u32>, _>>() {
+            Ok(ids) => Next::Ids(ids),
+            Err(_) => {
+                // The pass that has begun makes logits of its own.
+                if decode.begun.take().is_some() {
+                    decode.inputs.fill(&gpu, &host)?;
+                    self.launch_decode(&gpu, &mut decode, sequences, cache, repeats)?;
+                }
+                Next::Logits(decode.logits.to_device(&Device::Cpu)?)
+            }
         };
-        if repeats {
-            pass.run(&gpu, work)?
-        } else {
-            work()?
-        };
-        let ids = if draws.is_empty() { Vec::new() } else { chosen.to_vec1::<i32>()? };
-        let next = match ids.iter().map(|&id| u32::try_from(id)).collect::<Result<Vec<u32>, _>>() {
-            Ok(ids) if !ids.is_empty() => Next::Ids(ids),
-            _ => Next::Logits(logits.to_device(&Device::Cpu)?),
-        };
+        decode.last = if let Next::Ids(ids) = &next { Some(ids.clone()) } else { None };
         cache.recorded = repeats.then_some(decode);
         Ok(next)
     }
 
-    fn new_decode(&self, gpu: &Gpu, shape: InputShape) -> Result<Decode> {
+    /// Launches the pass, and the copy of what it chooses to the next place of the results.
+    fn launch_decode(
+        &self,
+        gpu: &Gpu,
+        decode: &mut Decode,
+        sequences: &Sequences,
+        cache: &mut KvCache,
+        repeats: bool,
+    ) -> Result<()> {
+        let Decode { inputs, logits, chosen, pass, results, turn, .. } = decode;
+        let draws = inputs.shape.draws;
+        let mut work = || {
+            layers::copy_rows(&self.new_rows(inputs, sequences, cache)?, logits)?;
+            let to_inputs = repeats && draws == inputs.shape.rows;
+            if draws == 0 { Ok(()) } else { layers::sample(logits, inputs, chosen, to_inputs) }
+        };
+        if repeats {
+            pass.run(gpu, work)?
+        } else {
+            work()?
+        };
+        *turn = 1 - *turn;
+        if draws > 0 { results.copy(gpu, chosen, *turn) } else { Ok(()) }
+    }
+
+    fn new_decode(&self, gpu: &Arc<Gpu>, shape: InputShape) -> Result<Decode> {
         Ok(Decode {
             inputs: Inputs::new(gpu, shape)?,
             logits: cuda::uninit(gpu, (shape.sequences, self.vocab_size()), DType::F32)?,
             chosen: cuda::uninit(gpu, shape.draws, DType::I32)?,
+            results: Results::new(gpu, shape.draws)?,
+            turn: 0,
             pass: Repeated::default(),
+            begun: None,
+            last: None,
         })
     }
 

@@ -63,12 +63,12 @@ pub fn rows(table: &Tensor, index: u64, count: usize) -> Result<Tensor> {
 }
 
 /// The token of each of the inputs' draws to `chosen` i32 `[draws]`, from logits f32 `[rows, vocab]`; -1 where the host
-/// must look.
-pub fn sample(logits: &Tensor, inputs: &Inputs, chosen: &Tensor) -> Result<()> {
+/// must look. `to_inputs`: it also becomes the inputs' id of the draw's number, for a pass that goes on with it.
+pub fn sample(logits: &Tensor, inputs: &Inputs, chosen: &Tensor, to_inputs: bool) -> Result<()> {
     let gpu = cuda::of(logits.device())?;
     let (logits_at, draws, chosen_at) = (address(logits)?, inputs.draws(), address(chosen)?);
-    let vocab = logits.dims()[1] as i32;
-    gpu.launch("sample", (inputs.shape.draws, 1, 1), 1024, 0, &[&logits_at, &draws, &chosen_at, &vocab])
+    let (ids, vocab) = (if to_inputs { inputs.ids() } else { 0 }, logits.dims()[1] as i32);
+    gpu.launch("sample", (inputs.shape.draws, 1, 1), 1024, 0, &[&logits_at, &draws, &chosen_at, &ids, &vocab])
 }
 
 /// The first columns of `from` `[m, wide]` to `to` `[m, narrow]`, both f32.
