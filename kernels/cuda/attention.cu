@@ -7,6 +7,7 @@
 // Logarithms are to base 2: lse[head][row] = log2(sum of 2^(score * log2(e))).
 #include "common.cuh"
 #include "mma.cuh"
+#include <type_traits>
 
 // Where the heads of one kind lie in a row: first element of head 0, and from head to head.
 struct Place {
@@ -24,16 +25,30 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 // ---------------------------------------------------------------------------------- tensor cores
 
-// ROWS rows of D elements to shared memory, rows of D + 8; rows from `valid` on become zeros.
-template <int ROWS, int D, typename T>
-__device__ __forceinline__ void load_tile(T *to, const T *from, int64_t row, int valid) {
-    constexpr int CHUNKS = D / 8;
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += 128) {
-        const int r = i / CHUNKS, c = i % CHUNKS * 8;
-        const uint32_t address = shared_address(to + r * (D + 8) + c);
-        const T *source = from + int64_t(min(r, valid - 1)) * row + c;
-        const int bytes = r < valid ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes));
+// 2^x; what is under 2^-126 becomes zero.
+__device__ __forceinline__ float power(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// BYTES from `from` to shared memory, or zeros.
+template <int BYTES, typename T> __device__ __forceinline__ void send(T *to, const T *from, bool there) {
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0));
+}
+// TILE rows of D elements to shared memory, rows of D + 8; rows from `valid` on become zeros.
+constexpr int TILE = 64;
+template <int D, typename T> __device__ __forceinline__ void load_tile(T *to, const T *from, int64_t row, int valid) {
+    constexpr int CHUNKS = D / 8, STEP = 128 / CHUNKS;
+    const int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS * 8;
+    from += r * row + c, to += r * (D + 8) + c;
+#pragma unroll
+    for (int i = 0; i < TILE; i += STEP) {
+        const bool there = r + i < valid;
+        send<16>(to + i * (D + 8), from + (there ? i : -r) * row, there);
     }
 }
 __device__ __forceinline__ void sent() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -43,16 +58,26 @@ template <int BEHIND> __device__ __forceinline__ void loaded() {
     __syncthreads();
 }
 
-// acc[16 x 8N] += A[16 x D] B[8N x D]^T; A and B are rows in shared memory (A already at the warp's rows).
-template <int D, int N, typename T>
-__device__ __forceinline__ void product(float (&acc)[N][4], const T *a, const T *b) {
+// The 16 columns from k on of the warp's 16 rows.
+template <int D, typename T> __device__ __forceinline__ void rows(uint32_t (&to)[4], const T *a, int k) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix<false>(to, a + (lane % 16) * (D + 8) + k + lane / 16 * 8);
+}
+
+// acc[16 x TILE] += A[16 x D] B[TILE x D]^T; B is rows in shared memory, A too (already at the warp's rows) or kept in
+// registers.
+template <int D, typename T, typename A>
+__device__ __forceinline__ void product(float (&acc)[TILE / 8][4], const A &a, const T *b) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < D; k += 16) {
         uint32_t fa[4];
-        ldmatrix<false>(fa, a + (lane % 16) * (D + 8) + k + lane / 16 * 8);
+        if constexpr (std::is_array_v<A>)
 #pragma unroll
-        for (int n = 0; n < N; n += 2) {
+            for (int i = 0; i < 4; i++) fa[i] = a[k / 16][i];
+        else rows<D>(fa, a, k);
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n += 2) {
             uint32_t fb[4];
             ldmatrix<false>(fb, b + (n * 8 + lane % 8 + lane / 16 * 8) * (D + 8) + k + lane / 8 % 2 * 8);
             Mma<T>::run(acc[n], fa, fb[0], fb[1]);
@@ -61,12 +86,12 @@ __device__ __forceinline__ void product(float (&acc)[N][4], const T *a, const T 
     }
 }
 
-// acc[16 x D] += P[16 x 8N] B[8N x D]; P in registers as a product left it, B rows in shared memory.
-template <int D, int N, typename T>
-__device__ __forceinline__ void spread(float (&acc)[D / 8][4], const float (&p)[N][4], const T *b) {
+// acc[16 x D] += P[16 x TILE] B[TILE x D]; P in registers as a product left it, B rows in shared memory.
+template <int D, typename T>
+__device__ __forceinline__ void spread(float (&acc)[D / 8][4], const float (&p)[TILE / 8][4], const T *b) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int k = 0; k < N; k += 2) {
+    for (int k = 0; k < TILE / 8; k += 2) {
         const uint32_t fa[4] = {Mma<T>::pack(p[k][0], p[k][1]), Mma<T>::pack(p[k][2], p[k][3]),
                                 Mma<T>::pack(p[k + 1][0], p[k + 1][1]), Mma<T>::pack(p[k + 1][2], p[k + 1][3])};
 #pragma unroll
@@ -79,15 +104,24 @@ __device__ __forceinline__ void spread(float (&acc)[D / 8][4], const float (&p)[
     }
 }
 
-// The warp's 16 rows of `acc` times `by[row half]` to memory; rows from `valid` on are left alone.
+// The warp's 16 rows of `acc` times `by0` and `by1` (rows from 8 on) to memory; rows from `valid` on are left alone. They
+// go by way of 16 rows of shared memory that no other warp reads, so that 16 bytes are written at a time.
 template <int D, typename T>
-__device__ __forceinline__ void put(T *to, int64_t row, const float (&acc)[D / 8][4], float by0, float by1, int valid) {
-    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4 * 2;
+__device__ __forceinline__ void put(T *to, int64_t row, T *by_way, const float (&acc)[D / 8][4], float by0, float by1,
+                                    int valid) {
+    const int lane = threadIdx.x % 32;
+    T *const own = by_way + lane / 4 * (D + 8) + lane % 4 * 2;
+    __syncwarp();
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {
-        if (r < valid) *reinterpret_cast<uint32_t *>(to + r * row + n * 8 + c) = Mma<T>::pack(acc[n][0] * by0, acc[n][1] * by0);
-        if (r + 8 < valid)
-            *reinterpret_cast<uint32_t *>(to + (r + 8) * row + n * 8 + c) = Mma<T>::pack(acc[n][2] * by1, acc[n][3] * by1);
+        *reinterpret_cast<uint32_t *>(own + n * 8) = Mma<T>::pack(acc[n][0] * by0, acc[n][1] * by0);
+        *reinterpret_cast<uint32_t *>(own + 8 * (D + 8) + n * 8) = Mma<T>::pack(acc[n][2] * by1, acc[n][3] * by1);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < 16 * D / 8; i += 32) {
+        const int r = i / (D / 8), c = i % (D / 8) * 8;
+        if (r < valid) *reinterpret_cast<uint4 *>(to + r * row + c) = *reinterpret_cast<const uint4 *>(by_way + r * (D + 8) + c);
     }
 }
 
@@ -97,7 +131,7 @@ __device__ __forceinline__ void put(T *to, int64_t row, const float (&acc)[D / 8
 
 template <typename T, int D>
 __device__ void flash_forward(const T *qkv, const int4 *tiles, const float *slopes, T *out, float *lse, Layout l) {
-    constexpr int BN = 64, ROW = D + 8;
+    constexpr int ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
     T *const stages = reinterpret_cast<T *>(memory);
     const int4 tile = tiles[gridDim.y - 1 - blockIdx.y];
@@ -109,63 +143,55 @@ __device__ void flash_forward(const T *qkv, const int4 *tiles, const float *slop
     // Two stages of keys and values: one is multiplied while the other arrives. The queries come first, where the
     // second stage will be.
     auto fetch = [&](int j, int stage) {
-        T *ks = stages + stage * 2 * BN * ROW;
-        load_tile<BN, D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
-        load_tile<BN, D>(ks + BN * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
+        T *ks = stages + stage * 2 * TILE * ROW;
+        load_tile<D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
+        load_tile<D>(ks + TILE * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
         sent();
     };
-    T *const qs = stages + 2 * BN * ROW;
-    load_tile<64, D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - tile.z);
+    T *const qs = stages + 2 * TILE * ROW;
+    load_tile<D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - tile.z);
     sent();
     fetch(0, 0);
     loaded<1>();
     uint32_t q[D / 16][4];
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) ldmatrix<false>(q[k], qs + (warp * 16 + lane % 16) * ROW + k * 16 + lane / 16 * 8);
+    for (int k = 0; k < D / 16; k++) rows<D>(q[k], qs + warp * 16 * ROW, k * 16);
 
     float acc[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     const int i0 = tile.z + warp * 16 + lane / 4;
-    for (int j0 = 0, stage = 0; j0 <= tile.z; j0 += BN, stage ^= 1) {
-        __syncthreads(); // everyone is done with the other stage
-        if (j0 + BN <= tile.z) fetch(j0 + BN, stage ^ 1), loaded<1>();
-        else loaded<0>();
-        const T *ks = stages + stage * 2 * BN * ROW, *vs = ks + BN * ROW;
-        float s[BN / 8][4] = {};
+    for (int j0 = 0, stage = 0; j0 <= tile.z; j0 += TILE, stage ^= 1) {
+        loaded<0>(); // and everyone is done with the other stage
+        if (j0 < tile.z) fetch(j0 + TILE, stage ^ 1);
+        const T *ks = stages + stage * 2 * TILE * ROW, *vs = ks + TILE * ROW;
+        float s[TILE / 8][4] = {};
+        product<D>(s, q, ks);
+        const int own = j0 + lane % 4 * 2 - i0; // j - i of the first
+        const float old_top[2] = {top[0], top[1]};
 #pragma unroll
-        for (int k = 0; k < D / 16; k++)
-#pragma unroll
-            for (int n = 0; n < BN / 8; n += 2) {
-                uint32_t fb[4];
-                ldmatrix<false>(fb, ks + (n * 8 + lane % 8 + lane / 16 * 8) * ROW + k * 16 + lane / 8 % 2 * 8);
-                Mma<T>::run(s[n], q[k], fb[0], fb[1]);
-                Mma<T>::run(s[n + 1], q[k], fb[2], fb[3]);
-            }
-        float new_top[2] = {top[0], top[1]};
-#pragma unroll
-        for (int n = 0; n < BN / 8; n++)
+        for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const int i = i0 + e / 2 * 8, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
-                s[n][e] = j <= i ? s[n][e] * scale + slope * float(j - i) : -INFINITY;
-                new_top[e / 2] = fmaxf(new_top[e / 2], s[n][e]);
+                s[n][e] = s[n][e] * scale + slope * float(own + n * 8 + e % 2 - e / 2 * 8);
+                if (j0 == tile.z && own + n * 8 + e % 2 - e / 2 * 8 > 0) s[n][e] = -INFINITY;
+                top[e / 2] = fmaxf(top[e / 2], s[n][e]);
             }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            new_top[h] = fmaxf(new_top[h], __shfl_xor_sync(~0u, new_top[h], 1));
-            new_top[h] = fmaxf(new_top[h], __shfl_xor_sync(~0u, new_top[h], 2));
-            const float shrink = exp2f(top[h] - new_top[h]); // 0 at first: the maximum is finite by then
-            top[h] = new_top[h], sum[h] *= shrink;
+            top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
+            top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+            const float shrink = power(old_top[h] - top[h]); // 0 at first: the maximum is finite by then
+            sum[h] *= shrink;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) acc[n][h * 2] *= shrink, acc[n][h * 2 + 1] *= shrink;
         }
 #pragma unroll
-        for (int n = 0; n < BN / 8; n++)
+        for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                s[n][e] = exp2f(s[n][e] - top[e / 2]);
+                s[n][e] = power(s[n][e] - top[e / 2]);
                 sum[e / 2] += s[n][e];
             }
-        spread<D, BN / 8>(acc, s, vs);
+        spread<D>(acc, s, vs);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -174,9 +200,10 @@ __device__ void flash_forward(const T *qkv, const int4 *tiles, const float *slop
         const int i = i0 + h * 8;
         if (lse && lane % 4 == 0 && i < tile.y) lse[int64_t(head) * l.tokens + tile.x + i] = top[h] + log2f(sum[h]);
     }
+    __syncthreads();
     const int width = l.heads * D;
-    put<D>(out + (int64_t(tile.x) + tile.z + warp * 16) * width + head * D, width, acc, 1.f / sum[0], 1.f / sum[1],
-           tile.y - tile.z - warp * 16);
+    put<D>(out + (int64_t(tile.x) + tile.z + warp * 16) * width + head * D, width, stages + warp * 16 * ROW, acc, 1.f / sum[0],
+           1.f / sum[1], tile.y - tile.z - warp * 16);
 }
 
 // delta[head][row] = sum over the head of dout * out. Sixteen lanes a head's row.
@@ -199,26 +226,27 @@ __device__ void flash_delta(const T *out, const T *dout, float *delta, Layout l)
 template <typename T, int D>
 __device__ void flash_dq(const T *qkv, const int4 tile, const float *slopes, const T *dout, const float *lse,
                          const float *delta, T *grad, Layout l, int head) {
-    constexpr int BN = 32, ROW = D + 8;
+    constexpr int ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
-    T *qs = reinterpret_cast<T *>(memory), *ds = qs + 64 * ROW, *const stages = ds + 64 * ROW;
+    T *const stages = reinterpret_cast<T *>(memory);
     const int kv = head * l.kv_heads / l.heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int valid = tile.y - tile.z, width = l.heads * D;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const int64_t first = int64_t(tile.x) + tile.z;
     const float slope = slopes ? slopes[head] * LOG2E : 0.f, scale = l.scale * LOG2E;
 
-    load_tile<64, D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, valid);
-    load_tile<64, D>(ds, dout + first * width + head * D, width, valid);
-    sent();
+    // As in flash_forward.
     auto fetch = [&](int j, int stage) {
-        T *ks = stages + stage * 2 * BN * ROW;
-        load_tile<BN, D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
-        load_tile<BN, D>(ks + BN * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
+        T *ks = stages + stage * 2 * TILE * ROW;
+        load_tile<D>(ks, base + int64_t(j) * l.row + l.k.offset + kv * l.k.stride, l.row, tile.y - j);
+        load_tile<D>(ks + TILE * ROW, base + int64_t(j) * l.row + l.v.offset + kv * l.v.stride, l.row, tile.y - j);
         sent();
     };
+    T *const qs = stages + 2 * TILE * ROW, *const ds = qs + TILE * ROW;
+    load_tile<D>(qs, base + int64_t(tile.z) * l.row + l.q.offset + head * l.q.stride, l.row, valid);
+    load_tile<D>(ds, dout + first * width + head * D, width, valid);
+    sent();
     fetch(0, 0);
-    loaded<1>();
     float acc[D / 8][4] = {}, log[2], del[2];
     const int i0 = tile.z + warp * 16 + lane / 4;
 #pragma unroll
@@ -227,93 +255,106 @@ __device__ void flash_dq(const T *qkv, const int4 tile, const float *slopes, con
         log[h] = i < tile.y ? lse[int64_t(head) * l.tokens + tile.x + i] : 0.f;
         del[h] = i < tile.y ? delta[int64_t(head) * l.tokens + tile.x + i] : 0.f;
     }
-    const int last = min(tile.z + 64, tile.y);
-    for (int j0 = 0, stage = 0; j0 < last; j0 += BN, stage ^= 1) {
-        __syncthreads();
-        if (j0 + BN < last) fetch(j0 + BN, stage ^ 1), loaded<1>();
-        else loaded<0>();
-        const T *ks = stages + stage * 2 * BN * ROW, *vs = ks + BN * ROW;
-        float s[BN / 8][4] = {}, dp[BN / 8][4] = {};
-        product<D, BN / 8>(s, qs + warp * 16 * ROW, ks);
-        product<D, BN / 8>(dp, ds + warp * 16 * ROW, vs);
+    loaded<1>();
+    uint32_t q[D / 16][4], d[D / 16][4];
 #pragma unroll
-        for (int n = 0; n < BN / 8; n++)
+    for (int k = 0; k < D / 16; k++) rows<D>(q[k], qs + warp * 16 * ROW, k * 16), rows<D>(d[k], ds + warp * 16 * ROW, k * 16);
+    for (int j0 = 0, stage = 0; j0 <= tile.z; j0 += TILE, stage ^= 1) {
+        loaded<0>();
+        if (j0 < tile.z) fetch(j0 + TILE, stage ^ 1);
+        const T *ks = stages + stage * 2 * TILE * ROW, *vs = ks + TILE * ROW;
+        float s[TILE / 8][4] = {}, dp[TILE / 8][4] = {};
+        product<D>(s, q, ks);
+        product<D>(dp, d, vs);
+        const int own = j0 + lane % 4 * 2 - i0; // j - i of the first
+        const float from[2] = {slope * float(own) - log[0], slope * float(own - 8) - log[1]};
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const int i = i0 + e / 2 * 8, j = j0 + n * 8 + lane % 4 * 2 + e % 2;
-                const float p = j <= i && i < tile.y ? exp2f(s[n][e] * scale + slope * float(j - i) - log[e / 2]) : 0.f;
-                s[n][e] = p * (dp[n][e] - del[e / 2]);
+                float x = s[n][e] * scale + (from[e / 2] + slope * float(n * 8 + e % 2));
+                if (j0 == tile.z && own + n * 8 + e % 2 - e / 2 * 8 > 0) x = -INFINITY;
+                s[n][e] = power(x) * (dp[n][e] - del[e / 2]);
             }
-        spread<D, BN / 8>(acc, s, ks);
+        spread<D>(acc, s, ks);
     }
-    put<D>(grad + (first + warp * 16) * l.row + l.q.offset + head * l.q.stride, l.row, acc, l.scale, l.scale, valid - warp * 16);
+    __syncthreads();
+    put<D>(grad + (first + warp * 16) * l.row + l.q.offset + head * l.q.stride, l.row, stages + warp * 16 * ROW, acc, l.scale,
+           l.scale, valid - warp * 16);
 }
 
-// The gradients of the keys and values of a tile of 64 rows, over all queries that see them.
+// The gradients of the keys and values of a tile of 64 rows, over all queries that see them: in two stages where shared
+// memory has room for them.
 template <typename T, int D>
 __device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, const T *dout, const float *lse,
                           const float *delta, T *grad, Layout l, int kv) {
-    constexpr int BQ = 32, ROW = D + 8;
+    constexpr int ROW = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
-    T *ks = reinterpret_cast<T *>(memory), *vs = ks + 64 * ROW, *const stages = vs + 64 * ROW;
-    __shared__ float all_logs[2][BQ], all_deltas[2][BQ];
+    T *ks = reinterpret_cast<T *>(memory), *vs = ks + TILE * ROW, *const stages = vs + TILE * ROW;
+    __shared__ __align__(8) float all_logs[2][TILE], all_deltas[2][TILE];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
+    uint32_t bytes;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+    const int stages_held = bytes < 6 * TILE * ROW * sizeof(T) ? 1 : 2;
     const int valid = tile.y - tile.z, width = l.heads * D;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const float scale = l.scale * LOG2E;
 
-    load_tile<64, D>(ks, base + int64_t(tile.z) * l.row + l.k.offset + kv * l.k.stride, l.row, valid);
-    load_tile<64, D>(vs, base + int64_t(tile.z) * l.row + l.v.offset + kv * l.v.stride, l.row, valid);
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    const int j0 = tile.z + warp * 16 + lane / 4;
-    // Steps go over the heads of the group and, within one, over the queries from this tile on.
-    const int per_head = (tile.y - tile.z + BQ - 1) / BQ, steps = per_head * group;
+    load_tile<D>(ks, base + int64_t(tile.z) * l.row + l.k.offset + kv * l.k.stride, l.row, valid);
+    load_tile<D>(vs, base + int64_t(tile.z) * l.row + l.v.offset + kv * l.v.stride, l.row, valid);
+    // Steps go over the heads of the group and, within one, over the queries from this tile on. Beyond the last query all
+    // is zeros: they add nothing.
+    const int per_head = (valid + TILE - 1) / TILE, steps = per_head * group;
     auto fetch = [&](int step) {
-        const int head = kv * group + step / per_head, i0 = tile.z + step % per_head * BQ, stage = step % 2;
-        T *qs = stages + stage * 2 * BQ * ROW;
-        load_tile<BQ, D>(qs, base + int64_t(i0) * l.row + l.q.offset + head * l.q.stride, l.row, tile.y - i0);
-        load_tile<BQ, D>(qs + BQ * ROW, dout + (int64_t(tile.x) + i0) * width + head * D, width, tile.y - i0);
+        const int head = kv * group + step / per_head, i = step % per_head * TILE, stage = step % stages_held;
+        T *qs = stages + stage * 2 * TILE * ROW;
+        load_tile<D>(qs, base + int64_t(tile.z + i) * l.row + l.q.offset + head * l.q.stride, l.row, valid - i);
+        load_tile<D>(qs + TILE * ROW, dout + (int64_t(tile.x) + tile.z + i) * width + head * D, width, valid - i);
+        const int q = threadIdx.x % TILE;
+        const bool there = i + q < valid;
+        const int64_t at = int64_t(head) * l.tokens + tile.x + tile.z + (there ? i + q : 0);
+        if (threadIdx.x < TILE) send<4>(all_logs[stage] + q, lse + at, there);
+        else send<4>(all_deltas[stage] + q, delta + at, there);
         sent();
-        if (threadIdx.x < BQ) {
-            const bool there = i0 + threadIdx.x < tile.y;
-            const int64_t at = int64_t(head) * l.tokens + tile.x + i0 + threadIdx.x;
-            all_logs[stage][threadIdx.x] = there ? lse[at] : 0.f;
-            all_deltas[stage][threadIdx.x] = there ? delta[at] : 0.f;
-        }
     };
     fetch(0);
-    {
-        for (int step = 0; step < steps; step++) {
-            __syncthreads();
-            if (step + 1 < steps) fetch(step + 1), loaded<1>();
-            else loaded<0>();
-            const int head = kv * group + step / per_head, i0 = tile.z + step % per_head * BQ, stage = step % 2;
-            const float slope = slopes ? slopes[head] * LOG2E : 0.f;
-            const T *qs = stages + stage * 2 * BQ * ROW, *ds = qs + BQ * ROW;
-            const float *logs = all_logs[stage], *deltas = all_deltas[stage];
-            float s[BQ / 8][4] = {}, dp[BQ / 8][4] = {};
-            product<D, BQ / 8>(s, ks + warp * 16 * ROW, qs);
-            product<D, BQ / 8>(dp, vs + warp * 16 * ROW, ds);
+    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
+    for (int step = 0; step < steps; step++) {
+        loaded<0>();
+        if (stages_held == 2 && step + 1 < steps) fetch(step + 1);
+        const int i0 = step % per_head * TILE, stage = step % stages_held;
+        const float slope = slopes ? slopes[kv * group + step / per_head] * LOG2E : 0.f;
+        const T *qs = stages + stage * 2 * TILE * ROW, *ds = qs + TILE * ROW;
+        float s[TILE / 8][4] = {}, dp[TILE / 8][4] = {};
+        product<D>(s, ks + warp * 16 * ROW, qs);
+        product<D>(dp, vs + warp * 16 * ROW, ds);
+        const int own = warp * 16 + lane / 4 - i0 - lane % 4 * 2; // j - i of the first
+        const float from = slope * float(own);
 #pragma unroll
-            for (int n = 0; n < BQ / 8; n++)
+        for (int n = 0; n < TILE / 8; n++) {
+            const int at = n * 8 + lane % 4 * 2;
+            const float2 log = *reinterpret_cast<const float2 *>(all_logs[stage] + at);
+            const float2 del = *reinterpret_cast<const float2 *>(all_deltas[stage] + at);
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int at = n * 8 + lane % 4 * 2 + e % 2, i = i0 + at, j = j0 + e / 2 * 8;
-                    const float p = j <= i && i < tile.y ? exp2f(s[n][e] * scale + slope * float(j - i) - logs[at]) : 0.f;
-                    s[n][e] = p;
-                    dp[n][e] = p * (dp[n][e] - deltas[at]);
-                }
-            spread<D, BQ / 8>(dv, s, ds);
-            spread<D, BQ / 8>(dk, dp, qs);
+            for (int e = 0; e < 4; e++) {
+                const int further = e / 2 * 8 - n * 8 - e % 2;
+                float x = s[n][e] * scale + (from + slope * float(further) - (e % 2 ? log.y : log.x));
+                if (i0 == 0 && own + further > 0) x = -INFINITY;
+                s[n][e] = power(x);
+                dp[n][e] = s[n][e] * (dp[n][e] - (e % 2 ? del.y : del.x));
+            }
         }
+        spread<D>(dv, s, ds);
+        spread<D>(dk, dp, qs);
+        if (stages_held == 1 && step + 1 < steps) __syncthreads(), fetch(step + 1);
     }
     T *to = grad + (int64_t(tile.x) + tile.z + warp * 16) * l.row;
-    put<D>(to + l.k.offset + kv * l.k.stride, l.row, dk, l.scale, l.scale, valid - warp * 16);
-    put<D>(to + l.v.offset + kv * l.v.stride, l.row, dv, 1.f, 1.f, valid - warp * 16);
+    put<D>(to + l.k.offset + kv * l.k.stride, l.row, ks + warp * 16 * ROW, dk, l.scale, l.scale, valid - warp * 16);
+    put<D>(to + l.v.offset + kv * l.v.stride, l.row, vs + warp * 16 * ROW, dv, 1.f, 1.f, valid - warp * 16);
 }
 
 #define DEFINE(NAME, T, D)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(128)                                                                     \
+    extern "C" __global__ void __launch_bounds__(128, D == 128 ? 2 : 3)                                                   \
         flash_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, T *out, float *lse, Layout l) {          \
         begin();                                                                                                          \
         flash_forward<T, D>(qkv, tiles, slopes, out, lse, l);                                                             \
@@ -325,7 +366,7 @@ __device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, co
     }                                                                                                                     \
     /* The gradients of keys and values, and of queries, neither of which keeps the card busy: blocks of both, those     \
        with the longest work first. x: the kv heads, then the heads. */                                                  \
-    extern "C" __global__ void __launch_bounds__(128, 3)                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, D == 128 ? 2 : 3)                                                   \
         flash_backward_##NAME##_##D(const T *qkv, const int4 *tiles, const float *slopes, const T *dout,                  \
                                     const float *lse, const float *delta, T *grad, Layout l) {                            \
         begin();                                                                                                          \

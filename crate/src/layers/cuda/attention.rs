@@ -13,7 +13,7 @@ use super::{
     inputs, name,
 };
 use crate::{
-    cuda::{self, Gpu, Inputs, KernelArg, address, kernel_arg, uninit},
+    cuda::{self, Gpu, Inputs, KernelArg, address, driver_error, kernel_arg, uninit},
     error::{Error, Result},
 };
 
@@ -59,9 +59,21 @@ fn is_flash(l: &HeadLayout, dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16) && matches!(l.head_dim, 32 | 64 | 128) && aligned
 }
 
+/// Rows of a tile of the tensor cores' kernels.
+const TILE: usize = 64;
+
 /// Shared memory of a kernel that holds `rows` rows of a head.
 fn tile_bytes(rows: usize, head_dim: usize) -> usize {
     rows * (head_dim + 8) * 2
+}
+
+/// Shared memory of the backward: two stages of queries beside the keys where the card has room for them, else one.
+fn backward_bytes(gpu: &Gpu, head_dim: usize) -> Result<usize> {
+    use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
+    let most = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let most = gpu.stream().context().attribute(most).map_err(driver_error("asking for the shared memory"))?;
+    let (two, one, numbers) = (tile_bytes(6 * TILE, head_dim), tile_bytes(4 * TILE, head_dim), 4 * TILE * 4);
+    Ok(if two + numbers <= most as usize { two } else { one })
 }
 
 /// The slopes on the device; null where there are none.
@@ -100,7 +112,7 @@ pub fn attention_forward(attention: &Attention, projected: &Tensor, run: &mut Ru
         let tiles = inputs.tiles();
         let kernel = format!("{}_{d}", name("flash", dtype)?);
         let args: [&dyn KernelArg; 6] = [&qkv, &tiles, &slopes, &out_at, &lse_at, &arg];
-        gpu.launch(&kernel, (l.heads, inputs.shape.tiles(), 1), 128, tile_bytes(4 * 64, d), &args)?;
+        gpu.launch(&kernel, (l.heads, inputs.shape.tiles(), 1), 128, tile_bytes(4 * TILE, d), &args)?;
     } else {
         let keys = inputs.keys();
         let place = |p: Place| PlaceArg([p.offset as i32, p.stride as i32]);
@@ -155,7 +167,7 @@ pub fn attention_backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> 
         let kernel = format!("{}_{d}", name("flash_delta", dtype)?);
         let args: [&dyn KernelArg; 4] = [&out_at, &dy_at, &delta_at, &arg];
         gpu.launch(&kernel, ((m * l.heads).div_ceil(256 / 16), 1, 1), 256, 0, &args)?;
-        let (tiles, bytes) = (inputs.tiles(), tile_bytes(2 * 64 + 4 * 32, d));
+        let (tiles, bytes) = (inputs.tiles(), backward_bytes(&gpu, d)?);
         let kernel = format!("{}_{d}", name("flash_backward", dtype)?);
         let args: [&dyn KernelArg; 8] = [&qkv, &tiles, &slopes, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
         gpu.launch(&kernel, (l.kv_heads + l.heads, inputs.shape.tiles(), 1), 128, bytes, &args)?;
