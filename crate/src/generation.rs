@@ -25,6 +25,9 @@ use crate::{
 /// The largest `top_k` of a draw that is made where the logits are.
 const MOST_DRAWN_FROM: usize = 256;
 
+/// New tokens that the cache has room for from the beginning; beyond them it grows.
+const ROOM_FOR: usize = 256;
+
 /// What was generated from one prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Generated {
@@ -70,6 +73,9 @@ pub fn generate(
     let guard = interrupt::Guard::new()?;
     let mut chooser = Chooser { settings, logits: Vec::new(), scratch: Scratch::default() };
     let mut cache = model.new_cache(prompts.len())?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let new = sequences.iter().map(|s| s.max_new_tokens).max().unwrap_or(0);
+    cache.make_room(longest + new.min(ROOM_FOR))?;
     let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     // The sequences that go on, each with its row in the logits and the cache. A prompt is read
     // once, however many sequences begin with it.

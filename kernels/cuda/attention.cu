@@ -46,10 +46,7 @@ template <int D, typename T> __device__ __forceinline__ void load_tile(T *to, co
     const int r = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS * 8;
     from += r * row + c, to += r * (D + 8) + c;
 #pragma unroll
-    for (int i = 0; i < TILE; i += STEP) {
-        const bool there = r + i < valid;
-        send<16>(to + i * (D + 8), from + (there ? i : -r) * row, there);
-    }
+    for (int i = 0; i < TILE; i += STEP) send<16>(to + i * (D + 8), r + i < valid ? from + i * row : from - r * row, r + i < valid);
 }
 __device__ __forceinline__ void sent() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until all but the `behind` groups sent last are there, for every thread of the block.
@@ -104,18 +101,16 @@ __device__ __forceinline__ void spread(float (&acc)[D / 8][4], const float (&p)[
     }
 }
 
-// The warp's 16 rows of `acc` times `by0` and `by1` (rows from 8 on) to memory; rows from `valid` on are left alone. They
-// go by way of 16 rows of shared memory that no other warp reads, so that 16 bytes are written at a time.
+// The warp's 16 rows of `acc` times `by[row half]` to memory; rows from `valid` on are left alone. They go by way of 16
+// rows of shared memory that no other warp reads, so that 16 bytes are written at a time.
 template <int D, typename T>
-__device__ __forceinline__ void put(T *to, int64_t row, T *by_way, const float (&acc)[D / 8][4], float by0, float by1,
-                                    int valid) {
-    const int lane = threadIdx.x % 32;
-    T *const own = by_way + lane / 4 * (D + 8) + lane % 4 * 2;
+__device__ __forceinline__ void put(T *to, int64_t row, T *by_way, const float (&acc)[D / 8][4], float by0, float by1, int valid) {
+    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4 * 2;
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {
-        *reinterpret_cast<uint32_t *>(own + n * 8) = Mma<T>::pack(acc[n][0] * by0, acc[n][1] * by0);
-        *reinterpret_cast<uint32_t *>(own + 8 * (D + 8) + n * 8) = Mma<T>::pack(acc[n][2] * by1, acc[n][3] * by1);
+        *reinterpret_cast<uint32_t *>(by_way + r * (D + 8) + n * 8 + c) = Mma<T>::pack(acc[n][0] * by0, acc[n][1] * by0);
+        *reinterpret_cast<uint32_t *>(by_way + (r + 8) * (D + 8) + n * 8 + c) = Mma<T>::pack(acc[n][2] * by1, acc[n][3] * by1);
     }
     __syncwarp();
 #pragma unroll
@@ -283,8 +278,7 @@ __device__ void flash_dq(const T *qkv, const int4 tile, const float *slopes, con
            l.scale, valid - warp * 16);
 }
 
-// The gradients of the keys and values of a tile of 64 rows, over all queries that see them: in two stages where shared
-// memory has room for them.
+// The gradients of the keys and values of a tile of 64 rows, over all queries that see them.
 template <typename T, int D>
 __device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, const T *dout, const float *lse,
                           const float *delta, T *grad, Layout l, int kv) {
@@ -293,9 +287,6 @@ __device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, co
     T *ks = reinterpret_cast<T *>(memory), *vs = ks + TILE * ROW, *const stages = vs + TILE * ROW;
     __shared__ __align__(8) float all_logs[2][TILE], all_deltas[2][TILE];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = l.heads / l.kv_heads;
-    uint32_t bytes;
-    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
-    const int stages_held = bytes < 6 * TILE * ROW * sizeof(T) ? 1 : 2;
     const int valid = tile.y - tile.z, width = l.heads * D;
     const T *base = qkv + int64_t(tile.x) * l.row;
     const float scale = l.scale * LOG2E;
@@ -306,7 +297,7 @@ __device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, co
     // is zeros: they add nothing.
     const int per_head = (valid + TILE - 1) / TILE, steps = per_head * group;
     auto fetch = [&](int step) {
-        const int head = kv * group + step / per_head, i = step % per_head * TILE, stage = step % stages_held;
+        const int head = kv * group + step / per_head, i = step % per_head * TILE, stage = step % 2;
         T *qs = stages + stage * 2 * TILE * ROW;
         load_tile<D>(qs, base + int64_t(tile.z + i) * l.row + l.q.offset + head * l.q.stride, l.row, valid - i);
         load_tile<D>(qs + TILE * ROW, dout + (int64_t(tile.x) + tile.z + i) * width + head * D, width, valid - i);
@@ -321,8 +312,8 @@ __device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, co
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     for (int step = 0; step < steps; step++) {
         loaded<0>();
-        if (stages_held == 2 && step + 1 < steps) fetch(step + 1);
-        const int i0 = step % per_head * TILE, stage = step % stages_held;
+        if (step + 1 < steps) fetch(step + 1);
+        const int i0 = step % per_head * TILE, stage = step % 2;
         const float slope = slopes ? slopes[kv * group + step / per_head] * LOG2E : 0.f;
         const T *qs = stages + stage * 2 * TILE * ROW, *ds = qs + TILE * ROW;
         float s[TILE / 8][4] = {}, dp[TILE / 8][4] = {};
@@ -346,7 +337,6 @@ __device__ void flash_dkv(const T *qkv, const int4 tile, const float *slopes, co
         }
         spread<D>(dv, s, ds);
         spread<D>(dk, dp, qs);
-        if (stages_held == 1 && step + 1 < steps) __syncthreads(), fetch(step + 1);
     }
     T *to = grad + (int64_t(tile.x) + tile.z + warp * 16) * l.row;
     put<D>(to + l.k.offset + kv * l.k.stride, l.row, ks + warp * 16 * ROW, dk, l.scale, l.scale, valid - warp * 16);

@@ -7,6 +7,7 @@ use qlora_nb::{
     batch::Batch,
     candle_core::{DType, Device, Tensor},
     error::Result,
+    generation::{GenerationConfig, generate},
     model::{AutoModelForCausalLM, BitsAndBytesConfig, DeviceMap, ModelOptions},
     models::causal_lm::{CausalLM, PassOptions, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},
@@ -172,5 +173,40 @@ fn decode(checks: &mut Checks, what: &str, cpu: &PeftModel, gpu: &PeftModel, tol
     for (which, (got, want)) in results {
         checks.close(&format!("model {what}, with the cache: {which}"), &got, &want, tolerance)?;
     }
+    generation(checks, what, gpu, &[a[..7].into(), b[..20].into(), a[30..60].into()])
+}
+
+/// Generation, whose passes begin before the host has seen the tokens, against pass by pass; and whether a sequence that
+/// ends changes one that goes on.
+fn generation(checks: &mut Checks, what: &str, gpu: &PeftModel, prompts: &[Vec<u32>]) -> Result<()> {
+    const NEW: usize = 50;
+    let greedy = GenerationConfig {
+        max_new_tokens: Some(NEW),
+        eos_token_id: Some(Vec::new()),
+        seed: Some(5),
+        ..Default::default()
+    };
+    let made = |config: &GenerationConfig| -> Result<Vec<Vec<u32>>> {
+        Ok(generate(gpu, prompts, config, &mut |_, _| ())?.into_iter().map(|made| made.ids).collect())
+    };
+    let mut cache = gpu.new_cache(prompts.len())?;
+    let mut step_by_step = vec![Vec::new(); prompts.len()];
+    let mut new = prompts.to_vec();
+    for _ in 0..NEW {
+        let rows: Vec<&[u32]> = new.iter().map(Vec::as_slice).collect();
+        let best = gpu.next_token_logits(&rows, &mut cache)?.argmax(1)?.to_vec1::<u32>()?;
+        step_by_step.iter_mut().zip(&best).for_each(|(ids, id)| ids.push(*id));
+        new = best.into_iter().map(|id| vec![id]).collect();
+    }
+    let differs = |got: &[Vec<u32>], want: &[Vec<u32>]| (got != want).then(|| format!("{got:?}, expected {want:?}"));
+    checks.equal(&format!("model {what}: generation, pass by pass"), &[differs(&made(&greedy)?, &step_by_step)]);
+
+    let sampled = GenerationConfig { do_sample: true, temperature: Some(1.5), ..greedy };
+    let whole = made(&sampled)?;
+    let end = whole[1][20];
+    let until_end = |ids: &Vec<u32>| ids.iter().position(|id| *id == end).map_or(ids.clone(), |at| ids[..=at].to_vec());
+    let want: Vec<Vec<u32>> = whole.iter().map(until_end).collect();
+    let got = made(&GenerationConfig { eos_token_id: Some(vec![end]), ..sampled })?;
+    checks.equal(&format!("model {what}: generation, ends at {end}"), &[differs(&got, &want)]);
     Ok(())
 }

@@ -42,8 +42,8 @@ pub use graph::Repeated;
 pub use inputs::{HostInputs, InputDraw, InputShape, Inputs, Scalars};
 pub use managed::{Managed, Place};
 pub(crate) use memory::out_of_memory_in;
-pub(crate) use select::first;
 pub use results::Results;
+pub(crate) use select::first;
 pub use select::{TOOLKIT, check_capability, check_driver, count};
 pub use staging::{Piece, Staging};
 pub(crate) use tensor::write;
@@ -119,6 +119,8 @@ pub struct Gpu {
     no_room_to_record: AtomicBool,
     /// Multiprocessors.
     pub processors: usize,
+    /// Bytes of shared memory that a block may have.
+    pub shared_per_block: usize,
 }
 
 // SAFETY: the pool's handle may be used by any thread.
@@ -220,9 +222,10 @@ impl Gpu {
         let (lowest, highest) = result::stream::get_priority_range().map_err(driver_error("making a stream"))?;
         let recorded_memory = memory::pools(&context)?;
         let workspace = stream.alloc_zeros::<u8>(WORKSPACE).map_err(driver_error("making cuBLAS's workspace"))?;
-        let processors = context
-            .attribute(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(driver_error("asking for its processors"))? as usize;
+        use sys::CUdevice_attribute_enum as Attribute;
+        let number = |of| context.attribute(of).map(|n| n as usize).map_err(driver_error("asking what it has"));
+        let processors = number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared_per_block = number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let blas = gemm::Handle::new()?;
         let (functions, constants) = (Mutex::default(), Mutex::default());
         Ok(Self {
@@ -244,6 +247,7 @@ impl Gpu {
             records: std::env::var_os("QLORA_NB_NO_GRAPHS").is_none(),
             no_room_to_record: AtomicBool::new(false),
             processors,
+            shared_per_block,
         })
     }
 

@@ -76,7 +76,11 @@ impl KvCache {
 
     /// Makes room for `new` more tokens a sequence; called once a step, before the blocks run.
     pub(crate) fn reserve(&mut self, new: &[usize]) -> Result<()> {
-        let needed = self.lengths.iter().zip(new).map(|(l, n)| l + n).max().unwrap_or(0);
+        self.make_room(self.lengths.iter().zip(new).map(|(l, n)| l + n).max().unwrap_or(0))
+    }
+
+    /// Makes room for so many tokens a sequence, which a GPU's recorded pass then need not be recorded anew for.
+    pub(crate) fn make_room(&mut self, needed: usize) -> Result<()> {
         if needed <= self.capacity {
             return Ok(());
         }

@@ -13,7 +13,7 @@ use super::{
     inputs, name,
 };
 use crate::{
-    cuda::{self, Gpu, Inputs, KernelArg, address, driver_error, kernel_arg, uninit},
+    cuda::{self, Gpu, Inputs, KernelArg, address, kernel_arg, uninit},
     error::{Error, Result},
 };
 
@@ -67,13 +67,14 @@ fn tile_bytes(rows: usize, head_dim: usize) -> usize {
     rows * (head_dim + 8) * 2
 }
 
-/// Shared memory of the backward: two stages of queries beside the keys where the card has room for them, else one.
-fn backward_bytes(gpu: &Gpu, head_dim: usize) -> Result<usize> {
-    use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
-    let most = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let most = gpu.stream().context().attribute(most).map_err(driver_error("asking for the shared memory"))?;
-    let (two, one, numbers) = (tile_bytes(6 * TILE, head_dim), tile_bytes(4 * TILE, head_dim), 4 * TILE * 4);
-    Ok(if two + numbers <= most as usize { two } else { one })
+/// Shared memory of the tensor cores' backward: a tile of keys and of values, two stages of queries and gradients.
+fn backward_bytes(head_dim: usize) -> usize {
+    tile_bytes(6 * TILE, head_dim)
+}
+
+/// Whether a block has room for [`backward_bytes`], which with heads of 128 are more than some cards have.
+fn has_room(gpu: &Gpu, head_dim: usize) -> bool {
+    backward_bytes(head_dim) + 4 * TILE * DType::F32.size_in_bytes() <= gpu.shared_per_block
 }
 
 /// The slopes on the device; null where there are none.
@@ -163,11 +164,11 @@ pub fn attention_backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> 
     let (qkv, slopes, arg) = (address(&projected)?, slopes_at(attention, &gpu)?, layout_arg(l, m));
     let (out_at, dy_at, lse_at, delta_at, grad_at) =
         (address(&out)?, address(dy)?, address(&lse)?, address(&delta)?, address(&grad)?);
-    if is_flash(l, dtype) {
+    if is_flash(l, dtype) && has_room(&gpu, d) {
         let kernel = format!("{}_{d}", name("flash_delta", dtype)?);
         let args: [&dyn KernelArg; 4] = [&out_at, &dy_at, &delta_at, &arg];
         gpu.launch(&kernel, ((m * l.heads).div_ceil(256 / 16), 1, 1), 256, 0, &args)?;
-        let (tiles, bytes) = (inputs.tiles(), backward_bytes(&gpu, d)?);
+        let (tiles, bytes) = (inputs.tiles(), backward_bytes(d));
         let kernel = format!("{}_{d}", name("flash_backward", dtype)?);
         let args: [&dyn KernelArg; 8] = [&qkv, &tiles, &slopes, &dy_at, &lse_at, &delta_at, &grad_at, &arg];
         gpu.launch(&kernel, (l.kv_heads + l.heads, inputs.shape.tiles(), 1), 128, bytes, &args)?;

@@ -7,7 +7,7 @@ use super::{
         linear::{Linear, Lora, Weight},
         run::Run,
     },
-    MAX_SHARED, name,
+    name,
 };
 use crate::{
     cuda::{self, Gpu, KernelArg, address, uninit},
@@ -24,13 +24,16 @@ const DEPTH: usize = 3;
 const ALONG: usize = WARPS * 4 * 64;
 const PIECE: usize = 16 * 128 + 16 * 4 * 8;
 const FIXED: usize = 4 * (256 * 32 + 8 * WARPS * 2 + 16 + 256 + 64);
+/// Shared memory that the other kernels have besides x.
+const MARGIN: usize = 4 << 10;
 /// Numbers of an adapter's A x that the kernel makes itself.
 const MAX_U: usize = 64;
 
 /// Whether `gemv.cu` serves: few rows, nothing to be kept for a backward, aligned rows.
 pub fn serves(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
     let (m, k) = x.dims2()?;
-    let fits = m <= FEW && k % 8 == 0 && m * k * x.dtype().size_in_bytes() <= MAX_SHARED;
+    let room = cuda::of(x.device())?.shared_per_block - MARGIN;
+    let fits = m <= FEW && k % 8 == 0 && m * k * x.dtype().size_in_bytes() <= room;
     let dropped = linear.lora.as_ref().is_some_and(|l| l.dropout > 0.0) && run.dropout_key.is_some();
     let stored = match &linear.weight {
         Weight::Quantized(q) => q.state().quant_type != QuantType::Int8,
@@ -67,7 +70,7 @@ impl Plan {
             FIXED + places * WARPS * PIECE + m * (k + 8) * 2 + own * 16 * (WARPS * m + rank) * 4
         };
         let mut places = DEPTH.min(own * k.div_ceil(ALONG));
-        while bytes(own, places) > MAX_SHARED {
+        while bytes(own, places) > gpu.shared_per_block {
             match (own, places) {
                 (1, 1) => return Ok(None),
                 (own_now, 1) => own = own_now.div_ceil(2),
@@ -93,10 +96,11 @@ pub struct Around<'a> {
 
 /// Whether [`forward`] takes a norm too.
 pub fn takes_norm(linear: &Linear, x: &Tensor, run: &Run) -> Result<bool> {
-    Ok(serves(linear, x, run)? && Plan::new(&*cuda::of(x.device())?, linear, x)?.is_some_and(|plan| {
-        // What makes u outside has no normed x.
-        linear.lora.is_none() || plan.makes_u
-    }))
+    Ok(serves(linear, x, run)?
+        && Plan::new(&*cuda::of(x.device())?, linear, x)?.is_some_and(|plan| {
+            // What makes u outside has no normed x.
+            linear.lora.is_none() || plan.makes_u
+        }))
 }
 
 /// The layer's output with what stands around it, in dtype `out`: x's, or f32 for a weight that is not quantized.

@@ -29,9 +29,6 @@ pub use norm::{norm_backward, norm_forward};
 pub use rope::{rope_join, rope_split};
 pub use weights::{Order, Weights};
 
-/// Shared memory that a block may have.
-const MAX_SHARED: usize = 220 << 10;
-
 fn name(kernel: &str, dtype: DType) -> Result<String> {
     Ok(format!("{kernel}_{}", dtype_suffix(dtype)?))
 }
