@@ -587,6 +587,7 @@ __device__ void decode(const T *qkv, T *k, T *v, int64_t k_row, const int2 *keys
 #pragma unroll
     for (int t = 0; t < ROUNDS; t++) {
         const int j = first + t * STEP;
+        if (split * GROUPS + t * STEP > last) break; // no group has any
         if (j == last) {
             read(ks[t], own_k), read(vs[t], own_v);
 #pragma unroll

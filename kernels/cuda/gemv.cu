@@ -130,21 +130,22 @@ __device__ void gemv_4bit(const T *x, const uint32_t *w, Absmax a, Code code, T 
 // threads makes for itself. Loops stay loops, without divisions: instructions that run once are waited for as well.
 
 // Warps of a block of threads: few, each with much to do, since what a warp does besides looking up and multiplying it
-// does however little it has. A warp takes BLOCKS blocks of 64 weights of each of 16 rows at a time: a piece. Up to DEPTH
-// pieces of each warp are in the queue.
-constexpr int WARPS = 8, BLOCKS = 4, DEPTH = 3, THREADS = 32 * WARPS;
+// does however little it has. A warp takes BLOCKS blocks of 64 weights of each of 16 rows at a time: a piece. Up to
+// four pieces of each warp are in the queue.
+constexpr int WARPS = 8, BLOCKS = 4, THREADS = 32 * WARPS;
 constexpr int ALONG = WARPS * BLOCKS * 64; // elements along k that the warps' pieces cover
 constexpr int HELD = 16;                   // loads of an adapter's A that a lane has made before x is there
 
 // A piece in the queue: the codes, 128 bytes a row; of its 64 blocks (row i / 4, block i % 4) the maximum or, where that
-// is a byte, the second-level one and the word with the byte.
+// is a byte, the second-level one and the word with the byte. `once_a_row`: a row's four bytes are one word and have
+// one second-level maximum, which are there once a row, and a piece ends after 16 of each.
 struct Codes {
     unsigned char codes[16 * 32 * BLOCKS];
-    float tops[16 * BLOCKS];
-    uint32_t words[16 * BLOCKS];
+    uint32_t tops[2 * 16 * BLOCKS];
 };
+constexpr int LONG = sizeof(Codes), SHORT = LONG - 4 * 2 * 16 * (BLOCKS - 1);
 
-// Shared memory: this, the queue [places][WARPS], x [m][k + 8], sums [tiles of the block][WARPS][16][m],
+// Shared memory: this, the queue [places][WARPS] of pieces, x [m][k + 8], sums [tiles of the block][WARPS][16][m],
 // B [tiles of the block][16][rank].
 struct Fixed {
     uint32_t pairs[256][32];
@@ -173,17 +174,14 @@ template <typename T> __device__ __forceinline__ void fetch_x(T *xs, int stride,
 }
 
 // The same through the norm, as norm.cu makes it, with a row's statistics put together of those of its warps (Chan et
-// al.: means, and squares about them).
+// al.: means, and squares about them). `w` and `b` are the norm's for the thread's first eight elements.
 template <typename T>
 __device__ __forceinline__ void fetch_normed(T *xs, int stride, const T *x, int m, int k, const NormOf &norm,
-                                             float2 (&stats)[8][WARPS]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = threadIdx.x * 8;
+                                             const float (&w)[8], const float (&b)[8], float2 (&stats)[8][WARPS]) {
+    const int warp = threadIdx.x / 32, first = threadIdx.x * 8;
     const bool center = norm.b;
-    // Elements of the warp of the lane's number.
-    int count = 0;
-#pragma unroll 1
-    for (int i = lane % WARPS * 256; i < k; i += ALONG) count += min(256, k - i);
-    const float n = count, own_n = fmaxf(__shfl_sync(~0u, n, warp), 1.f);
+    auto elements_of = [&](int warp) { return float(k / ALONG * 256 + min(max(k % ALONG - warp * 256, 0), 256)); };
+    const float per_own = 1.f / fmaxf(elements_of(warp), 1.f), per_row = 1.f / k;
 #pragma unroll 1
     for (int r = 0; r < m; r++) {
         float sum = 0, square = 0;
@@ -194,7 +192,7 @@ __device__ __forceinline__ void fetch_normed(T *xs, int stride, const T *x, int 
 #pragma unroll
             for (int j = 0; j < 8; j++) sum += to_f32(v.v[j]);
         }
-        const float mean = center ? warp_sum(sum) / own_n : 0.f;
+        const float mean = center ? warp_sum(sum) * per_own : 0.f;
 #pragma unroll 1
         for (int i = first; i < k; i += ALONG) {
             float v[8];
@@ -203,22 +201,34 @@ __device__ __forceinline__ void fetch_normed(T *xs, int stride, const T *x, int 
             for (int j = 0; j < 8; j++) square += (v[j] - mean) * (v[j] - mean);
         }
         square = warp_sum(square);
-        if (lane == 0) stats[r][warp] = make_float2(mean, square);
+        if (threadIdx.x % 32 == 0) stats[r][warp] = make_float2(mean, square);
     }
     __syncthreads();
 #pragma unroll 1
     for (int r = 0; r < m; r++) {
-        // Each of the warps 32 / WARPS times.
-        const float2 own = stats[r][lane % WARPS];
-        const float by = WARPS / 32.f / k, mean = center ? warp_sum(own.x * n) * by : 0.f, off = own.x - mean;
-        const float rstd = rsqrtf(warp_sum(own.y + n * off * off) * by + norm.eps);
+        float mean = 0, square = 0;
+#pragma unroll
+        for (int v = 0; v < WARPS; v++) mean += stats[r][v].x * elements_of(v);
+        mean *= per_row;
+#pragma unroll
+        for (int v = 0; v < WARPS; v++) {
+            const float off = stats[r][v].x - mean;
+            square += stats[r][v].y + elements_of(v) * off * off;
+        }
+        const float rstd = rsqrtf(square * per_row + norm.eps);
 #pragma unroll 1
         for (int i = first; i < k; i += ALONG) {
-            float v[8], w[8], b[8] = {};
-            load(v, xs + r * stride + i), load(w, norm.w + i);
-            if (center) load(b, norm.b + i);
+            float v[8], scale[8], shift[8] = {};
+            load(v, xs + r * stride + i);
+            if (i == first) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = (v[j] - mean) * rstd * w[j] + b[j];
+                for (int j = 0; j < 8; j++) scale[j] = w[j], shift[j] = b[j];
+            } else {
+                load(scale, norm.w + i);
+                if (center) load(shift, norm.b + i);
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = (v[j] - mean) * rstd * scale[j] + shift[j];
             store(xs + r * stride + i, v);
         }
     }
@@ -228,52 +238,57 @@ __device__ __forceinline__ void fetch_normed(T *xs, int stride, const T *x, int 
 // warps share k. k is a multiple of 64, and so is a block of the quantization; there are less than 2^32 of those.
 template <typename T>
 __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, const Code &code, T *y, int m, int n, int k,
-                              const Epilogue<T, T> &e, const float *lora_a, const NormOf &norm, int own_tiles, int places) {
+                              const Epilogue<T, T> &e, const float *lora_a, const NormOf &norm, int own_tiles, int places, bool once_a_row) {
     extern __shared__ __align__(16) unsigned char memory[];
     const int stride = k + 8, blocks = k / 64, tiles = (n + 15) / 16;
     Fixed &fixed = *reinterpret_cast<Fixed *>(memory);
-    Codes *queue = reinterpret_cast<Codes *>(memory + sizeof(Fixed));
-    T *xs = reinterpret_cast<T *>(queue + places * WARPS);
+    const bool nested = a.absmax2;
+    const int piece_bytes = once_a_row ? SHORT : LONG;
+    auto piece_at = [&](int place) {
+        return reinterpret_cast<Codes *>(memory + sizeof(Fixed) + (place * WARPS + threadIdx.x / 32) * piece_bytes);
+    };
+    T *xs = reinterpret_cast<T *>(memory + sizeof(Fixed) + places * WARPS * piece_bytes);
     float *sums = reinterpret_cast<float *>(xs + m * stride), *bs = sums + own_tiles * WARPS * 16 * m;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const bool nested = a.absmax2;
     let_next_start();
 
-    // A walk over the block's pieces: tiles, and along k within one. `b`: the warp's first block of 64 along k.
-    struct Walk {
-        int tile, b, place;
-        __device__ __forceinline__ void next(int blocks, int places) {
-            place = place + 1 == places ? 0 : place + 1;
-            b += BLOCKS * WARPS;
-            if (b - int(threadIdx.x / 32) * BLOCKS >= blocks) b = threadIdx.x / 32 * BLOCKS, tile += gridDim.x;
-        }
-    };
+    // The block's tiles, and its pieces: `turns` along k for each tile.
+    const int here = int(blockIdx.x + (own_tiles - 1) * gridDim.x) < tiles ? own_tiles : own_tiles - 1;
+    const int turns = (k + ALONG - 1) / ALONG;
     // A piece on its way to its place in the queue. Of a row's eight times 16 bytes a lane brings two; a row has its blocks
     // in an order of its own, so that what is read together lies in different banks.
-    auto send = [&](const Walk &at) {
-        Codes &piece = queue[at.place * WARPS + warp];
-        if (at.tile < tiles) {
+    struct Place {
+        int tile, turn, place;
+    } sent = {int(blockIdx.x), 0, 0};
+    int unsent = here * turns;
+    auto send = [&] {
+        const int first = (sent.turn * WARPS + warp) * BLOCKS;
+        Codes &piece = *piece_at(sent.place);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const uint8_t *from = w + int64_t(min(at.tile * 16 + g + 8 * h, n - 1)) * (k / 2) + (at.b * 2 + t) * 16;
-                unsigned char *to = piece.codes + (g + 8 * h) * 128;
-                if (at.b + t / 2 < blocks) copy<16>(to + (t ^ g % 4 * 2) * 16, from);
-                if (at.b + t / 2 + 2 < blocks) copy<16>(to + ((t + 4) ^ g % 4 * 2) * 16, from + 64);
-                const int b = at.b + lane % 4;
-                const uint32_t block = uint32_t(min(at.tile * 16 + g + 8 * h, n - 1)) * blocks + b >> a.log_block - 6;
-                if (b < blocks && nested) {
-                    copy<4>(&piece.tops[lane + 32 * h], a.absmax2 + (block >> a.log_block2));
-                    copy<4>(&piece.words[lane + 32 * h], static_cast<const uint32_t *>(a.at) + block / 4);
-                } else if (b < blocks) {
-                    copy<4>(&piece.tops[lane + 32 * h], static_cast<const float *>(a.at) + block);
-                }
+        for (int h = 0; h < 2; h++) {
+            const int row = min(sent.tile * 16 + g + 8 * h, n - 1), b = first + t;
+            const uint8_t *from = w + int64_t(row) * (k / 2) + (first * 2 + t) * 16;
+            unsigned char *to = piece.codes + (g + 8 * h) * 128;
+            if (first + t / 2 < blocks) copy<16>(to + (t ^ g % 4 * 2) * 16, from);
+            if (first + t / 2 + 2 < blocks) copy<16>(to + ((t + 4) ^ g % 4 * 2) * 16, from + 64);
+            const uint32_t block = uint32_t(row) * blocks + b >> a.log_block - 6;
+            // Two arrays behind each other: of 16 rows, or of 64 blocks.
+            const int at = once_a_row ? g + 8 * h : lane + 32 * h;
+            if (b < blocks && !nested) copy<4>(&piece.tops[at], static_cast<const float *>(a.at) + block);
+            else if (b < blocks && (!once_a_row || t == 0)) {
+                copy<4>(&piece.tops[at], a.absmax2 + (block >> a.log_block2));
+                copy<4>(&piece.tops[at + (once_a_row ? 16 : 64)], static_cast<const uint32_t *>(a.at) + block / 4);
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        sent.place = sent.place + 1 == places ? 0 : sent.place + 1;
+        if (++sent.turn == turns) sent.turn = 0, sent.tile += gridDim.x;
+        unsent--;
     };
-    Walk sent = {int(blockIdx.x), BLOCKS * warp, 0};
 #pragma unroll 1
-    for (int p = 0; p < places; p++) send(sent), sent.next(blocks, places);
+    for (int p = 0; p < places; p++) {
+        if (unsent > 0) send();
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
     // B of the rows to come.
     if (e.b)
 #pragma unroll 1
@@ -287,7 +302,18 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
 #pragma unroll 1
             for (int i = threadIdx.x * 32; i < count; i += THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
     };
-    prefetch(norm.w, k), prefetch(norm.b, k);
+    if (k > ALONG) prefetch(norm.w, k), prefetch(norm.b, k);
+    float norm_w[8] = {}, norm_b[8] = {};
+    if (norm.w && threadIdx.x * 8 < k) load(norm_w, norm.w + threadIdx.x * 8);
+    if (norm.b && threadIdx.x * 8 < k) load(norm_b, norm.b + threadIdx.x * 8);
+    // The thread's first sum: its place in y, the bias.
+    auto place_of = [&](int i, int &row, int &r) {
+        row = (blockIdx.x + i / (16 * m) * gridDim.x) * 16 + i / m % 16, r = i % m;
+        return i < own_tiles * 16 * m && row < n;
+    };
+    int own_row, own_r;
+    const bool has_own = place_of(threadIdx.x, own_row, own_r);
+    float own_sum = has_own && e.bias ? to_f32(e.bias[own_row]) : 0.f;
     // An adapter's A x: `parts` warps share a row of A, or a warp takes several.
     const int parts = lora_a ? max(1, WARPS / e.rank) : 1, part_of = warp % parts, share = (k / parts + 127) / 128 * 128;
     const int a_begin = part_of * share + lane * 4, a_end = lora_a ? min(k, (part_of + 1) * share) : 0;
@@ -302,16 +328,17 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
     if (threadIdx.x < 16) fixed.table[threadIdx.x] = code.v[threadIdx.x];
     __syncthreads();
 #pragma unroll 2
-    for (int b = threadIdx.x / (8); b < 256; b += THREADS / (8)) {
+    for (int b = threadIdx.x / 8; b < 256; b += THREADS / 8) {
         // The first element of a byte is in its high half.
         Vec<T, 2> pair;
         pair.v[0] = from_f32<T>(fixed.table[b >> 4]), pair.v[1] = from_f32<T>(fixed.table[b & 15]);
         const uint32_t word = reinterpret_cast<const uint32_t &>(pair);
-        *reinterpret_cast<uint4 *>(&fixed.pairs[b][threadIdx.x % (8) * 4]) = make_uint4(word, word, word, word);
+        *reinterpret_cast<uint4 *>(&fixed.pairs[b][threadIdx.x % 8 * 4]) = make_uint4(word, word, word, word);
     }
 
     wait_for_previous();
-    if (norm.w) fetch_normed(xs, stride, x, m, k, norm, fixed.stats);
+    if (has_own && e.c) own_sum += to_f32(e.c[int64_t(own_r) * n + own_row]);
+    if (norm.w) fetch_normed(xs, stride, x, m, k, norm, norm_w, norm_b, fixed.stats);
     else fetch_x(xs, stride, x, m, k);
     __syncthreads();
     if (lora_a)
@@ -342,80 +369,91 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
         return *reinterpret_cast<const uint32_t *>(own_table + place);
     };
     const T *own = xs + g * stride + t * 16;
-    float total[4] = {};
     float *to = sums + warp * 16 * m;
     // The bits of a row's block in the piece that make it lie elsewhere are those of the block's number.
     const uint32_t own_code = g * 128 + g % 4 * 32 + t * 8;
-    Walk at = {int(blockIdx.x), BLOCKS * warp, 0};
+    int place = 0;
 #pragma unroll 1
-    while (at.tile < tiles) {
-        if (places == DEPTH) asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-        else asm volatile("cp.async.wait_all;" ::: "memory");
-        __syncwarp();
-        const Codes &piece = queue[at.place * WARPS + warp];
-        float top[2] = {piece.tops[lane], piece.tops[lane + 32]};
-        if (nested)
+    for (int i = 0, tile = blockIdx.x; i < here; i++, tile += gridDim.x) {
+        float total[4] = {};
+#pragma unroll 1
+        for (int turn = 0; turn < turns; turn++) {
+            if (places == 4) asm volatile("cp.async.wait_group 3;" ::: "memory");
+            else if (places == 3) asm volatile("cp.async.wait_group 2;" ::: "memory");
+            else if (places == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
+            else asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncwarp();
+            const int first = (turn * WARPS + warp) * BLOCKS;
+            const Codes &piece = *piece_at(place);
+            float top[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const uint32_t block = uint32_t(min(at.tile * 16 + g + 8 * h, n - 1)) * blocks + at.b + t >> a.log_block - 6;
-                top[h] = fixed.table2[piece.words[lane + 32 * h] >> block % 4 * 8 & 255] * top[h] + a.offset;
+                const int at = once_a_row ? g + 8 * h : lane + 32 * h;
+                top[h] = __uint_as_float(piece.tops[at]);
+                if (!nested) continue;
+                int byte = t;
+                if (!once_a_row) byte = (uint32_t(min(tile * 16 + g + 8 * h, n - 1)) * blocks + first + t >> a.log_block - 6) % 4;
+                const uint32_t word = piece.tops[at + (once_a_row ? 16 : 64)];
+                top[h] = fixed.table2[word >> byte * 8 & 255] * top[h] + a.offset;
             }
-        // A block that is not there has the codes of an earlier one, and no weight.
-        if (at.b + t >= blocks) top[0] = top[1] = 0;
-        const T *values = own + at.b * 64;
-        uint4 lo = {}, hi = {}; // what stands in columns of B beyond m is never written out
+            // A block that is not there has the codes of an earlier one, and no weight.
+            if (first + t >= blocks) top[0] = top[1] = 0;
+            uint4 lo = {}, hi = {}; // what stands in columns of B beyond m is never written out
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const uint4 *from_x = reinterpret_cast<const uint4 *>(at.b + b < blocks ? values + b * 64 : own);
-            const unsigned char *from = piece.codes + (own_code ^ b * 32);
-            const uint2 words[2] = {*reinterpret_cast<const uint2 *>(from), *reinterpret_cast<const uint2 *>(from + 8 * 128)};
-            if (g < m) lo = from_x[0], hi = from_x[1];
-            const uint32_t xv[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-            float part[4] = {};
+            for (int b = 0; b < BLOCKS; b++) {
+                const uint4 *from_x = reinterpret_cast<const uint4 *>(own + (first + b < blocks ? first + b : 0) * 64);
+                const unsigned char *from = piece.codes + (own_code ^ b * 32);
+                const uint2 words[2] = {*reinterpret_cast<const uint2 *>(from), *reinterpret_cast<const uint2 *>(from + 8 * 128)};
+                if (g < m) lo = from_x[0], hi = from_x[1];
+                const uint32_t xv[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+                float part[4] = {};
 #pragma unroll
-            for (int s = 0; s < 4; s++) {
-                uint32_t fa[4];
+                for (int s = 0; s < 4; s++) {
+                    uint32_t fa[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) fa[i] = table_at(s < 2 ? words[i % 2].x : words[i % 2].y, (s % 2 * 2 + i / 2) * 8);
-                Mma<T>::run(part, fa, xv[2 * s], xv[2 * s + 1]);
+                    for (int j = 0; j < 4; j++) fa[j] = table_at(s < 2 ? words[j % 2].x : words[j % 2].y, (s % 2 * 2 + j / 2) * 8);
+                    Mma<T>::run(part, fa, xv[2 * s], xv[2 * s + 1]);
+                }
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float by = __shfl_sync(~0u, top[h], 4 * g + b);
+                    total[2 * h] += by * part[2 * h], total[2 * h + 1] += by * part[2 * h + 1];
+                }
             }
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float by = __shfl_sync(~0u, top[h], 4 * g + b);
-                total[2 * h] += by * part[2 * h], total[2 * h + 1] += by * part[2 * h + 1];
+            place = place + 1 == places ? 0 : place + 1;
+            if (unsent > 0) {
+                __syncwarp();
+                send();
             }
+            asm volatile("cp.async.commit_group;" ::: "memory"); // so that the groups behind a piece stay as many
         }
-        __syncwarp();
-        send(sent), sent.next(blocks, places);
-        const int tile = at.tile;
-        at.next(blocks, places);
-        if (at.tile != tile) {
-            // Rows g and g + 8, columns 2 t and 2 t + 1.
+        // Rows g and g + 8, columns 2 t and 2 t + 1.
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (2 * t + i % 2 < m) to[(g + i / 2 * 8) * m + 2 * t + i % 2] = total[i];
-                total[i] = 0;
-            }
-            to += WARPS * 16 * m;
-        }
+        for (int j = 0; j < 4; j++)
+            if (2 * t + j % 2 < m) to[(g + j / 2 * 8) * m + 2 * t + j % 2] = total[j];
+        to += WARPS * 16 * m;
     }
     __syncthreads();
 #pragma unroll 1
     for (int i = threadIdx.x; i < own_tiles * 16 * m; i += THREADS) {
-        const int of = i / (16 * m), row = (blockIdx.x + of * gridDim.x) * 16 + i / m % 16, r = i % m;
-        if (row >= n) continue;
-        float sum = e.bias ? to_f32(e.bias[row]) : 0.f, lora = 0;
-        if (e.c) sum += to_f32(e.c[int64_t(r) * n + row]);
-        const float *from = sums + of * (WARPS * 16 * m) + i % (16 * m);
-#pragma unroll
-        for (int v = 0; v < WARPS; v++) sum += from[v * 16 * m];
-#pragma unroll 1
-        for (int j = 0; j < e.rank; j++) {
-            float u = lora_a ? 0.f : e.u[r * e.rank + j];
-            for (int p = 0; p < parts && lora_a; p++) u += fixed.u_parts[(j * parts + p) * m + r];
-            lora += u * bs[i / m * e.rank + j];
+        if (i != threadIdx.x) {
+            if (!place_of(i, own_row, own_r)) continue;
+            own_sum = e.bias ? to_f32(e.bias[own_row]) : 0.f;
+            if (e.c) own_sum += to_f32(e.c[int64_t(own_r) * n + own_row]);
+        } else if (!has_own) {
+            continue;
         }
-        y[int64_t(r) * n + row] = e.done(sum + e.alpha * lora);
+        float lora = 0;
+        const float *from = sums + i / (16 * m) * (WARPS * 16 * m) + i % (16 * m), *b = bs + i / m * e.rank;
+#pragma unroll
+        for (int v = 0; v < WARPS; v++) own_sum += from[v * 16 * m];
+#pragma unroll 8
+        for (int j = 0; j < e.rank; j++) {
+            float u = lora_a ? fixed.u_parts[j * parts * m + own_r] : e.u[own_r * e.rank + j];
+            for (int p = 1; p < parts; p++) u += fixed.u_parts[(j * parts + p) * m + own_r];
+            lora += u * b[j];
+        }
+        y[int64_t(own_r) * n + own_row] = e.done(own_sum + e.alpha * lora);
     }
 }
 
@@ -425,10 +463,10 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
                              float offset, int log_block, int log_block2, const __grid_constant__ Code code, T *y, int m, \
                              int n, int k, const T *bias, const float *u, const float *b, float alpha, int rank,          \
                              const T *c, int gelu, const float *lora_a, const float *norm_w, const float *norm_b,         \
-                             float eps, int own_tiles, int places) {                                                      \
+                             float eps, int own_tiles, int places, int once_a_row) {                                      \
         const Absmax a{absmax, absmax2, code2, offset, log_block, log_block2};                                            \
         gemv_4bit_mma<T>(x, w, a, code, y, m, n, k, {bias, u, b, alpha, rank, c, gelu}, lora_a, {norm_w, norm_b, eps},    \
-                         own_tiles, places);                                                                              \
+                         own_tiles, places, once_a_row);                                                                  \
     }
 DEFINE(f16, f16) DEFINE(bf16, bf16)
 #undef DEFINE

@@ -18,12 +18,15 @@ use crate::{
 /// Rows that are few enough for the kernels that read the weight once and multiply as they read.
 const FEW: usize = 8;
 /// Of `gemv_4bit_mma`: warps of a block of threads, places of its queue, elements along k of a piece of all warps; bytes
-/// of a piece and of what lies before the queue (`Codes`, `Fixed`).
+/// of a piece (`SHORT`, `LONG`) and of what lies before the queue (`Fixed`).
 const WARPS: usize = 8;
-const DEPTH: usize = 3;
+const DEPTH: usize = 4;
 const ALONG: usize = WARPS * 4 * 64;
-const PIECE: usize = 16 * 128 + 16 * 4 * 8;
+const SHORT: usize = 16 * (128 + 8);
+const LONG: usize = 16 * (128 + 4 * 8);
 const FIXED: usize = 4 * (256 * 32 + 8 * WARPS * 2 + 16 + 256 + 64);
+/// Shared memory that a processor keeps of each of its blocks.
+const RESERVED: usize = 1 << 10;
 /// Shared memory that the other kernels have besides x.
 const MARGIN: usize = 4 << 10;
 /// Numbers of an adapter's A x that the kernel makes itself.
@@ -50,6 +53,8 @@ struct Plan {
     /// Places of each warp's queue.
     places: usize,
     shared: usize,
+    /// How maxima lie in the queue.
+    once_a_row: bool,
     /// It makes the adapter's A x.
     makes_u: bool,
 }
@@ -66,8 +71,13 @@ impl Plan {
         let tiles = n.div_ceil(16);
         let mut own = tiles.div_ceil(gpu.processors);
         let rank = linear.lora.as_ref().map_or(0, Lora::rank);
+        let once_a_row =
+            q.state().state2.as_ref().is_some_and(|second| {
+                k % (4 * 64) == 0 && q.state().blocksize == 64 && second.blocksize.is_multiple_of(4)
+            });
+        let piece = if once_a_row { SHORT } else { LONG };
         let bytes = |own: usize, places: usize| {
-            FIXED + places * WARPS * PIECE + m * (k + 8) * 2 + own * 16 * (WARPS * m + rank) * 4
+            FIXED + places * WARPS * piece + m * (k + 8) * 2 + own * 16 * (WARPS * m + rank) * 4
         };
         let mut places = DEPTH.min(own * k.div_ceil(ALONG));
         while bytes(own, places) > gpu.shared_per_block {
@@ -77,8 +87,13 @@ impl Plan {
                 _ => places -= 1,
             }
         }
+        // Of places beyond the first two, only as many as leave the next kernel's block its half.
+        let half = (gpu.shared_per_block + RESERVED) / 2 - RESERVED;
+        while places > 2 && bytes(own, 2) <= half && bytes(own, places) > half {
+            places -= 1;
+        }
         let makes_u = linear.lora.is_some() && m * rank <= MAX_U;
-        Ok(Some(Self { blocks: tiles.div_ceil(own), own, places, shared: bytes(own, places), makes_u }))
+        Ok(Some(Self { blocks: tiles.div_ceil(own), own, places, shared: bytes(own, places), once_a_row, makes_u }))
     }
 }
 
@@ -138,8 +153,8 @@ pub fn forward(linear: &Linear, x: &Tensor, out: DType, around: &Around) -> Resu
                 let lora_a = at(linear.lora.as_ref().filter(|_| plan.makes_u).map(|lora| lora.a.value()))?;
                 let (weight, norm_bias, eps) = around.norm.map_or((None, None, 0.0), |(w, b, eps)| (Some(w), b, eps));
                 let (norm_w, norm_b, eps) = (at(weight)?, at(norm_bias)?, eps as f32);
-                let (own, places) = (plan.own as i32, plan.places as i32);
-                let before: [&dyn KernelArg; 6] = [&lora_a, &norm_w, &norm_b, &eps, &own, &places];
+                let (own, places, once_a_row) = (plan.own as i32, plan.places as i32, i32::from(plan.once_a_row));
+                let before: [&dyn KernelArg; 7] = [&lora_a, &norm_w, &norm_b, &eps, &own, &places, &once_a_row];
                 let args = [&args[..], &before].concat();
                 gpu.launch(&name("gemv_4bit_mma", dtype)?, (plan.blocks, 1, 1), 32 * WARPS, plan.shared, &args)?;
             } else {
