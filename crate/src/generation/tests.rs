@@ -243,6 +243,36 @@ fn open_settings_come_from_the_checkpoint() {
     }
 }
 
+#[test]
+fn what_will_be_drawn_is_known_one_token_before() {
+    let sampled = GenerationConfig {
+        do_sample: true,
+        seed: Some(3),
+        min_new_tokens: Some(4),
+        max_new_tokens: Some(9),
+        ..Default::default()
+    };
+    let greedy = GenerationConfig { do_sample: false, ..sampled.clone() };
+    for config in [sampled, greedy] {
+        let settings = Settings::new(&config, &json!({"eos_token_id": EOS})).unwrap();
+        let mut sequences = start_sequences(&prompts()[..2], &settings, VOCAB).unwrap();
+        let chooser = Chooser { settings, logits: Vec::new(), scratch: Scratch::default() };
+        let active = [(0, 0), (1, 1)];
+        let mut expected = None;
+        for step in 0..9 {
+            let draws = chooser.draws(&active, &mut sequences);
+            assert_eq!(expected.unwrap_or_else(|| draws.clone()), draws, "{config:?}, token {step}");
+            // The end is forbidden before the fourth token: until then the host chooses.
+            assert_eq!(draws.len(), if step < 4 { 0 } else { 2 });
+            let after = chooser.draws_after(&active, &sequences);
+            assert_eq!(after, chooser.draws_after(&active, &sequences), "looking changes nothing");
+            sequences.iter_mut().for_each(|sequence| sequence.push(7, &chooser.settings));
+            expected = Some(after);
+        }
+        assert_eq!(expected, Some(Vec::new()), "nothing follows the last token");
+    }
+}
+
 mod reference {
     //! The processors against those of transformers; scripts/fixtures/generation.py made the numbers.
 
