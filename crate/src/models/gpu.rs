@@ -282,6 +282,10 @@ impl Decoder {
 
     /// What follows the last new token of each sequence: a token a draw or, without draws and where the GPU could not
     /// choose, logits on the CPU.
+    ///
+    /// Where [`KvCache::expect`] has said what comes next, that pass is launched before this one's tokens are waited
+    /// for: it finds them in its inputs. A call that asks for something else leaves its results alone, and writes what
+    /// it has put into the cache, one token behind all that count, anew.
     pub(super) fn next_tokens_on_gpu(
         &self,
         ids: &[u32],
