@@ -284,6 +284,30 @@ mod tests {
     }
 
     #[test]
+    fn the_legend_hides_no_line() {
+        let corner = |lines: &[&[(f64, f64)]]| {
+            let plot = lines.iter().fold(Plot::new("t", "x", "y"), |plot, line| plot.line("a", line.to_vec()));
+            let svg = plot.svg();
+            let rect = svg.source().split("<rect ").find(|r| r.contains("opacity=\"0.85\"")).unwrap().to_owned();
+            let number =
+                |name: &str| rect.split(name).nth(1).unwrap().split('"').next().unwrap().parse::<f64>().unwrap();
+            (number("x=\"") > 300.0, number("y=\"") < 150.0)
+        };
+        let (right, left, upper, lower) = (true, false, true, false);
+        let floor: &[(f64, f64)] = &[(0.0, 0.0), (10.0, 0.0)];
+        assert_eq!(corner(&[floor, &[(0.0, 1.0), (10.0, 0.5)]]), (right, upper));
+        // Below the legend there is room for a line.
+        assert_eq!(
+            corner(&[floor, &[(0.0, 1.0), (7.0, 0.68), (8.0, 0.68), (9.0, 0.68), (10.0, 0.68)]]),
+            (right, upper)
+        );
+        // A line that crosses a corner between two points hides there too.
+        assert_eq!(corner(&[floor, &[(8.8, 1.0), (10.0, 0.65)]]), (left, upper));
+        let high = [(0.0, 1.0), (10.0, 1.0)];
+        assert_eq!(corner(&[&high, &[(0.0, 0.9), (9.0, 0.9), (10.0, 0.0)]]), (left, lower));
+    }
+
+    #[test]
     fn a_logarithmic_axis_has_the_given_points_as_ticks() {
         let errors = [(32.0, 0.067), (64.0, 0.072), (128.0, 0.077), (256.0, 0.080)];
         let source = Plot::new("t", "block", "error").line("NF4", errors).log_x().svg();

@@ -252,21 +252,42 @@ pub(super) fn span(values: &[f64], air: f64) -> Range<f64> {
 /// The corner where the legend hides the least: the upper right where corners are equal.
 fn emptiest_corner(plot: &Plot, x: &Range<f64>, y: &Range<f64>) -> SeriesLabelPosition {
     use SeriesLabelPosition::{LowerLeft, LowerRight, UpperLeft, UpperRight};
+    let (width, height) = legend_share(plot);
     let relative = |v: f64, r: &Range<f64>| (v - r.start) / (r.end - r.start);
+    let at = |p: &(f64, f64)| (relative(place(p.0, plot.log[0]), x), relative(place(p.1, plot.log[1]), y));
     let hidden = |right: bool, upper: bool| {
-        let all =
-            plot.layers.iter().filter(|l| l.shape != Shape::Levels).flat_map(|l| l.points.iter().map(move |p| (l, p)));
-        let inside = all.filter(|(l, p)| {
-            let (x, y) = (relative(place(p.0, plot.log[0]), x), relative(place(p.1, plot.log[1]), y));
-            let across = if right { x > 0.6 } else { x < 0.4 };
+        let covers = |(x, y): (f64, f64), bar: bool| {
+            let across = if right { x > 1.0 - width } else { x < width };
             // A bar fills what is below its top.
-            let up = if upper { y > 0.6 } else { y < 0.4 || matches!(l.shape, Shape::Histogram(_)) };
-            across && up
-        });
-        inside.count()
+            across && if upper { y > 1.0 - height } else { y < height || bar }
+        };
+        let of_layer = |l: &Layer| {
+            let points: Vec<(f64, f64)> = l.points.iter().map(at).collect();
+            let bars = matches!(l.shape, Shape::Histogram(_));
+            let mut count = points.iter().filter(|p| covers(**p, bars)).count();
+            if matches!(l.shape, Shape::Line | Shape::Dashed) {
+                // Between two points there is a line too.
+                let between = points.windows(2).flat_map(|w| {
+                    let (a, b) = (w[0], w[1]);
+                    (1..8).map(move |i| f64::from(i) / 8.0).map(move |t| (a.0 + t * (b.0 - a.0), a.1 + t * (b.1 - a.1)))
+                });
+                count += between.filter(|p| covers(*p, false)).count();
+            }
+            count
+        };
+        plot.layers.iter().filter(|l| l.shape != Shape::Levels).map(of_layer).sum::<usize>()
     };
     let corners =
         [(UpperRight, true, true), (UpperLeft, false, true), (LowerRight, true, false), (LowerLeft, false, false)];
     let least = corners.into_iter().min_by_key(|(_, right, upper)| hidden(*right, *upper));
     least.map_or(UpperRight, |(corner, ..)| corner)
+}
+
+/// The part of the axes' width and height that the legend takes in a corner, its margin and some air counted.
+fn legend_share(plot: &Plot) -> (f64, f64) {
+    // Letters; a row; the symbol and its distances; what the axes leave of the picture.
+    let name = |l: &Layer| l.name.chars().map(|c| if c.is_ascii() { 8 } else { 13 }).sum::<usize>();
+    let width = 39 + plot.layers.iter().map(name).max().unwrap_or(0) + 12;
+    let height = 10 + 19 * plot.layers.len() + 12;
+    (width as f64 / f64::from(SIZE.0 - 91), height as f64 / f64::from(SIZE.1 - 87))
 }
