@@ -32,13 +32,6 @@ __device__ __forceinline__ float power(float x) {
     return y;
 }
 
-// BYTES from `from` to shared memory, or zeros.
-template <int BYTES, typename T> __device__ __forceinline__ void send(T *to, const T *from, bool there) {
-    if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0));
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0));
-}
 // TILE rows of D elements to shared memory, rows of D + 8; rows from `valid` on become zeros.
 constexpr int TILE = 64;
 template <int D, typename T> __device__ __forceinline__ void load_tile(T *to, const T *from, int64_t row, int valid) {
@@ -48,10 +41,9 @@ template <int D, typename T> __device__ __forceinline__ void load_tile(T *to, co
 #pragma unroll
     for (int i = 0; i < TILE; i += STEP) send<16>(to + i * (D + 8), r + i < valid ? from + i * row : from - r * row, r + i < valid);
 }
-__device__ __forceinline__ void sent() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until all but the `behind` groups sent last are there, for every thread of the block.
 template <int BEHIND> __device__ __forceinline__ void loaded() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(BEHIND) : "memory");
+    landed<BEHIND>();
     __syncthreads();
 }
 

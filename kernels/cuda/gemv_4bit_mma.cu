@@ -37,11 +37,6 @@ struct Fixed {
     float table[16], table2[256], u_parts[64];
 };
 
-template <int BYTES> __device__ __forceinline__ void copy(void *to, const void *from) {
-    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from));
-}
-
 // The norm that x goes through first, unless w is null; b null: no centering.
 struct NormOf {
     const float *w, *b;
@@ -122,7 +117,8 @@ __device__ __forceinline__ void fetch_normed(T *xs, int stride, const T *x, int 
 // warps share k. k is a multiple of 64, and so is a block of the quantization; there are less than 2^32 of those.
 template <typename T>
 __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, const Code &code, T *y, int m, int n, int k,
-                              const Epilogue<T, T> &e, const float *lora_a, const NormOf &norm, int own_tiles, int places, bool once_a_row) {
+                              const Epilogue<T, T> &e, const float *lora_a, const NormOf &norm, int own_tiles, int places,
+                              bool once_a_row) {
     extern __shared__ __align__(16) unsigned char memory[];
     const int stride = k + 8, blocks = k / 64, tiles = (n + 15) / 16;
     Fixed &fixed = *reinterpret_cast<Fixed *>(memory);
@@ -143,35 +139,35 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
     // in an order of its own, so that what is read together lies in different banks.
     struct Place {
         int tile, turn, place;
-    } sent = {int(blockIdx.x), 0, 0};
+    } next = {int(blockIdx.x), 0, 0};
     int unsent = here * turns;
-    auto send = [&] {
-        const int first = (sent.turn * WARPS + warp) * BLOCKS;
-        Codes &piece = *piece_at(sent.place);
+    auto send_next = [&] {
+        const int first = (next.turn * WARPS + warp) * BLOCKS;
+        Codes &piece = *piece_at(next.place);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int row = min(sent.tile * 16 + g + 8 * h, n - 1), b = first + t;
+            const int row = min(next.tile * 16 + g + 8 * h, n - 1), b = first + t;
             const uint8_t *from = w + int64_t(row) * (k / 2) + (first * 2 + t) * 16;
             unsigned char *to = piece.codes + (g + 8 * h) * 128;
-            if (first + t / 2 < blocks) copy<16>(to + (t ^ g % 4 * 2) * 16, from);
-            if (first + t / 2 + 2 < blocks) copy<16>(to + ((t + 4) ^ g % 4 * 2) * 16, from + 64);
+            if (first + t / 2 < blocks) send<16>(to + (t ^ g % 4 * 2) * 16, from);
+            if (first + t / 2 + 2 < blocks) send<16>(to + ((t + 4) ^ g % 4 * 2) * 16, from + 64);
             const uint32_t block = uint32_t(row) * blocks + b >> a.log_block - 6;
             // Two arrays behind each other: of 16 rows, or of 64 blocks.
             const int at = once_a_row ? g + 8 * h : lane + 32 * h;
-            if (b < blocks && !nested) copy<4>(&piece.tops[at], static_cast<const float *>(a.at) + block);
+            if (b < blocks && !nested) send<4>(&piece.tops[at], static_cast<const float *>(a.at) + block);
             else if (b < blocks && (!once_a_row || t == 0)) {
-                copy<4>(&piece.tops[at], a.absmax2 + (block >> a.log_block2));
-                copy<4>(&piece.tops[at + (once_a_row ? 16 : 64)], static_cast<const uint32_t *>(a.at) + block / 4);
+                send<4>(&piece.tops[at], a.absmax2 + (block >> a.log_block2));
+                send<4>(&piece.tops[at + (once_a_row ? 16 : 64)], static_cast<const uint32_t *>(a.at) + block / 4);
             }
         }
-        sent.place = sent.place + 1 == places ? 0 : sent.place + 1;
-        if (++sent.turn == turns) sent.turn = 0, sent.tile += gridDim.x;
+        next.place = next.place + 1 == places ? 0 : next.place + 1;
+        if (++next.turn == turns) next.turn = 0, next.tile += gridDim.x;
         unsent--;
     };
 #pragma unroll 1
     for (int p = 0; p < places; p++) {
-        if (unsent > 0) send();
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        if (unsent > 0) send_next();
+        sent();
     }
     // B of the rows to come.
     if (e.b)
@@ -207,7 +203,8 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
 #pragma unroll
         for (int s = 0; s < HELD; s++)
             if (a_begin + s * 128 < a_end) held[s] = a_at(warp / parts, a_begin + s * 128);
-    if (nested && threadIdx.x < 256) fixed.table2[threadIdx.x] = a.code2[threadIdx.x];
+    static_assert(THREADS == 256);
+    if (nested) fixed.table2[threadIdx.x] = a.code2[threadIdx.x];
     // By way of shared memory: an index that is not constant into an argument is a chain of comparisons.
     if (threadIdx.x < 16) fixed.table[threadIdx.x] = code.v[threadIdx.x];
     __syncthreads();
@@ -262,10 +259,10 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
         float total[4] = {};
 #pragma unroll 1
         for (int turn = 0; turn < turns; turn++) {
-            if (places == 4) asm volatile("cp.async.wait_group 3;" ::: "memory");
-            else if (places == 3) asm volatile("cp.async.wait_group 2;" ::: "memory");
-            else if (places == 2) asm volatile("cp.async.wait_group 1;" ::: "memory");
-            else asm volatile("cp.async.wait_all;" ::: "memory");
+            if (places == 4) landed<3>();
+            else if (places == 3) landed<2>();
+            else if (places == 2) landed<1>();
+            else landed<0>();
             __syncwarp();
             const int first = (turn * WARPS + warp) * BLOCKS;
             const Codes &piece = *piece_at(place);
@@ -307,9 +304,9 @@ __device__ void gemv_4bit_mma(const T *x, const uint8_t *w, const Absmax &a, con
             place = place + 1 == places ? 0 : place + 1;
             if (unsent > 0) {
                 __syncwarp();
-                send();
+                send_next();
             }
-            asm volatile("cp.async.commit_group;" ::: "memory"); // so that the groups behind a piece stay as many
+            sent(); // so that the groups behind a piece stay as many
         }
         // Rows g and g + 8, columns 2 t and 2 t + 1.
 #pragma unroll

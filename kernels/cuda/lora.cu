@@ -428,10 +428,9 @@ __device__ void backward_b_mma(const T *dy, const float *b, float *du, const flo
                         const int row = stage * (TILE_ROWS / STAGES) + i + warp, c = lane * 8;
                         const bool there = row0 + row < end && first + c < n;
                         const T *from = dy + (there ? int64_t(row0 + row) * n + first + c : 0);
-                        const uint32_t to = shared_address(tile + row * ROW + c);
-                        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0));
+                        send<16>(tile + row * ROW + c, from, there);
                     }
-                    asm volatile("cp.async.commit_group;" ::: "memory");
+                    sent();
                 }
             else
                 for (int i = threadIdx.x; i < TILE_ROWS * TILE_COLUMNS; i += 32 * WARPS) {
@@ -459,8 +458,8 @@ __device__ void backward_b_mma(const T *dy, const float *b, float *du, const flo
 #pragma unroll
             for (int i = 0; i < GROUPS; i++) {
                 if (i % (GROUPS / STAGES) == 0) {
-                    if (i == 0) asm volatile("cp.async.wait_group 1;" ::: "memory");
-                    else asm volatile("cp.async.wait_group 0;" ::: "memory");
+                    if (i == 0) landed<1>();
+                    else landed<0>();
                     __syncthreads();
                 }
                 const T *at = tile + (8 * i + lane % 8) * ROW + warp * 32 + lane / 8 * 8;

@@ -1,5 +1,6 @@
 // Products of small tiles on the tensor cores, 16-bit numbers and f32 sums: d[16 x 8] += a[16 x 16] b[16 x 8].
 #pragma once
+#include "async.cuh"
 #include "common.cuh"
 
 template <typename T> struct Mma;
@@ -25,8 +26,6 @@ template <> struct Mma<bf16> {
         return reinterpret_cast<const uint32_t &>(h);
     }
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Four matrices of 8 x 8; each eight lanes give the addresses of the rows of one.
 template <bool TRANS> __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void *p) {

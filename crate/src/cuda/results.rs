@@ -13,7 +13,7 @@ use crate::error::Result;
 /// Two places on the host for i32 that the card copies there.
 pub struct Results {
     gpu: Arc<Gpu>,
-    /// Pinned; `[2][count]`. Null where `count` is 0.
+    /// Pinned; `[2][count]`.
     host: *mut i32,
     count: usize,
     /// When each place has what was copied last.
@@ -27,19 +27,16 @@ impl Results {
     pub fn new(gpu: &Arc<Gpu>, count: usize) -> Result<Self> {
         let event = || gpu.stream().context().new_event(None).map_err(driver_error("making an event"));
         let copied = [event()?, event()?];
-        let mut host = std::ptr::null_mut();
-        if count > 0 {
-            // SAFETY: as many bytes for two places; read only after the card has written them.
-            let memory = unsafe { result::malloc_host(2 * count * size_of::<i32>(), 0) };
-            host = memory.map_err(driver_error("asking for pinned memory"))?.cast();
-        }
+        // SAFETY: room for two places, for one number at least; read only after the card has written them.
+        let host = unsafe { result::malloc_host((2 * count).max(1) * size_of::<i32>(), 0) };
+        let host = host.map_err(driver_error("asking for pinned memory"))?.cast();
         Ok(Self { gpu: gpu.clone(), host, count, copied })
     }
 
     /// Copies `from` i32 `[count]` to a place, in the order of the GPU's stream.
-    pub fn copy(&mut self, gpu: &Gpu, from: &Tensor, place: usize) -> Result<()> {
-        let stream = gpu.stream();
-        gpu.bind()?;
+    pub fn copy(&mut self, from: &Tensor, place: usize) -> Result<()> {
+        let stream = self.gpu.stream();
+        self.gpu.bind()?;
         // SAFETY: the place has as many numbers; nobody reads it before the event.
         let to = unsafe { std::slice::from_raw_parts_mut(self.host.add(place * self.count), self.count) };
         // SAFETY: the memory lives until the stream has come past the copy: see `drop`.
@@ -60,7 +57,7 @@ impl Drop for Results {
     fn drop(&mut self) {
         // Memory that the card might still write to stays; an error here has nobody to go to.
         let done = self.copied.iter().all(|event| event.synchronize().is_ok());
-        if done && !self.host.is_null() && self.gpu.bind().is_ok() {
+        if done && self.gpu.bind().is_ok() {
             // SAFETY: it was made by malloc_host, and nothing uses it any more.
             let _ = unsafe { result::free_host(self.host.cast()) };
         }

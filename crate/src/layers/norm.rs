@@ -46,54 +46,51 @@ impl Norm {
             Self::Rms(norm) => norm.eps,
         }
     }
+
+    /// C.
+    pub fn width(&self) -> usize {
+        match self {
+            Self::Layer(norm) => norm.weight.elem_count(),
+            Self::Rms(norm) => norm.weight.elem_count(),
+        }
+    }
+
+    /// Weight and bias (`None`: RMS) in f32, in which it is computed.
+    #[cfg(feature = "cuda")]
+    pub(super) fn wide(&self) -> (&Tensor, Option<&Tensor>) {
+        match self {
+            Self::Layer(norm) => (&norm.wide.0, Some(&norm.wide.1)),
+            Self::Rms(norm) => (&norm.wide, None),
+        }
+    }
+
+    /// The norm of x, made when it is first asked for.
+    pub fn of<'a>(&'a self, x: &'a Tensor) -> Normed<'a> {
+        Normed { norm: self, x, y: OnceCell::new() }
+    }
 }
 
 /// The norm of an x `[M, C]` for the layers that read it. It is made when it is first asked for: where few rows are
 /// decoded on a GPU, a linear layer makes it as it reads x.
 pub struct Normed<'a> {
-    by: By<'a>,
+    norm: &'a Norm,
     x: &'a Tensor,
     y: OnceCell<Tensor>,
 }
 
-enum By<'a> {
-    Layer(&'a LayerNorm),
-    Rms(&'a RmsNorm),
-}
-
 impl<'a> Normed<'a> {
-    pub fn layer(norm: &'a LayerNorm, x: &'a Tensor) -> Self {
-        Self { by: By::Layer(norm), x, y: OnceCell::new() }
-    }
-
-    pub fn rms(norm: &'a RmsNorm, x: &'a Tensor) -> Self {
-        Self { by: By::Rms(norm), x, y: OnceCell::new() }
-    }
-
     /// The norm's output `[M, C]`; saves what its backward takes, once.
     pub fn tensor(&self, run: &mut Run) -> Result<&Tensor> {
         if let Some(y) = self.y.get() {
             return Ok(y);
         }
-        let y = match self.by {
-            By::Layer(norm) => norm.forward(self.x, run)?,
-            By::Rms(norm) => norm.forward(self.x, run)?,
-        };
+        let y = self.norm.forward(self.x, run)?;
         Ok(self.y.get_or_init(|| y))
     }
 
-    /// x, unless the norm is made already.
+    /// The norm and x, unless the norm is made already.
     #[cfg(feature = "cuda")]
-    pub(super) fn before(&self) -> Option<&'a Tensor> {
-        if self.y.get().is_none() { Some(self.x) } else { None }
-    }
-
-    /// Its weight and bias (`None`: RMS) in f32, and eps.
-    #[cfg(feature = "cuda")]
-    pub(super) fn norm(&self) -> (&'a Tensor, Option<&'a Tensor>, f64) {
-        match self.by {
-            By::Layer(norm) => (&norm.wide.0, Some(&norm.wide.1), norm.eps),
-            By::Rms(norm) => (&norm.wide, None, norm.eps),
-        }
+    pub(super) fn before(&self) -> Option<(&'a Norm, &'a Tensor)> {
+        if self.y.get().is_none() { Some((self.norm, self.x)) } else { None }
     }
 }

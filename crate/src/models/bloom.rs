@@ -71,11 +71,11 @@ impl BloomConfig {
 /// One transformer block.
 #[derive(Clone)]
 struct BloomBlock {
-    input_layernorm: LayerNorm,
+    input_layernorm: Norm,
     query_key_value: Linear,
     attention: Attention,
     dense: Linear,
-    post_attention_layernorm: LayerNorm,
+    post_attention_layernorm: Norm,
     dense_h_to_4h: Linear,
     dense_4h_to_h: Linear,
     residual_after_norm: bool,
@@ -125,15 +125,13 @@ impl Block for BloomBlock {
             (2, "post_attention_layernorm", &self.post_attention_layernorm),
         ];
         let both = norms.into_iter().flat_map(|(before, name, norm)| {
-            [("weight", &norm.weight), ("bias", &norm.bias)]
-                .map(|(part, t)| (before, format!("{name}.{part}"), t.clone()))
+            norm.parameters().into_iter().map(move |(part, t)| (before, format!("{name}.{part}"), t.clone()))
         });
         both.collect()
     }
 
     fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode {
-        let width = self.input_layernorm.weight.elem_count();
-        let eps = self.input_layernorm.eps;
+        let (width, eps) = (self.input_layernorm.width(), self.input_layernorm.eps());
         ModuleNode::new(
             name,
             "BloomBlock",
@@ -163,7 +161,7 @@ impl Block for BloomBlock {
     }
 
     fn needs(&self, gpu: Option<DType>) -> Needs {
-        let c = self.input_layernorm.weight.elem_count();
+        let c = self.input_layernorm.width();
         let adapted = |linear: &Linear, width: usize| if linear.lora.is_some() { width } else { 0 };
         let adapters =
             adapted(&self.query_key_value, c) + adapted(&self.dense_h_to_4h, c) + adapted(&self.dense_4h_to_h, 4 * c);
@@ -206,7 +204,7 @@ impl BloomBlock {
 
     /// Through a norm whose input also goes round it as the residual. `d` is the gradient of
     /// the norm's output by the branch, `dy` the gradient of the residual.
-    fn norm_backward(&self, norm: &LayerNorm, d: Tensor, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+    fn norm_backward(&self, norm: &Norm, d: Tensor, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
         if self.residual_after_norm { norm.backward(&(d + dy)?, None, run) } else { norm.backward(&d, Some(dy), run) }
     }
 }
@@ -237,11 +235,11 @@ pub fn load(config: &BloomConfig, weights: &mut Weights, options: &ModelOptions)
     for i in 0..config.n_layer {
         let p = format!("transformer.h.{i}");
         blocks.push(Arc::new(BloomBlock {
-            input_layernorm: norm(weights, &format!("{p}.input_layernorm"))?,
+            input_layernorm: Norm::Layer(norm(weights, &format!("{p}.input_layernorm"))?),
             query_key_value: linear(weights, &format!("{p}.self_attention.query_key_value"), 3 * c, c)?,
             attention: attention.clone(),
             dense: linear(weights, &format!("{p}.self_attention.dense"), c, c)?,
-            post_attention_layernorm: norm(weights, &format!("{p}.post_attention_layernorm"))?,
+            post_attention_layernorm: Norm::Layer(norm(weights, &format!("{p}.post_attention_layernorm"))?),
             dense_h_to_4h: linear(weights, &format!("{p}.mlp.dense_h_to_4h"), 4 * c, c)?,
             dense_4h_to_h: linear(weights, &format!("{p}.mlp.dense_4h_to_h"), c, 4 * c)?,
             residual_after_norm: config.apply_residual_connection_post_layernorm,

@@ -72,12 +72,12 @@ pub(crate) struct Decode {
     pass: Repeated,
     /// A pass that was launched before it was asked for.
     begun: Option<Begun>,
-    /// The tokens that the caller was given last.
-    last: Option<Vec<u32>>,
 }
 
 /// What a pass that was launched beforehand was launched for.
+#[derive(PartialEq)]
 struct Begun {
+    ids: Vec<u32>,
     lengths: Vec<usize>,
     draws: Vec<Draw>,
 }
@@ -312,10 +312,8 @@ impl Decoder {
             Some(decode) => decode,
             None => self.new_decode(&gpu, host.shape(false))?,
         };
-        let begun = decode.begun.take().is_some_and(|begun| {
-            begun.lengths == lengths && begun.draws == draws && decode.last.as_deref() == Some(ids)
-        });
-        if !begun {
+        let asked = Begun { ids: ids.to_vec(), lengths: lengths.clone(), draws: draws.to_vec() };
+        if decode.begun.take() != Some(asked) {
             decode.inputs.fill(&gpu, &host)?;
             self.launch_decode(&gpu, &mut decode, sequences, cache, repeats)?;
         }
@@ -328,27 +326,29 @@ impl Decoder {
         // The pass that follows if every sequence goes on with its token, which the card already has in its inputs.
         let more: Vec<usize> = lengths.iter().map(|held| held + 1).collect();
         let fits = more.iter().all(|held| *held < cache.capacity());
-        if repeats && fits && expected.len() == draws.len() && one_each(draws) && one_each(&expected) {
+        let begins = repeats && fits && expected.len() == draws.len() && one_each(draws) && one_each(&expected);
+        if begins {
             let input_draws: Vec<InputDraw> = expected.iter().map(input_draw).collect();
             let cache_place = Some((more.as_slice(), cache.capacity()));
             let host = HostInputs { cache: cache_place, draws: &input_draws, ..host };
             decode.inputs.fill_behind_ids(&gpu, &host)?;
             self.launch_decode(&gpu, &mut decode, sequences, cache, true)?;
-            decode.begun = Some(Begun { lengths: more, draws: expected });
         }
         let chosen = decode.results.wait(result)?;
         let next = match chosen.iter().map(|&id| u32::try_from(id)).collect::<Result<Vec<u32>, _>>() {
-            Ok(ids) => Next::Ids(ids),
+            Ok(ids) => {
+                decode.begun = begins.then(|| Begun { ids: ids.clone(), lengths: more, draws: expected });
+                Next::Ids(ids)
+            }
             Err(_) => {
                 // The pass that has begun makes logits of its own.
-                if decode.begun.take().is_some() {
+                if begins {
                     decode.inputs.fill(&gpu, &host)?;
                     self.launch_decode(&gpu, &mut decode, sequences, cache, repeats)?;
                 }
                 Next::Logits(decode.logits.to_device(&Device::Cpu)?)
             }
         };
-        decode.last = if let Next::Ids(ids) = &next { Some(ids.clone()) } else { None };
         cache.recorded = repeats.then_some(decode);
         Ok(next)
     }
@@ -375,7 +375,7 @@ impl Decoder {
             work()?
         };
         *turn = 1 - *turn;
-        if draws > 0 { results.copy(gpu, chosen, *turn) } else { Ok(()) }
+        if draws > 0 { results.copy(chosen, *turn) } else { Ok(()) }
     }
 
     fn new_decode(&self, gpu: &Arc<Gpu>, shape: InputShape) -> Result<Decode> {
@@ -387,7 +387,6 @@ impl Decoder {
             turn: 0,
             pass: Repeated::default(),
             begun: None,
-            last: None,
         })
     }
 

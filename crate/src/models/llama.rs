@@ -198,8 +198,8 @@ struct LlamaBlock {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
-    input_layernorm: RmsNorm,
-    post_attention_layernorm: RmsNorm,
+    input_layernorm: Norm,
+    post_attention_layernorm: Norm,
 }
 
 impl Block for LlamaBlock {
@@ -258,12 +258,15 @@ impl Block for LlamaBlock {
         let norms =
             [("input_layernorm", &self.input_layernorm), ("post_attention_layernorm", &self.post_attention_layernorm)];
         // Behind all 7 linears: the order in which transformers makes the modules.
-        norms.map(|(name, norm)| (7, format!("{name}.weight"), norm.weight.clone())).into()
+        let both = norms.into_iter().flat_map(|(name, norm)| {
+            norm.parameters().into_iter().map(move |(part, t)| (7, format!("{name}.{part}"), t.clone()))
+        });
+        both.collect()
     }
 
     fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode {
-        let width = self.input_layernorm.weight.elem_count();
-        let norm = |name: &str, norm: &RmsNorm| ModuleNode::rms_norm(name, RMS_NORM, width, norm.eps);
+        let width = self.input_layernorm.width();
+        let norm = |name: &str, norm: &Norm| ModuleNode::rms_norm(name, RMS_NORM, width, norm.eps());
         ModuleNode::new(
             name,
             "LlamaDecoderLayer",
@@ -319,7 +322,7 @@ impl Block for LlamaBlock {
 
 impl LlamaBlock {
     fn hidden_size(&self) -> usize {
-        self.input_layernorm.weight.elem_count()
+        self.input_layernorm.width()
     }
 
     fn intermediate_size(&self) -> usize {
@@ -335,7 +338,8 @@ pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions)
     let quantization = options.quantization_config.as_ref();
     weights.optional_prefix("model.");
     let norm = |weights: &mut Weights, name: &str| {
-        RmsNorm::new(weights.tensor(&format!("{name}.weight"), &[c], dtype)?, config.rms_norm_eps)
+        let weight = weights.tensor(&format!("{name}.weight"), &[c], dtype)?;
+        RmsNorm::new(weight, config.rms_norm_eps).map(Norm::Rms)
     };
     let linear = |weights: &mut Weights, name: &str, (out, input): (usize, usize), has_bias: bool| {
         let weight = weights.linear(name, (out, input), dtype, quantization)?;
@@ -396,7 +400,7 @@ pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions)
         padding_idx: config.pad_token_id,
         embedding_norm: None,
         blocks,
-        final_norm: Norm::Rms(final_norm),
+        final_norm,
         kv_width: kv_heads,
         recorded: Default::default(),
     })

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use super::{
     super::{
         linear::{Linear, Lora, Weight},
+        norm::Norm,
         run::Run,
     },
     name,
@@ -97,13 +98,11 @@ impl Plan {
     }
 }
 
-/// The norm that x goes through first: `weight`, `bias` (`None`: RMS) and eps.
-pub type NormOf<'a> = (&'a Tensor, Option<&'a Tensor>, f64);
-
 /// What stands around a product.
 #[derive(Default)]
 pub struct Around<'a> {
-    pub norm: Option<NormOf<'a>>,
+    /// What x goes through first.
+    pub norm: Option<&'a Norm>,
     /// Is added.
     pub c: Option<&'a Tensor>,
     pub gelu: bool,
@@ -151,8 +150,10 @@ pub fn forward(linear: &Linear, x: &Tensor, out: DType, around: &Around) -> Resu
             let args = [&operands[..], &absmax, &shape, &epilogue].concat();
             if let Some(plan) = plan {
                 let lora_a = at(linear.lora.as_ref().filter(|_| plan.makes_u).map(|lora| lora.a.value()))?;
-                let (weight, norm_bias, eps) = around.norm.map_or((None, None, 0.0), |(w, b, eps)| (Some(w), b, eps));
-                let (norm_w, norm_b, eps) = (at(weight)?, at(norm_bias)?, eps as f32);
+                let wide = around.norm.map(Norm::wide);
+                let norm_w = at(wide.map(|(weight, _)| weight))?;
+                let norm_b = at(wide.and_then(|(_, bias)| bias))?;
+                let eps = around.norm.map_or(0.0, Norm::eps) as f32;
                 let (own, places, once_a_row) = (plan.own as i32, plan.places as i32, i32::from(plan.once_a_row));
                 let before: [&dyn KernelArg; 7] = [&lora_a, &norm_w, &norm_b, &eps, &own, &places, &once_a_row];
                 let args = [&args[..], &before].concat();

@@ -67,11 +67,11 @@ pub fn linear_gelu(linear: &Linear, x: &Tensor, run: &mut Run) -> Result<Tensor>
 
 /// [`linear_forward`] of a norm's output, or [`linear_gelu`], where one kernel makes both: few rows, nothing to be kept.
 pub fn linear_normed(linear: &Linear, input: &Normed, gelu: bool, run: &mut Run) -> Result<Option<Tensor>> {
-    let Some(x) = input.before().filter(|x| x.device().is_cuda()) else { return Ok(None) };
+    let Some((norm, x)) = input.before().filter(|(_, x)| x.device().is_cuda()) else { return Ok(None) };
     if !few::takes_norm(linear, x, run)? {
         return Ok(None);
     }
-    few::forward(linear, x, x.dtype(), &Around { norm: Some(input.norm()), gelu, ..Around::default() }).map(Some)
+    few::forward(linear, x, x.dtype(), &Around { norm: Some(norm), gelu, ..Around::default() }).map(Some)
 }
 
 /// y, plus `residual`; saves x and A x when an adapter needs them.
