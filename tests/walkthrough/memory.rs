@@ -11,6 +11,11 @@ use qlora_nb::{
 use crate::poet;
 
 const MIB: f64 = (1 << 20) as f64;
+/// Adapters so large that the optimizer's state, were it counted twice or forgotten, is more than [`TOLERANCE`].
+const RANK: usize = 32;
+/// A plan errs by up to 10%: what loading freed and a thread's heap keeps (24 MiB here, in some runs) is the process's,
+/// though the run uses it again. The rest is for other machines.
+const TOLERANCE: f64 = 0.15;
 
 fn plan_holds(trainer: &mut Trainer, tolerance: f64, what: &str) -> Result<()> {
     let plan = trainer.memory_plan()?;
@@ -28,7 +33,7 @@ fn bundled(gradient_checkpointing: bool) -> Result<()> {
     let args = TrainingArguments { gradient_checkpointing, ..poet::arguments(folder.path(), 40) };
     let mut trainer = Trainer::new(&model, args, &tokenized, DataCollatorForSeq2Seq::new(&tokenizer))?;
     // Without checkpointing the plan of so small a model errs by the allocator's reuse: 10% were seen.
-    let tolerance = if gradient_checkpointing { 0.1 } else { 0.2 };
+    let tolerance = if gradient_checkpointing { TOLERANCE } else { 0.2 };
     plan_holds(&mut trainer, tolerance, &format!("poet-bloom-zh, gradient checkpointing {gradient_checkpointing}"))
 }
 
@@ -60,11 +65,11 @@ fn a_bloom_560m_takes_what_the_plan_says() -> Result<()> {
     let (layer, program) = (12 * 1024 * 1024 * 2, 4 << 20);
     assert!(loading < loaded.total() + layer + program, "loading took {loading} bytes");
 
-    let config = LoraConfig { target_modules: ["query_key_value"].into(), ..Default::default() };
+    let config = LoraConfig { target_modules: ["query_key_value"].into(), r: RANK, ..Default::default() };
     let model = get_peft_model(&base, &config)?;
     let tokenizer = AutoTokenizer::from_pretrained(poet::model_folder())?;
     let mut trainer = one_step(folder.path(), &model, &tokenizer, true)?;
-    plan_holds(&mut trainer, 0.1, "BLOOM of 560M shape, gradient checkpointing")
+    plan_holds(&mut trainer, TOLERANCE, "BLOOM of 560M shape, gradient checkpointing")
 }
 
 /// A trainer for one step on two rows of 192 ids that every vocabulary has.
@@ -100,10 +105,11 @@ fn smollm2(gradient_checkpointing: bool) -> Result<()> {
     let options =
         ModelOptions { torch_dtype: DType::F16, quantization_config: Some(quantization), ..Default::default() };
     let base = AutoModelForCausalLM::from_pretrained(&path, options)?;
-    let model = get_peft_model(&base, &LoraConfig { target_modules: "all-linear".into(), ..Default::default() })?;
+    let config = LoraConfig { target_modules: "all-linear".into(), r: RANK, ..Default::default() };
+    let model = get_peft_model(&base, &config)?;
     let folder = tempfile::tempdir().unwrap();
     let mut trainer = one_step(folder.path(), &model, &AutoTokenizer::from_pretrained(&path)?, gradient_checkpointing)?;
-    plan_holds(&mut trainer, 0.1, &format!("SmolLM2-135M, gradient checkpointing {gradient_checkpointing}"))
+    plan_holds(&mut trainer, TOLERANCE, &format!("SmolLM2-135M, gradient checkpointing {gradient_checkpointing}"))
 }
 
 #[test]

@@ -61,9 +61,18 @@ pub(crate) fn forms(param: &Param, is_8bit: bool) -> Vec<Form> {
 }
 
 impl State {
+    /// Zeros that are written, not only promised by the system: what a run needs is there before its first step, and
+    /// whoever measures the process finds it.
     pub fn zeros(forms: &[Form]) -> Result<Self> {
         let zeros = forms.iter().map(|f| Tensor::zeros(f.shape.as_slice(), f.dtype, &Device::Cpu));
-        Self::of(zeros.collect::<candle_core::Result<_>>()?)
+        let zeros = zeros.collect::<candle_core::Result<Vec<_>>>()?;
+        for tensor in &zeros {
+            match tensor.dtype() {
+                DType::U8 => modify::<u8, _>(tensor, |codes| codes.fill(0))?,
+                _ => modify::<f32, _>(tensor, |numbers| numbers.fill(0.0))?,
+            }
+        }
+        Self::of(zeros)
     }
 
     /// Of tensors of a parameter's forms.

@@ -21,7 +21,8 @@ impl Trainer {
     /// On the CPU it is this process's memory: the program, the data, the model. The shortest row goes through the
     /// model once, forward and back, so that the program's code, the threads' stacks and the matrix product's own
     /// buffers are in RAM and counted; its gradients are forgotten. Exact to about 10% (20% for a model of a few
-    /// megabytes): the allocator keeps some freed memory, and a step's small buffers are not listed.
+    /// megabytes): memory that was freed before and that the allocator keeps is counted as the process's, though the
+    /// run uses it again, and a step's small buffers are not listed.
     ///
     /// On a GPU it is the memory of the card's tensors, to about 10%. What CUDA itself takes (its context and
     /// libraries, about 0.5 GiB) is not in it.
@@ -39,8 +40,8 @@ impl Trainer {
         self.warm_up()?;
         release_freed_memory();
         let mut report = MemoryReport::default();
-        let weights = self.model.memory_of_weights().total();
-        report.add("the process, data and tokenizer", resident_bytes().saturating_sub(weights));
+        let listed = self.model.memory_of_weights().total() + self.optimizer.num_bytes();
+        report.add("the process, data and tokenizer", resident_bytes().saturating_sub(listed));
         report.extend(self.plan_of(self.largest_micro_batch()));
         report.add("buffers of threads and allocator", OVERHEAD);
         Ok(report)
