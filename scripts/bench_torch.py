@@ -4,7 +4,8 @@
 
 Needs torch, transformers, peft, bitsandbytes, datasets, and a machine with nothing else to do: PyTorch's threads wait for
 each other by spinning, so that one busy neighbour halves its speed. One JSON line a measurement: {"name",
-"tokens_per_s": median over the repeats, "spread": (fastest - slowest) / median}. Tokens are real ones, without padding.
+"tokens_per_s" or "loads_per_s": median over the repeats, "spread": (fastest - slowest) / median}. Tokens are real ones,
+without padding.
 
 - `train_nf4_{f32,bf16}[_checkpointing]`: forward, backward, clipping and AdamW on the walkthrough's prompts: NF4 with
   double quantization, compute in f32 or bf16, LoRA r 8 on query_key_value, batch 4 padded to the longest; a repeat is
@@ -12,6 +13,8 @@ each other by spinning, so that one busy neighbour halves its speed. One JSON li
 - `train_f32`: the same without quantization.
 - `generate_f32_lora`: 120 tokens, batch 1, greedy, KV cache, f32 base with the adapter unmerged.
   `generate_nf4_lora`: the same on the NF4 base.
+- `load_nf4`, where QLORA_MODEL names the folder of a model: from its files to NF4 with double quantization. In f16
+  transformers maps the files and reads nothing yet, so that there is nothing to compare.
 """
 
 import argparse
@@ -41,11 +44,11 @@ MODEL = NOTEBOOKS / "models" / "poet-bloom-zh"
 NEW_TOKENS = 120
 
 
-def report(name, tokens, seconds):
-    rates = [tokens / s for s in seconds]
+def report(name, amount, seconds, unit="tokens_per_s"):
+    rates = [amount / s for s in seconds]
     middle = statistics.median(rates)
     spread = (max(rates) - min(rates)) / middle
-    print(json.dumps({"name": name, "tokens_per_s": round(middle, 1), "spread": round(spread, 3)}), flush=True)
+    print(json.dumps({"name": name, unit: float(f"{middle:.5g}"), "spread": round(spread, 3)}), flush=True)
 
 
 def timed(call, repeats):
@@ -59,16 +62,20 @@ def timed(call, repeats):
     return seconds
 
 
-def lora_model(dtype, four_bit):
+def base_model(folder, dtype, four_bit):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    base = AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=dtype, device_map="cpu", quantization_config=quantization if four_bit else None
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map="cpu", quantization_config=quantization if four_bit else None
     )
+
+
+def lora_model(dtype, four_bit):
+    base = base_model(MODEL, dtype, four_bit)
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["query_key_value"]))
 
@@ -147,6 +154,10 @@ def main():
     for name, four_bit in (("generate_f32_lora", False), ("generate_nf4_lora", True)):
         if name.startswith(args.only):
             generate(name, f32, four_bit, tokenizer, args.repeats)
+    folder = os.environ.get("QLORA_MODEL")
+    if folder and "load_nf4".startswith(args.only):
+        seconds = timed(lambda: base_model(folder, torch.float16, True), 3)
+        report("load_nf4", 1, seconds, "loads_per_s")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ fn a_bloom_560m_takes_what_the_plan_says() -> Result<()> {
     let base = AutoModelForCausalLM::from_pretrained(folder.path(), options)?;
     let (loading, loaded) = (peak_resident_bytes() - before, base.memory_report());
     println!("loading peak {:.2} MiB; the model:\n{loaded}", loading as f64 / MIB);
-    // A layer in f16: 12 C^2 weights; and the pages of the program that loading is the first to touch (3 MiB here).
-    let (layer, program) = (12 * 1024 * 1024 * 2, 8 << 20);
-    assert!(loading < loaded.total() + layer + program, "loading took {loading} bytes");
+    // Pages of the program that loading is the first to touch, and no weight beside its codes: the largest has 8 MiB.
+    let program = 8 << 20;
+    assert!(loading < loaded.total() + program, "loading took {loading} bytes");
 
     let config = LoraConfig { target_modules: ["query_key_value"].into(), r: RANK, ..Default::default() };
     let model = get_peft_model(&base, &config)?;

@@ -1,9 +1,10 @@
 //! Reads a checkpoint's tensors one at a time, from one safetensors file or several.
 //!
 //! Files are read, not mapped: a mapped page that was touched counts as the process's
-//! memory, and the point of 4-bit loading is that the whole model never sits there. The most
-//! that exists at once besides the model is one tensor in the model's own dtype. A GPU's tensors
-//! go to it in pieces: nothing of their size is ever in the process's memory.
+//! memory, and the point of 4-bit loading is that the whole model never sits there. All threads
+//! read, a piece each: what becomes 4-bit is quantized piece by piece, what goes to a GPU goes to it
+//! piece by piece, and nothing of a tensor's size exists besides the model. (A GGUF file's tensors are
+//! decoded one at a time.)
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -11,23 +12,27 @@ mod cuda;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    io::{Read, Seek, SeekFrom},
+    io::Read,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use candle_core::{DType, Device, Tensor};
-use half::{bf16, f16};
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
 use safetensors::Dtype as FileDtype;
 
 use crate::{
     error::{Error, Result},
     hub::Snapshot,
     models::{gguf::Gguf, options::BitsAndBytesConfig},
-    quant::QuantizedTensor,
+    quant::{Element, QuantizedTensor, round_all},
 };
 
-/// Elements converted at a time: a buffer that does not count beside a tensor.
+/// Elements that one task reads.
 const CHUNK: usize = 1 << 16;
+/// Elements of a task that are read and converted at a time: their bytes stay in the cache.
+const PIECE: usize = 1 << 14;
 
 /// Tensors of at most so many bytes are converted here before they go to a GPU: a launch would take longer.
 #[cfg(feature = "cuda")]
@@ -156,9 +161,17 @@ impl Weights {
             self.used.insert(key);
             return self.with_padding(&tensor, elements);
         }
+        match self.entry(key, shape)? {
+            Some((key, entry)) => self.read(&key, &entry, dtype, elements),
+            None => Ok(Tensor::zeros(shape, dtype, &self.device)?),
+        }
+    }
+
+    /// Where a tensor of this shape lies in its file; `None`, which [`Weights::finish`] reports, if it is not there.
+    fn entry(&mut self, key: String, shape: &[usize]) -> Result<Option<(String, Entry)>> {
         let Some(entry) = self.entries.get(&key) else {
             self.missing.push(key);
-            return Ok(Tensor::zeros(shape, dtype, &self.device)?);
+            return Ok(None);
         };
         if entry.shape != shape {
             return Err(Error::Shape {
@@ -169,9 +182,8 @@ impl Weights {
                 remedy: "config.json and the weights must come from the same model".into(),
             });
         }
-        let tensor = self.read(&key, entry, dtype, elements)?;
-        self.used.insert(key);
-        Ok(tensor)
+        self.used.insert(key.clone());
+        Ok(Some((key, entry.clone())))
     }
 
     /// A copy on the device, which has room for `elements` elements there: those behind its own are zeros.
@@ -216,10 +228,21 @@ impl Weights {
         if let Some(quantized) = self.prequantized(&name, (out, input))? {
             return Ok(Weight::Quantized(quantized));
         }
-        let dense = self.tensor(&name, &[out, input], dtype)?;
-        let Some(config) = quantization.filter(|q| q.load_in_4bit) else { return Ok(Weight::Dense(dense)) };
+        let shape = [out, input];
+        let Some(config) = quantization.filter(|q| q.load_in_4bit) else {
+            return Ok(Weight::Dense(self.tensor(&name, &shape, dtype)?));
+        };
         let (kind, double) = (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant);
-        Ok(Weight::Quantized(QuantizedTensor::quantize(&dense, kind, BLOCKSIZE, double)?))
+        if self.gguf.is_some() || !self.device.is_cpu() {
+            let dense = self.tensor(&name, &shape, dtype)?;
+            return Ok(Weight::Quantized(QuantizedTensor::quantize(&dense, kind, BLOCKSIZE, double)?));
+        }
+        let Some((key, entry)) = self.entry(self.key(&name).to_string(), &shape)? else {
+            return Ok(Weight::Dense(Tensor::zeros(&shape, dtype, &self.device)?));
+        };
+        let source = Source::open(&self.files[entry.file], &key, &entry)?;
+        let read = |first: usize, x: &mut [f32]| source.read(dtype, first, x);
+        Ok(Weight::Quantized(QuantizedTensor::quantize_read(&shape, dtype, kind, BLOCKSIZE, double, &read)?))
     }
 
     /// A weight that bitsandbytes saved in 4 bits.
@@ -270,18 +293,14 @@ const BLOCKSIZE: usize = 64;
 
 /// Reads one tensor in `dtype`.
 fn read(path: &Path, key: &str, entry: &Entry, dtype: DType) -> Result<Tensor> {
-    let mut file = File::open(path).map_err(Error::io("read", path))?;
-    file.seek(SeekFrom::Start(entry.bytes.0)).map_err(Error::io("read", path))?;
-    let count: usize = entry.shape.iter().product();
-    let mut source = Source { file, path, key, dtype: entry.dtype, buffer: Vec::new() };
-    let shape = entry.shape.as_slice();
-    Ok(match dtype {
-        DType::F32 => Tensor::from_vec(source.all(count, |v: f32| v)?, shape, &Device::Cpu)?,
-        DType::F16 => Tensor::from_vec(source.all(count, f16::from_f32)?, shape, &Device::Cpu)?,
-        DType::BF16 => Tensor::from_vec(source.all(count, bf16::from_f32)?, shape, &Device::Cpu)?,
-        DType::U8 => Tensor::from_vec(source.raw(count)?, shape, &Device::Cpu)?,
-        other => return Err(unsupported(other)),
-    })
+    let source = Source::open(path, key, entry)?;
+    match dtype {
+        DType::F32 => source.floats::<f32>(&entry.shape),
+        DType::F16 => source.floats::<f16>(&entry.shape),
+        DType::BF16 => source.floats::<bf16>(&entry.shape),
+        DType::U8 => source.bytes(&entry.shape),
+        other => Err(unsupported(other)),
+    }
 }
 
 fn unsupported(dtype: DType) -> Error {
@@ -293,55 +312,91 @@ fn unsupported(dtype: DType) -> Error {
     }
 }
 
-/// A tensor's bytes in its file.
+/// A tensor's bytes in its file, for several threads to read.
 struct Source<'a> {
     file: File,
     path: &'a Path,
     key: &'a str,
     dtype: FileDtype,
-    buffer: Vec<u8>,
+    /// Its first byte in the file.
+    start: u64,
+    /// Elements.
+    count: usize,
 }
 
-impl Source<'_> {
-    fn raw(&mut self, bytes: usize) -> Result<Vec<u8>> {
-        let mut data = vec![0u8; bytes];
-        self.file.read_exact(&mut data).map_err(Error::io("read", self.path))?;
-        Ok(data)
+impl<'a> Source<'a> {
+    fn open(path: &'a Path, key: &'a str, entry: &Entry) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        Ok(Self { file, path, key, dtype: entry.dtype, start: entry.bytes.0, count: entry.shape.iter().product() })
     }
 
-    /// Reads `count` numbers a chunk at a time, converting each. f16 to f16 and bf16 to bf16
-    /// pass through f32 unchanged.
-    fn all<T>(&mut self, count: usize, convert: impl Fn(f32) -> T) -> Result<Vec<T>> {
-        let mut out = Vec::with_capacity(count);
-        while out.len() < count {
-            let n = CHUNK.min(count - out.len());
-            let width = match self.dtype {
-                FileDtype::F32 => 4,
-                FileDtype::F16 | FileDtype::BF16 => 2,
-                other => return Err(not_float(self.path, self.key, other)),
-            };
-            self.buffer.resize(n * width, 0);
-            self.file.read_exact(&mut self.buffer).map_err(Error::io("read", self.path))?;
-            let first = out.len();
-            let mut finite = true;
-            let mut push = |v: f32| {
-                finite &= v.is_finite();
-                out.push(convert(v));
-            };
-            let two = self.buffer.chunks_exact(2).map(|b| [b[0], b[1]]);
+    fn bytes(&self, shape: &[usize]) -> Result<Tensor> {
+        let mut data = vec![0u8; self.count];
+        self.file.read_exact_at(&mut data, self.start).map_err(Error::io("read", self.path))?;
+        Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
+    }
+
+    fn floats<T: Element + WithDType>(&self, shape: &[usize]) -> Result<Tensor> {
+        let mut out = vec![T::zero(); self.count];
+        let tasks = out.par_chunks_mut(CHUNK).enumerate().map(|(task, out)| -> Result<()> {
+            let mut buffer = [0f32; PIECE];
+            out.chunks_mut(PIECE).enumerate().try_for_each(|(piece, out)| {
+                let x = &mut buffer[..out.len()];
+                self.read(T::DTYPE, task * CHUNK + piece * PIECE, x)?;
+                T::from_f32s(x, out);
+                Ok(())
+            })
+        });
+        if let Some(error) = tasks.find_map_first(Result::err) {
+            return Err(error);
+        }
+        Ok(Tensor::from_vec(out, shape, &Device::Cpu)?)
+    }
+
+    /// Fills x with the elements from `first` on, rounded to `dtype`; fails for one that is not finite, there or then.
+    fn read(&self, dtype: DType, first: usize, x: &mut [f32]) -> Result<()> {
+        let width = match self.dtype {
+            FileDtype::F32 => 4,
+            FileDtype::F16 | FileDtype::BF16 => 2,
+            other => return Err(not_float(self.path, self.key, other)),
+        };
+        let mut bytes = [0u8; 4 * PIECE];
+        for (piece, x) in x.chunks_mut(PIECE).enumerate() {
+            let first = first + piece * PIECE;
+            let bytes = &mut bytes[..width * x.len()];
+            let at = self.start + (first * width) as u64;
+            self.file.read_exact_at(bytes, at).map_err(Error::io("read", self.path))?;
             match self.dtype {
                 FileDtype::F32 => {
-                    self.buffer.chunks_exact(4).for_each(|b| push(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                    x.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b));
                 }
-                FileDtype::F16 => two.for_each(|b| push(f16::from_le_bytes(b).to_f32())),
-                _ => two.for_each(|b| push(bf16::from_le_bytes(b).to_f32())),
+                FileDtype::F16 => {
+                    let mut halves = [f16::ZERO; PIECE];
+                    let halves = &mut halves[..x.len()];
+                    halves.iter_mut().zip(bytes.as_chunks().0).for_each(|(h, b)| *h = f16::from_le_bytes(*b));
+                    halves.convert_to_f32_slice(x);
+                }
+                _ => x.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = bf16::from_le_bytes(*b).to_f32()),
             }
-            if !finite {
-                return Err(finite_error(self.path, self.key, first, count));
+            if !all_finite(x) {
+                return Err(finite_error(self.path, self.key, first, self.count));
+            }
+            if matches!((self.dtype, dtype), (FileDtype::F16, DType::F16) | (FileDtype::BF16, DType::BF16)) {
+                continue;
+            }
+            round_all(dtype, x);
+            if !all_finite(x) {
+                let expected = format!("one in which every number of {} is finite", self.key);
+                let remedy = "load the model in DType::BF16 or DType::F32";
+                return Err(Error::argument("torch_dtype", format!("{dtype:?}"), &expected, remedy));
             }
         }
-        Ok(out)
+        Ok(())
     }
+}
+
+fn all_finite(x: &[f32]) -> bool {
+    x.iter().fold(true, |finite, v| finite & v.is_finite())
 }
 
 fn not_float(path: &Path, key: &str, dtype: FileDtype) -> Error {
@@ -400,4 +455,83 @@ fn read_header(path: &Path, index: usize, entries: &mut BTreeMap<String, Entry>)
         return Err(malformed(path, format!("the tensors end at byte {end}, the file has {size}")));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Shape;
+
+    use super::*;
+    use crate::{layers::linear::Weight, quant::QuantType};
+
+    /// A weight of several tasks, the last of them partial, in a file in `dtype`.
+    fn file(folder: &Path, dtype: DType) -> (Weights, Tensor) {
+        let weight = Tensor::randn(0f32, 1f32, (3, CHUNK - 77), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let path = folder.join("model.safetensors");
+        candle_core::safetensors::save(&[("w.weight", weight.clone())].into(), &path).unwrap();
+        (Weights::open(vec![path]).unwrap(), weight)
+    }
+
+    #[test]
+    fn every_dtype_is_read_as_every_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let floats = [DType::F32, DType::F16, DType::BF16];
+        for (from, to) in floats.into_iter().flat_map(|from| floats.map(|to| (from, to))) {
+            let (mut weights, weight) = file(folder.path(), from);
+            let expected = weight.to_dtype(to).unwrap();
+            let read = weights.tensor("w.weight", &[3, CHUNK - 77], to).unwrap();
+            assert_eq!(read.dtype(), to);
+            let bits = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(bits(&read) == bits(&expected), "{from:?} as {to:?}");
+        }
+    }
+
+    #[test]
+    fn a_weight_quantized_as_it_is_read_is_the_weight_quantized() {
+        let folder = tempfile::tempdir().unwrap();
+        let cases = [
+            (DType::F32, DType::F32, QuantType::Nf4, true),
+            (DType::F32, DType::F16, QuantType::Nf4, false),
+            (DType::F16, DType::F16, QuantType::Nf4, true),
+            (DType::BF16, DType::F16, QuantType::Fp4, true),
+            (DType::BF16, DType::BF16, QuantType::Int8, true),
+        ];
+        for (from, to, kind, double) in cases {
+            let (mut weights, weight) = file(folder.path(), from);
+            let config = BitsAndBytesConfig {
+                load_in_4bit: true,
+                bnb_4bit_quant_type: kind,
+                bnb_4bit_use_double_quant: double,
+                ..Default::default()
+            };
+            let Weight::Quantized(read) = weights.linear("w", (3, CHUNK - 77), to, Some(&config)).unwrap() else {
+                panic!("not quantized")
+            };
+            let expected = QuantizedTensor::quantize(&weight.to_dtype(to).unwrap(), kind, BLOCKSIZE, double).unwrap();
+            let all = |q: &QuantizedTensor| q.dequantize().unwrap().to_dtype(DType::F32).unwrap();
+            let packed = |q: &QuantizedTensor| q.packed().flatten_all().unwrap().to_vec1::<u8>().unwrap();
+            assert!(packed(&read) == packed(&expected), "{from:?} as {to:?}: codes");
+            assert!(
+                all(&read).to_vec2::<f32>().unwrap() == all(&expected).to_vec2::<f32>().unwrap(),
+                "{from:?}: values"
+            );
+            assert_eq!((read.dtype(), read.shape()), (to, Shape::from((3, CHUNK - 77)).dims()));
+        }
+    }
+
+    /// In 4 bits or not; the dtype that holds it loads it.
+    #[test]
+    fn a_number_too_large_for_the_dtype_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let weight = Tensor::new(&[[1f32, 1e6]], &Device::Cpu).unwrap();
+        candle_core::safetensors::save(&[("w.weight", weight)].into(), &path).unwrap();
+        let config = BitsAndBytesConfig { load_in_4bit: true, ..Default::default() };
+        for config in [None, Some(&config)] {
+            let load = |dtype| Weights::open(vec![path.clone()]).unwrap().linear("w", (1, 2), dtype, config);
+            let error = load(DType::F16).err().unwrap().to_string();
+            assert!(error.contains("F16") && error.contains("w.weight") && error.contains("BF16"), "{error}");
+            assert!(load(DType::BF16).is_ok());
+        }
+    }
 }

@@ -7,7 +7,7 @@
 use candle_core::DType;
 use half::{bf16, f16};
 
-use super::QuantType;
+use super::{QuantType, encode::Element};
 
 /// A quantized weight as slices: what the kernels read. Cheap to copy and to share with threads.
 #[derive(Clone, Copy)]
@@ -122,6 +122,23 @@ pub(crate) fn for_each_block(
         f(block, start, part);
         start += part.len();
         out = rest;
+    }
+}
+
+/// [`round_to`] of all.
+pub(crate) fn round_all(dtype: DType, x: &mut [f32]) {
+    fn through<T: Element + Default>(x: &mut [f32]) {
+        let mut narrow = [T::default(); 1024];
+        for x in x.chunks_mut(1024) {
+            let narrow = &mut narrow[..x.len()];
+            T::from_f32s(x, narrow);
+            T::as_f32(narrow, x);
+        }
+    }
+    match dtype {
+        DType::F16 => through::<f16>(x),
+        DType::BF16 => through::<bf16>(x),
+        _ => {}
     }
 }
 

@@ -10,7 +10,8 @@
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use super::{QuantType, code::Thresholds, simd::Level};
+use super::{QuantType, Read, code::Thresholds, simd::Level, tensor::not_finite};
+use crate::error::Error;
 
 /// The smallest maximum that is divided by: below it a block's values are noise, not weights.
 const MIN_ABSMAX: f32 = 1e-38;
@@ -79,19 +80,56 @@ pub(crate) fn quantize<T: Element>(
     let bytes = quant_type.packed_len(TASK);
     let tasks = x.par_chunks(TASK).zip(packed.par_chunks_mut(bytes)).zip(absmax.par_chunks_mut(TASK / blocksize));
     let found = tasks.enumerate().find_map_first(|(task, ((x, packed), absmax))| {
-        let mut buffer = [0f32; 4096];
-        let blocks = x.chunks(blocksize).zip(packed.chunks_mut(quant_type.packed_len(blocksize))).zip(absmax);
-        for (block, ((x, packed), absmax)) in blocks.enumerate() {
-            let x = T::as_f32(x, &mut buffer);
-            *absmax = encode_block_at(level, x, quant_type, packed);
-            if !absmax.is_finite() {
-                let index = x.iter().position(|v| !v.is_finite()).unwrap_or(0);
-                return Some(task * TASK + block * blocksize + index);
-            }
-        }
-        None
+        encode_blocks(level, x, quant_type, blocksize, packed, absmax).map(|index| task * TASK + index)
     });
     found.map_or(Ok(()), Err)
+}
+
+/// The same of `n` numbers that are nowhere in memory: `read` gives those from an index on, a piece a task. Fails with
+/// the first failure of `read`, and for a number that is not finite.
+pub(crate) fn quantize_read(
+    n: usize,
+    read: &Read<'_>,
+    quant_type: QuantType,
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> Result<(), Error> {
+    let level = super::simd::level();
+    let bytes = quant_type.packed_len(TASK);
+    let tasks = packed.par_chunks_mut(bytes).zip(absmax.par_chunks_mut(TASK / blocksize)).enumerate();
+    let done = tasks.map_init(
+        || vec![0f32; TASK.min(n)],
+        |buffer, (task, (packed, absmax))| {
+            let first = task * TASK;
+            let x = &mut buffer[..TASK.min(n - first)];
+            read(first, x)?;
+            let found = encode_blocks(level, x, quant_type, blocksize, packed, absmax);
+            found.map_or(Ok(()), |index| Err(not_finite(first + index, x[index])))
+        },
+    );
+    done.find_map_first(Result::err).map_or(Ok(()), Err)
+}
+
+/// The blocks of a task. The index of an element that is not finite, if there is one.
+fn encode_blocks<T: Element>(
+    level: Level,
+    x: &[T],
+    quant_type: QuantType,
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> Option<usize> {
+    let mut buffer = [0f32; 4096];
+    let blocks = x.chunks(blocksize).zip(packed.chunks_mut(quant_type.packed_len(blocksize))).zip(absmax);
+    for (block, ((x, packed), absmax)) in blocks.enumerate() {
+        let x = T::as_f32(x, &mut buffer);
+        *absmax = encode_block_at(level, x, quant_type, packed);
+        if !absmax.is_finite() {
+            return Some(block * blocksize + x.iter().position(|v| !v.is_finite()).unwrap_or(0));
+        }
+    }
+    None
 }
 
 /// One block of at most 4096 values; returns its maximum, which is not finite if a value is not.

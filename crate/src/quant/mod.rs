@@ -42,6 +42,7 @@ use rayon::prelude::*;
 pub(crate) use blockwise::DynamicMap;
 pub use blockwise::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState, dequantize_blockwise, quantize_blockwise};
 pub use code::{QuantType, create_dynamic_map};
+pub(crate) use cpu::round_all;
 pub use cpu::{AbsmaxCpu, QuantizedCpu, dequantize_range};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{AbsmaxArgs, values};
@@ -50,7 +51,7 @@ pub use cuda::{dequantize_into, dequantize_transposed_into, transposes};
 pub use state::{QuantState, QuantizedTensor};
 
 use crate::error::{Error, Result};
-use encode::Element;
+pub(crate) use encode::Element;
 
 /// Quantizes a weight in blocks of `blocksize` elements.
 ///
@@ -67,20 +68,60 @@ pub fn quantize_4bit(
     blocksize: usize,
     compress_statistics: bool,
 ) -> Result<(Tensor, QuantState)> {
-    check_blocksize(blocksize)?;
-    let n = weight.elem_count();
-    if n == 0 {
-        return Err(Error::argument("elements of the weight", 0, "at least 1", "leave empty weights as they are"));
-    }
+    check_weight(weight.elem_count(), blocksize)?;
     #[cfg(feature = "cuda")]
     if weight.device().is_cuda() {
         return cuda::quantize(weight, quant_type, blocksize, compress_statistics);
     }
-    let mut packed = vec![0u8; quant_type.packed_len(n)];
-    let mut absmax = vec![0f32; n.div_ceil(blocksize)];
+    let (mut packed, mut absmax) = room(weight.elem_count(), quant_type, blocksize);
     let job = Quantize { quant_type, blocksize, packed: &mut packed, absmax: &mut absmax };
     tensor::for_floats(weight, job)??;
+    finish(packed, absmax, weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics)
+}
 
+/// Fills a slice with the elements of a weight from an index on. Several threads call it, for a piece each.
+pub(crate) type Read<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
+
+/// [`quantize_4bit`] of a weight that is nowhere in memory, to the CPU. What `read` gives are numbers of `dtype`.
+pub(crate) fn quantize_4bit_read(
+    shape: &[usize],
+    dtype: DType,
+    quant_type: QuantType,
+    blocksize: usize,
+    compress_statistics: bool,
+    read: &Read<'_>,
+) -> Result<(Tensor, QuantState)> {
+    check_float(dtype)?;
+    let n = shape.iter().product();
+    check_weight(n, blocksize)?;
+    let (mut packed, mut absmax) = room(n, quant_type, blocksize);
+    encode::quantize_read(n, read, quant_type, blocksize, &mut packed, &mut absmax)?;
+    finish(packed, absmax, shape, dtype, quant_type, blocksize, compress_statistics)
+}
+
+fn check_weight(elements: usize, blocksize: usize) -> Result<()> {
+    check_blocksize(blocksize)?;
+    if elements == 0 {
+        return Err(Error::argument("elements of the weight", 0, "at least 1", "leave empty weights as they are"));
+    }
+    Ok(())
+}
+
+/// For the codes of n elements, and the maxima of their blocks.
+fn room(n: usize, quant_type: QuantType, blocksize: usize) -> (Vec<u8>, Vec<f32>) {
+    (vec![0u8; quant_type.packed_len(n)], vec![0f32; n.div_ceil(blocksize)])
+}
+
+/// Codes and maxima as tensors, these quantized themselves with `compress_statistics`.
+fn finish(
+    packed: Vec<u8>,
+    mut absmax: Vec<f32>,
+    shape: &[usize],
+    dtype: DType,
+    quant_type: QuantType,
+    blocksize: usize,
+    compress_statistics: bool,
+) -> Result<(Tensor, QuantState)> {
     let (absmax, offset, state2) = if compress_statistics {
         let offset = mean::cuda_mean(&absmax);
         absmax.iter_mut().for_each(|a| *a -= offset);
@@ -89,16 +130,8 @@ pub fn quantize_4bit(
     } else {
         (tensor::tensor_f32(absmax)?, None, None)
     };
-    let state = QuantState {
-        absmax,
-        shape: weight.dims().to_vec(),
-        dtype: weight.dtype(),
-        blocksize,
-        quant_type,
-        code: quant_type.code()?,
-        offset,
-        state2,
-    };
+    let code = quant_type.code()?;
+    let state = QuantState { absmax, shape: shape.to_vec(), dtype, blocksize, quant_type, code, offset, state2 };
     let len = packed.len();
     Ok((Tensor::from_vec(packed, (len, 1), &Device::Cpu)?, state))
 }

@@ -144,3 +144,31 @@ fn ties_are_rounded_to_even_at_every_level() {
         }
     }
 }
+
+/// The first failure of those that read is the one that is told, and a number that is not finite is named.
+#[test]
+fn what_cannot_be_read_is_not_quantized() {
+    let quantize = |read: &super::Read<'_>| {
+        let done = QuantizedTensor::quantize_read(&[5, 1 << 16], DType::F32, QuantType::Nf4, 64, true, read);
+        done.map(|q| q.num_bytes()).map_err(|e| e.to_string())
+    };
+    let ones = |x: &mut [f32]| -> crate::error::Result<()> {
+        x.fill(1.0);
+        Ok(())
+    };
+    assert!(quantize(&|_, x| ones(x)).is_ok());
+    let failing = quantize(&|first, x| match first >> 16 {
+        0 | 1 => ones(x),
+        task => Err(crate::error::Error::argument("piece", task, "another", "none")),
+    });
+    assert!(failing.as_ref().is_err_and(|e| e.starts_with("piece = 2")), "{failing:?}");
+    let infinite = quantize(&|first, x| {
+        ones(x)?;
+        if first == 3 << 16 {
+            x[70] = f32::INFINITY;
+        }
+        Ok(())
+    });
+    let index = (3 << 16) + 70;
+    assert!(infinite.as_ref().is_err_and(|e| e.contains(&index.to_string())), "{infinite:?}");
+}

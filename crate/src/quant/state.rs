@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{AbsmaxCpu, BlockwiseState, QuantType, QuantizedCpu, dequantize_4bit, tensor::with_slice};
+use super::{AbsmaxCpu, BlockwiseState, QuantType, QuantizedCpu, Read, dequantize_4bit, tensor::with_slice};
 use crate::error::{Error, Result};
 
 /// What undoes `quantize_4bit`: the fields of bitsandbytes' `QuantState`. Cloning is cheap.
@@ -131,6 +131,20 @@ impl QuantizedTensor {
         compress_statistics: bool,
     ) -> Result<Self> {
         let (packed, state) = super::quantize_4bit(weight, quant_type, blocksize, compress_statistics)?;
+        Self::new(&packed, &state)
+    }
+
+    /// Quantizes a weight as it is read, a piece at a time (see `quantize_4bit_read`).
+    pub(crate) fn quantize_read(
+        shape: &[usize],
+        dtype: DType,
+        quant_type: QuantType,
+        blocksize: usize,
+        compress_statistics: bool,
+        read: &Read<'_>,
+    ) -> Result<Self> {
+        let (packed, state) =
+            super::quantize_4bit_read(shape, dtype, quant_type, blocksize, compress_statistics, read)?;
         Self::new(&packed, &state)
     }
 
