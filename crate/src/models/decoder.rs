@@ -216,10 +216,12 @@ impl Decoder {
         if self.device().is_cuda() {
             return packed.unpack(&self.logits_on_gpu(&packed)?);
         }
-        let mut run = Run::inference(&packed.sequences);
-        let x = self.run_blocks(&packed.ids, &mut run)?;
-        let x = self.final_norm.forward(&x, &mut run)?;
-        packed.unpack(&self.head.forward(&x, None, &mut run)?)
+        in_pool(|| {
+            let mut run = Run::inference(&packed.sequences);
+            let x = self.run_blocks(&packed.ids, &mut run)?;
+            let x = self.final_norm.forward(&x, &mut run)?;
+            packed.unpack(&self.head.forward(&x, None, &mut run)?)
+        })
     }
 
     /// The hidden states that transformers' `output_hidden_states` gives: the embeddings,
@@ -250,11 +252,13 @@ impl Decoder {
         if self.device().is_cuda() {
             return self.loss_on_gpu(&packed);
         }
-        let mut run = Run::inference(&packed.sequences);
-        let x = self.run_blocks(&packed.ids, &mut run)?;
-        let x = self.final_norm.forward(&x, &mut run)?;
-        let (loss_sum, num_label_tokens, _) = head_and_loss(&x, &self.head, &packed.targets, None, None)?;
-        Ok(Pass { loss_sum, num_label_tokens })
+        in_pool(|| {
+            let mut run = Run::inference(&packed.sequences);
+            let x = self.run_blocks(&packed.ids, &mut run)?;
+            let x = self.final_norm.forward(&x, &mut run)?;
+            let (loss_sum, num_label_tokens, _) = head_and_loss(&x, &self.head, &packed.targets, None, None)?;
+            Ok(Pass { loss_sum, num_label_tokens })
+        })
     }
 
     fn pack(&self, batch: &Batch) -> Result<Packed> {
@@ -289,6 +293,14 @@ impl Decoder {
             }
             return self.with_room_to_record(|| self.forward_backward_on_gpu(&packed, options));
         }
+        match loss {
+            None => in_pool(|| self.there_and_back_on_cpu(&packed, options, None)),
+            // A loss of the caller's own may be bound to this thread.
+            loss => self.there_and_back_on_cpu(&packed, options, loss),
+        }
+    }
+
+    fn there_and_back_on_cpu(&self, packed: &Packed, options: &PassOptions, loss: Option<&LossFn>) -> Result<Pass> {
         let key = Some(options.dropout_key);
         let run = |saves: bool| match saves {
             true => Run::training(&packed.sequences, key),
@@ -425,17 +437,19 @@ impl Decoder {
             return Ok(next);
         }
         let _ = draws;
-        let x = {
-            let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
-            self.run_blocks(&ids, &mut run)?
-        };
-        cache.advance(&lengths);
-        let last: Vec<u32> = sequences.ranges().map(|r| r.end as u32 - 1).collect();
-        let x = if last.len() == ids.len() { x } else { x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)? };
-        let sequences = Sequences::new([new_tokens.len()]);
-        let mut run = Run::inference(&sequences);
-        let x = self.final_norm.forward(&x, &mut run)?;
-        self.head.forward(&x, None, &mut run).map(Next::Logits)
+        in_pool(|| {
+            let x = {
+                let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
+                self.run_blocks(&ids, &mut run)?
+            };
+            cache.advance(&lengths);
+            let last: Vec<u32> = sequences.ranges().map(|r| r.end as u32 - 1).collect();
+            let x = if last.len() == ids.len() { x } else { x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)? };
+            let sequences = Sequences::new([new_tokens.len()]);
+            let mut run = Run::inference(&sequences);
+            let x = self.final_norm.forward(&x, &mut run)?;
+            self.head.forward(&x, None, &mut run).map(Next::Logits)
+        })
     }
 
     /// Every linear layer, in the order of the modules, the head last.
@@ -547,4 +561,10 @@ fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Param
             all.push((format!("{prefix}{}.{part}.default.weight", linear.name), parameter));
         }
     }
+}
+
+/// Runs a pass on the CPU as one of rayon's threads. A pass is hundreds of products, in decoding of some ten
+/// microseconds each: a thread of another kind would go to sleep at each, and be woken when it is done.
+fn in_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| pass())
 }
