@@ -3,7 +3,8 @@
 //! A tile of the weight (at most `TILE` elements, half of a core's L2 cache) is widened
 //! to f32 and multiplied at once, so a quantized weight never exists whole in f32 and the
 //! widening costs no trip to memory. The tiles depend on the shapes alone, never on the
-//! number of threads: the same product gives the same bits on any machine.
+//! number of threads: the same product gives the same bits with any number of them. (Between kinds
+//! of processor the last bits differ: `gemm` has kernels for AVX-512, for FMA and for neither.)
 
 use gemm::{Parallelism, gemm};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
