@@ -28,6 +28,11 @@ use crate::{
     module_tree::ModuleNode,
 };
 
+/// Tokens of a pass with a cache that runs on the CPU as one of rayon's threads. Its products take some ten microseconds
+/// each: a thread of another kind would go to sleep at each, and be woken when it is done. A larger pass stays on the
+/// caller's thread, because a thread's heap keeps what was freed, and rayon's choice of a thread may differ each time.
+const SHORT_PASS: usize = 16;
+
 /// One layer of the stack.
 pub trait Block: Send + Sync {
     /// `[M, C]` to `[M, C]`.
@@ -216,12 +221,10 @@ impl Decoder {
         if self.device().is_cuda() {
             return packed.unpack(&self.logits_on_gpu(&packed)?);
         }
-        in_pool(|| {
-            let mut run = Run::inference(&packed.sequences);
-            let x = self.run_blocks(&packed.ids, &mut run)?;
-            let x = self.final_norm.forward(&x, &mut run)?;
-            packed.unpack(&self.head.forward(&x, None, &mut run)?)
-        })
+        let mut run = Run::inference(&packed.sequences);
+        let x = self.run_blocks(&packed.ids, &mut run)?;
+        let x = self.final_norm.forward(&x, &mut run)?;
+        packed.unpack(&self.head.forward(&x, None, &mut run)?)
     }
 
     /// The hidden states that transformers' `output_hidden_states` gives: the embeddings,
@@ -252,13 +255,11 @@ impl Decoder {
         if self.device().is_cuda() {
             return self.loss_on_gpu(&packed);
         }
-        in_pool(|| {
-            let mut run = Run::inference(&packed.sequences);
-            let x = self.run_blocks(&packed.ids, &mut run)?;
-            let x = self.final_norm.forward(&x, &mut run)?;
-            let (loss_sum, num_label_tokens, _) = head_and_loss(&x, &self.head, &packed.targets, None, None)?;
-            Ok(Pass { loss_sum, num_label_tokens })
-        })
+        let mut run = Run::inference(&packed.sequences);
+        let x = self.run_blocks(&packed.ids, &mut run)?;
+        let x = self.final_norm.forward(&x, &mut run)?;
+        let (loss_sum, num_label_tokens, _) = head_and_loss(&x, &self.head, &packed.targets, None, None)?;
+        Ok(Pass { loss_sum, num_label_tokens })
     }
 
     fn pack(&self, batch: &Batch) -> Result<Packed> {
@@ -293,14 +294,6 @@ impl Decoder {
             }
             return self.with_room_to_record(|| self.forward_backward_on_gpu(&packed, options));
         }
-        match loss {
-            None => in_pool(|| self.there_and_back_on_cpu(&packed, options, None)),
-            // A loss of the caller's own may be bound to this thread.
-            loss => self.there_and_back_on_cpu(&packed, options, loss),
-        }
-    }
-
-    fn there_and_back_on_cpu(&self, packed: &Packed, options: &PassOptions, loss: Option<&LossFn>) -> Result<Pass> {
         let key = Some(options.dropout_key);
         let run = |saves: bool| match saves {
             true => Run::training(&packed.sequences, key),
@@ -428,28 +421,32 @@ impl Decoder {
         }
         let ids = new_tokens.concat();
         let lengths: Vec<usize> = new_tokens.iter().map(|t| t.len()).collect();
-        let sequences = Sequences::new(lengths.iter().copied());
         cache.reserve(&lengths)?;
         #[cfg(feature = "cuda")]
         if self.device().is_cuda() {
+            let sequences = Sequences::new(lengths.iter().copied());
             let next = self.with_room_to_record(|| self.next_tokens_on_gpu(&ids, &sequences, cache, draws))?;
             cache.advance(&lengths);
             return Ok(next);
         }
         let _ = draws;
-        in_pool(|| {
-            let x = {
-                let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
-                self.run_blocks(&ids, &mut run)?
-            };
-            cache.advance(&lengths);
-            let last: Vec<u32> = sequences.ranges().map(|r| r.end as u32 - 1).collect();
-            let x = if last.len() == ids.len() { x } else { x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)? };
-            let sequences = Sequences::new([new_tokens.len()]);
-            let mut run = Run::inference(&sequences);
-            let x = self.final_norm.forward(&x, &mut run)?;
-            self.head.forward(&x, None, &mut run).map(Next::Logits)
-        })
+        let mut pass = || self.next_tokens_on_cpu(&ids, &lengths, cache);
+        if ids.len() <= SHORT_PASS { rayon::scope(|_| pass()) } else { pass() }
+    }
+
+    fn next_tokens_on_cpu(&self, ids: &[u32], lengths: &[usize], cache: &mut KvCache) -> Result<Next> {
+        let sequences = Sequences::new(lengths.iter().copied());
+        let x = {
+            let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
+            self.run_blocks(ids, &mut run)?
+        };
+        cache.advance(lengths);
+        let last: Vec<u32> = sequences.ranges().map(|r| r.end as u32 - 1).collect();
+        let x = if last.len() == ids.len() { x } else { x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)? };
+        let sequences = Sequences::new([lengths.len()]);
+        let mut run = Run::inference(&sequences);
+        let x = self.final_norm.forward(&x, &mut run)?;
+        self.head.forward(&x, None, &mut run).map(Next::Logits)
     }
 
     /// Every linear layer, in the order of the modules, the head last.
@@ -561,10 +558,4 @@ fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Param
             all.push((format!("{prefix}{}.{part}.default.weight", linear.name), parameter));
         }
     }
-}
-
-/// Runs a pass on the CPU as one of rayon's threads. A pass is hundreds of products, in decoding of some ten
-/// microseconds each: a thread of another kind would go to sleep at each, and be woken when it is done.
-fn in_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
-    rayon::scope(|_| pass())
 }
