@@ -381,7 +381,10 @@ impl<'a> Source<'a> {
             if !all_finite(x) {
                 return Err(finite_error(self.path, self.key, first, self.count));
             }
-            if matches!((self.dtype, dtype), (FileDtype::F16, DType::F16) | (FileDtype::BF16, DType::BF16)) {
+            if matches!(
+                (self.dtype, dtype),
+                (_, DType::F32) | (FileDtype::F16, DType::F16) | (FileDtype::BF16, DType::BF16)
+            ) {
                 continue;
             }
             round_all(dtype, x);
