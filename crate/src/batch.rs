@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Tensor};
 
 use crate::{
+    backend::sequences::IGNORE_INDEX,
     error::{Error, Result},
-    layers::sequences::IGNORE_INDEX,
 };
 
 /// Rows padded to one length. All tensors are `[B, T]` and on one device.

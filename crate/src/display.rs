@@ -18,6 +18,7 @@ mod gallery;
 mod input;
 mod live;
 mod memory;
+pub mod module_tree;
 pub mod plot;
 mod progress;
 mod protocol;

@@ -148,10 +148,6 @@ pub enum Error {
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        #[cfg(feature = "cuda")]
-        if let Some(ours) = crate::cuda::out_of_memory_in(&error) {
-            return ours;
-        }
         Error::Tensor(error)
     }
 }

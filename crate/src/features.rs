@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use crate::error::{Error, Result};
 
-pub use crate::layers::sequences::IGNORE_INDEX;
+pub use crate::backend::sequences::IGNORE_INDEX;
 
 /// What a tokenizer makes of one text: `input_ids` and `attention_mask`, one entry a token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -16,9 +16,9 @@ use self::{
     sampling::Rng,
 };
 use crate::{
+    backend::param::read_f32,
     error::{Error, Result},
     interrupt,
-    layers::param::read_f32,
     models::causal_lm::{CausalLM, Draw, Next},
 };
 

@@ -37,9 +37,9 @@ pub mod trainer;
 pub mod pipeline;
 
 // Beneath the steps.
+pub mod adapters;
+pub mod backend;
 pub mod batch;
-#[cfg(feature = "cuda")]
-pub mod cuda;
 pub mod display;
 pub mod error;
 pub mod generation;
@@ -48,11 +48,11 @@ pub mod interrupt;
 pub mod json_file;
 pub mod layers;
 pub mod models;
-pub mod module_tree;
 pub mod optim;
 pub mod prelude;
 pub mod py_repr;
 pub mod quant;
+pub mod quantized;
 pub mod safe_file;
 
 // Users must never depend on candle beside us: two copies of it would count tensor ids apart.

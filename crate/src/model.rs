@@ -6,26 +6,22 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use crate::{
+    backend::kv_cache::KvCache,
     batch::Batch,
-    display::{Forms, shown_by_forms},
+    display::{Forms, module_tree::ModuleNode, shown_by_forms},
     error::{Error, Result},
     hub::Snapshot,
     json_file::read_json,
-    layers::{
-        kv_cache::KvCache,
-        linear::{Linear, Weight},
-        norm::Norm,
-    },
     models::{
         self,
         causal_lm::{CausalLM, Draw, Next, Pass},
-        decoder::{Decoder, Parameter, ParameterDType},
+        decoder::Decoder,
         gguf::{self, Gguf},
         memory::MemoryReport,
+        parameter::{Parameter, ParameterDType},
         weights::Weights,
     },
-    module_tree::ModuleNode,
-    quant::QuantizedTensor,
+    quantized::QuantizedTensor,
     safe_file::{temporary_sibling, write_atomically},
 };
 
@@ -163,7 +159,7 @@ impl Model {
 
     /// Where the model is.
     pub fn device(&self) -> &Device {
-        self.0.decoder.embedding.weight.device()
+        self.0.decoder.device()
     }
 
     /// How many numbers the model has; a quantized weight counts its elements.
@@ -193,7 +189,7 @@ impl Model {
 
     /// Whether the linear layers inside the blocks are quantized.
     pub fn is_quantized(&self) -> bool {
-        self.0.decoder.linears().iter().any(|l| matches!(l.weight, Weight::Quantized(_)))
+        self.0.decoder.linears().iter().any(|l| l.weight().quantized().is_some())
     }
 
     /// The network: for those who want to look inside.
@@ -203,7 +199,7 @@ impl Model {
 
     /// The tree of modules, as PyTorch prints it.
     pub fn module_tree(&self) -> ModuleNode {
-        module_tree(&self.0.decoder)
+        self.0.decoder.module_tree()
     }
 
     /// Writes `config.json`, `generation_config.json` and `model.safetensors`, which transformers
@@ -216,10 +212,7 @@ impl Model {
     fn save_pretrained_path(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         let quantized: HashMap<String, &QuantizedTensor> = (self.0.decoder.linears().into_iter())
-            .filter_map(|l| match &l.weight {
-                Weight::Quantized(q) => Some((format!("{}.weight", l.name), q)),
-                Weight::Dense(_) => None,
-            })
+            .filter_map(|l| Some((format!("{}.weight", l.name), l.weight().quantized()?)))
             .collect();
         let mut tensors = Vec::new();
         for (name, parameter) in self.0.decoder.named_parameters() {
@@ -289,39 +282,6 @@ impl Model {
 }
 
 shown_by_forms!(Model);
-
-/// The tree of a network, its adapters included.
-pub(crate) fn module_tree(decoder: &Decoder) -> ModuleNode {
-    let linear = |name: &str, linear: &Linear| {
-        let (out, input) = linear.weight.dims2().unwrap_or_default();
-        let class = if matches!(linear.weight, Weight::Quantized(_)) { "Linear4bit" } else { "Linear" };
-        let node = ModuleNode::linear(name, class, input, out, linear.bias.is_some());
-        match &linear.lora {
-            None => node,
-            Some(lora) => ModuleNode::lora_linear(node, input, out, lora.rank(), lora.dropout),
-        }
-    };
-    let (vocab, width) = (decoder.vocab_size(), decoder.hidden_size());
-    let names = decoder.names;
-    let mut parts = vec![match decoder.padding_idx {
-        None => ModuleNode::embedding(names.embedding, vocab, width),
-        Some(padding) => ModuleNode::padded_embedding(names.embedding, vocab, width, padding),
-    }];
-    if let Some(norm) = &decoder.embedding_norm {
-        parts.push(ModuleNode::layer_norm(names.embedding_norm, width, norm.eps));
-    }
-    parts.push(ModuleNode::list(names.blocks, decoder.blocks.iter().map(|b| b.module_tree("", &linear)).collect()));
-    parts.push(match &decoder.final_norm {
-        Norm::Layer(norm) => ModuleNode::layer_norm(names.final_norm, width, norm.eps),
-        Norm::Rms(norm) => ModuleNode::rms_norm(names.final_norm, models::llama::RMS_NORM, width, norm.eps),
-    });
-    parts.extend(names.without_parameters.iter().map(|(name, label)| ModuleNode::leaf(*name, *label)));
-    ModuleNode::new(
-        "",
-        decoder.architecture,
-        vec![ModuleNode::new(names.model, names.model_class, parts), linear("lm_head", &decoder.head)],
-    )
-}
 
 impl fmt::Display for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -5,30 +5,40 @@ pub mod config_file;
 mod init;
 pub mod targets;
 
-use std::{collections::HashMap, fmt, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::{
-    batch::Batch,
-    display::{Forms, shown_by_forms},
-    error::{Error, Result},
-    hub::Snapshot,
-    layers::{
+    adapters::LoraAdapter,
+    backend::{
         dropout,
         kv_cache::KvCache,
-        linear::{Linear, Lora, Weight},
-        own_loss::LossFn,
+        operands::{Lora, Weight},
         param::Param,
     },
-    model::{Model, module_tree},
-    models::{
-        causal_lm::{CausalLM, Draw, Next, Pass, PassOptions, Trainable},
-        decoder::{Decoder, Parameter},
-        memory::MemoryReport,
+    batch::Batch,
+    display::{
+        Forms,
+        module_tree::{ModuleNode, trainable_parameters_text},
+        shown_by_forms,
     },
-    module_tree::{ModuleNode, trainable_parameters_text},
+    error::{Error, Result},
+    hub::Snapshot,
+    layers::{Linear, custom_loss::LossFn},
+    model::Model,
+    models::{
+        causal_lm::{CausalLM, Draw, LossScale, Next, Pass, PassOptions, Trainable},
+        decoder::Decoder,
+        memory::MemoryReport,
+        parameter::Parameter,
+    },
     safe_file::write_atomically,
 };
 
@@ -68,44 +78,134 @@ pub fn get_peft_model_seeded(model: &Model, config: &LoraConfig, seed: u64) -> R
     PeftModel::build(model, &config, seed)
 }
 
-/// A model with LoRA adapters on some of its linear layers. Cloning is cheap and shares
-/// weights and adapters.
+/// The adapter that [`get_peft_model`] makes.
+const DEFAULT_ADAPTER: &str = "default";
+
+/// A model with adapters on some of its linear layers, one of them active: applied, and learning. Cloning is cheap and
+/// shares weights and adapters, and so does every method that gives another `PeftModel`.
 #[derive(Clone)]
 pub struct PeftModel(Arc<Inner>);
 
 struct Inner {
     base: Model,
     decoder: Decoder,
-    config: LoraConfig,
+    /// By name, in the order in which they were added.
+    adapters: Vec<(String, LoraConfig)>,
+    /// Its number among them; `None`: the model computes as the base does.
+    active: Option<usize>,
 }
 
 impl PeftModel {
     fn build(base: &Model, config: &LoraConfig, seed: u64) -> Result<Self> {
-        let names: Vec<String> = base.decoder().linears().iter().map(|l| l.name.clone()).collect();
-        let model_type = base.config()["model_type"].as_str().unwrap_or_default();
+        let inner = Inner { base: base.clone(), decoder: base.decoder().clone(), adapters: Vec::new(), active: None };
+        Self(Arc::new(inner)).with_adapter(DEFAULT_ADAPTER, config, seed)?.set_adapter(DEFAULT_ADAPTER)
+    }
+
+    /// The same model with one more adapter beside those that it has; the active one stays active.
+    ///
+    /// # Errors
+    /// Those of [`get_peft_model`], and a name that an adapter has already.
+    ///
+    /// ```no_run
+    /// # use qlora_nb::prelude::*;
+    /// # fn f(model: PeftModel) -> Result<()> {
+    /// let model = model.add_adapter("poems", &LoraConfig { r: 4, ..Default::default() })?;
+    /// let poems = model.set_adapter("poems")?; // train this one
+    /// let plain = model.disable_adapter(); // the base's logits
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn add_adapter(&self, name: &str, config: &LoraConfig) -> Result<Self> {
+        let base = Some(self.0.base.name_or_path().into());
+        self.with_adapter(name, &LoraConfig { base_model_name_or_path: base, ..config.clone() }, DEFAULT_SEED)
+    }
+
+    fn with_adapter(&self, name: &str, config: &LoraConfig, seed: u64) -> Result<Self> {
+        let inner = &self.0;
+        if name.is_empty() || name.contains(['.', '/']) || inner.adapters.iter().any(|(known, _)| known == name) {
+            let expected = format!("a name without . or / that no adapter has; there are {:?}", self.adapter_names());
+            return Err(Error::argument("adapter", format!("{name:?}"), &expected, "choose another name"));
+        }
+        let names: Vec<String> = inner.decoder.linears().iter().map(|l| l.name.clone()).collect();
+        let model_type = inner.base.config()["model_type"].as_str().unwrap_or_default();
         let (config, targets) = config.prepare(model_type, &names)?;
         let mut init = init::LoraInit::new(seed, config.init_lora_weights);
         let mut index = 0;
-        let device = base.device();
-        let decoder = base.decoder().map_linears(|linear| {
+        let device = inner.base.device();
+        let decoder = inner.decoder.map_linears(|linear| {
             let chosen = targets.contains(&index);
             index += 1;
             if !chosen {
                 return Ok(linear.clone());
             }
-            let (out, input) = linear.weight.dims2()?;
+            let (out, input) = linear.weight().dims2()?;
             let r = config.rank_of(&linear.name)?;
             let (a, b) = init.next(r, input, out)?;
-            let name = |part: &str| format!("base_model.model.{}.{part}.weight", linear.name);
-            Ok(linear.with_lora(Lora {
-                a: Param::new(name("lora_A"), &a.to_device(device)?)?,
-                b: Param::new(name("lora_B"), &b.to_device(device)?)?,
+            let path = |part: &str| format!("base_model.model.{}.{part}", linear.name);
+            let lora = Lora {
+                a: Param::new(path("lora_A.weight"), &a.to_device(device)?)?,
+                b: Param::new(path("lora_B.weight"), &b.to_device(device)?)?,
                 scaling: config.scaling_of(&linear.name)?,
                 dropout: config.lora_dropout,
                 id: dropout::mix(index as u64),
-            }))
+            };
+            Ok(linear.with_adapter(name, Arc::new(LoraAdapter(lora))))
         })?;
-        Ok(Self(Arc::new(Inner { base: base.clone(), decoder, config })))
+        let mut adapters = inner.adapters.clone();
+        adapters.push((name.into(), config));
+        Ok(Self(Arc::new(Inner { base: inner.base.clone(), decoder, adapters, active: inner.active })))
+    }
+
+    /// The same model with the adapter of that name active: it alone is applied, learns and is merged.
+    ///
+    /// # Errors
+    /// A name that no adapter has.
+    pub fn set_adapter(&self, name: &str) -> Result<Self> {
+        match self.0.adapters.iter().position(|(known, _)| known == name) {
+            Some(index) => self.with_active(Some(index)),
+            None => {
+                let expected = format!("one of {:?}", self.adapter_names());
+                let remedy = "add it with add_adapter or load_adapter";
+                Err(Error::argument("adapter", format!("{name:?}"), &expected, remedy))
+            }
+        }
+    }
+
+    /// The same model without any adapter applied: it computes what the base does, and nothing learns.
+    pub fn disable_adapter(&self) -> Result<Self> {
+        self.with_active(None)
+    }
+
+    fn with_active(&self, active: Option<usize>) -> Result<Self> {
+        let Inner { base, decoder, adapters, .. } = &*self.0;
+        let name = active.and_then(|i| adapters.get(i)).map(|(name, _)| name.as_str());
+        let decoder = decoder.map_linears(|linear| Ok(linear.with_active(name)))?;
+        Ok(Self(Arc::new(Inner { base: base.clone(), decoder, adapters: adapters.clone(), active })))
+    }
+
+    /// The adapters' names, in the order in which they were added.
+    pub fn adapter_names(&self) -> Vec<&str> {
+        self.0.adapters.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The name of the active adapter; `None` when it is disabled.
+    pub fn active_adapter(&self) -> Option<&str> {
+        self.0.active.and_then(|i| self.0.adapters.get(i)).map(|(name, _)| name.as_str())
+    }
+
+    /// The same model with the adapter in `folder` beside those that it has; the active one stays active.
+    ///
+    /// # Errors
+    /// Those of [`PeftModel::from_pretrained`], and a name that an adapter has already.
+    pub fn load_adapter(&self, folder: impl AsRef<Path>, name: &str) -> Result<Self> {
+        self.load_adapter_path(folder.as_ref(), name)
+    }
+
+    fn load_adapter_path(&self, folder: &Path, name: &str) -> Result<Self> {
+        let folder = adapter_folder(folder)?;
+        let this = self.with_adapter(name, &LoraConfig::from_pretrained(&folder)?, DEFAULT_SEED)?;
+        this.set_adapter(name)?.load_adapter_weights(&folder)?;
+        Ok(this)
     }
 
     /// Loads an adapter that PEFT or [`PeftModel::save_pretrained`] wrote, onto `model`, which
@@ -119,17 +219,13 @@ impl PeftModel {
     }
 
     fn from_pretrained_path(model: &Model, folder: &Path) -> Result<Self> {
-        let files = Snapshot::open(&folder.to_string_lossy())?;
-        let config = files.file("adapter_config.json")?;
-        let folder = config.parent().unwrap_or(folder);
-        let config = LoraConfig::from_pretrained(folder)?;
-        files.file(WEIGHTS_FILE)?;
-        let this = Self::build(model, &config, DEFAULT_SEED)?;
-        this.load_adapter_weights(folder)?;
+        let folder = adapter_folder(folder)?;
+        let this = Self::build(model, &LoraConfig::from_pretrained(&folder)?, DEFAULT_SEED)?;
+        this.load_adapter_weights(&folder)?;
         Ok(this)
     }
 
-    /// Replaces the adapters' values by those in `folder`; all or none.
+    /// Replaces the active adapter's values by those in `folder`; all or none.
     pub fn load_adapter_weights(&self, folder: &Path) -> Result<()> {
         let path = folder.join(WEIGHTS_FILE);
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
@@ -178,15 +274,34 @@ impl PeftModel {
         params.iter().zip(&values).try_for_each(|(param, value)| param.set(value))
     }
 
-    /// Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads. Each file
-    /// is written beside its place and then renamed: what was there stays until then.
+    /// Writes `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads: those of the adapter `default` to
+    /// `folder`, of any other to a folder of its name in there. Each file is written beside its place and then renamed:
+    /// what was there stays until then.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
         self.save_pretrained_path(folder.as_ref())
     }
 
     fn save_pretrained_path(&self, folder: &Path) -> Result<()> {
+        for (name, config) in &self.0.adapters {
+            let folder = if name == DEFAULT_ADAPTER { folder.to_path_buf() } else { folder.join(name) };
+            self.save_adapter_to(name, config, &folder)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the active adapter alone to `folder`, whatever its name.
+    pub(crate) fn save_active_adapter(&self, folder: &Path) -> Result<()> {
+        match self.0.active.and_then(|i| self.0.adapters.get(i)) {
+            Some((name, config)) => self.save_adapter_to(name, config, folder),
+            None => Ok(()),
+        }
+    }
+
+    fn save_adapter_to(&self, name: &str, config: &LoraConfig, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
-        let params = self.trainable_parameters();
+        let linears = self.0.decoder.linears();
+        let of_name = linears.iter().flat_map(|l| l.adapters()).filter(|(adapter, _)| adapter == name);
+        let params: Vec<&Param> = of_name.flat_map(|(_, a)| a.parameters()).map(|(_, param)| param).collect();
         let tensors: Vec<(&str, &Tensor)> = params.iter().map(|p| (p.name(), p.value())).collect();
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         let path = folder.join(WEIGHTS_FILE);
@@ -197,10 +312,10 @@ impl PeftModel {
             remedy: "report this as a bug".into(),
         })?;
         write_atomically(&path, &bytes)?;
-        LoraConfig { inference_mode: true, ..self.0.config.clone() }.save_pretrained(folder)
+        LoraConfig { inference_mode: true, ..config.clone() }.save_pretrained(folder)
     }
 
-    /// The base model with the adapters added into its weights: W + scaling * B A, in f32, then
+    /// The base model with the active adapter added into its weights: W + scaling * B A, in f32, then
     /// rounded to `torch_dtype`.
     ///
     /// A quantized layer becomes a dense one: quantizing the sum again would throw away much of
@@ -208,12 +323,11 @@ impl PeftModel {
     pub fn merge_and_unload(&self) -> Result<Model> {
         let mut tied = self.0.decoder.tied;
         let mut decoder = self.0.decoder.map_linears(|linear| {
-            let Some(lora) = &linear.lora else { return Ok(linear.clone()) };
+            let Some(adapter) = linear.adapter() else { return Ok(linear.without_adapters()) };
             tied &= linear.name != self.0.decoder.head.name;
-            let weight = linear.weight.dequantize()?;
-            let update = (lora.b.value().matmul(lora.a.value())? * lora.scaling)?;
-            let merged = (weight.to_dtype(DType::F32)? + update)?.to_dtype(weight.dtype())?;
-            Ok(Linear { weight: Weight::Dense(merged), lora: None, ..linear.clone() })
+            let weight = linear.weight().dequantize()?;
+            let merged = adapter.merge(&weight.to_dtype(DType::F32)?)?.to_dtype(weight.dtype())?;
+            Ok(Linear::new(&linear.name, Weight::Dense(merged), linear.frozen.bias.clone()))
         })?;
         decoder.tied = tied;
         Ok(self.0.base.with_decoder(decoder))
@@ -224,9 +338,9 @@ impl PeftModel {
         self.0.decoder.logits(input_ids, attention_mask)
     }
 
-    /// The configuration, its layers named.
+    /// The configuration of the active adapter (of the first, when it is disabled), its layers named.
     pub fn config(&self) -> &LoraConfig {
-        &self.0.config
+        &self.0.adapters[self.0.active.unwrap_or(0)].1
     }
 
     /// The model without its adapters.
@@ -281,7 +395,7 @@ impl PeftModel {
 
     /// The tree of modules, as PyTorch prints PEFT's.
     pub fn module_tree(&self) -> ModuleNode {
-        ModuleNode::peft_model(module_tree(&self.0.decoder))
+        ModuleNode::peft_model(self.0.decoder.module_tree())
     }
 
     /// What a notebook shows: the tree with foldable branches, the adapters marked.
@@ -289,6 +403,14 @@ impl PeftModel {
         let tree = self.module_tree();
         vec![("text/html", tree.to_html(5)), ("text/plain", tree.to_string())]
     }
+}
+
+/// The folder that the files of an adapter are in, fetched if it is an id of the hub.
+fn adapter_folder(folder: &Path) -> Result<PathBuf> {
+    let files = Snapshot::open(&folder.to_string_lossy())?;
+    let config = files.file("adapter_config.json")?;
+    files.file(WEIGHTS_FILE)?;
+    Ok(config.parent().unwrap_or(folder).to_path_buf())
 }
 
 shown_by_forms!(PeftModel);
@@ -329,16 +451,23 @@ impl CausalLM for PeftModel {
 
 impl Trainable for PeftModel {
     fn trainable_parameters(&self) -> Vec<Param> {
-        let adapters = self.0.decoder.linears().into_iter().filter_map(|l| l.lora.as_ref());
-        adapters.flat_map(|l| [l.a.clone(), l.b.clone()]).collect()
+        self.0.decoder.params()
     }
 
     fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {
-        self.0.decoder.forward_backward(batch, options)
+        self.0.decoder.forward_backward(batch, options, None)
     }
 
     fn forward_backward_with(&self, batch: &Batch, options: &PassOptions, loss: &LossFn) -> Result<Pass> {
-        self.0.decoder.forward_backward_with(batch, options, loss)
+        self.0.decoder.forward_backward(batch, options, Some(loss))
+    }
+
+    fn loss_scale(&self) -> Option<LossScale> {
+        self.0.decoder.kept().loss_scale()
+    }
+
+    fn set_loss_scale(&self, scale: Option<LossScale>) {
+        self.0.decoder.kept().set_loss_scale(scale);
     }
 
     fn loss(&self, batch: &Batch) -> Result<Pass> {

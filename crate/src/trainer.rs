@@ -36,11 +36,11 @@ use self::{
     screen::Screen,
 };
 use crate::{
+    backend::{dropout::mix, param::Param},
     collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
     display,
     error::{Error, Result},
-    layers::{dropout::mix, param::Param},
     optim::{AdamW, lr_scheduler::lr_at},
     peft::PeftModel,
     training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
@@ -53,7 +53,7 @@ pub use state::{LogEntry, TrainOutput, TrainerState};
 /// The learning rate of update `step` (from 0).
 type Schedule = Box<dyn Fn(usize) -> f64 + Send>;
 
-/// [`LossFn`](crate::layers::own_loss::LossFn), sendable.
+/// [`LossFn`](crate::layers::custom_loss::LossFn), sendable.
 type Loss = Box<dyn Fn(&Tensor, &Tensor) -> Result<Tensor> + Send>;
 
 /// Trains the adapters of a model on a tokenized dataset.

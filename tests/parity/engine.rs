@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
+    backend::param::Param,
     batch::Batch,
-    layers::param::Param,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, ModelOptions},
     models::causal_lm::{PassOptions, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},

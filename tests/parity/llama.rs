@@ -5,9 +5,9 @@ use std::{collections::HashMap, path::Path};
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
     batch::Batch,
+    display::module_tree::trainable_parameters_text,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, Model, ModelOptions},
     models::causal_lm::{CausalLM, PassOptions, Trainable},
-    module_tree::trainable_parameters_text,
     peft::{LoraConfig, PeftModel, get_peft_model},
 };
 use qlora_nb_tests::*;
@@ -96,7 +96,7 @@ fn a_head_of_its_own_is_not_tied() {
     let t = numbers();
     let model = variant(serde_json::json!({"tie_word_embeddings": true}), true);
     let difference = max_difference(&model.logits(&t["single.input_ids"], None).unwrap(), &t["single.logits"]);
-    assert!(difference < 1e-4 && !model.decoder().tied, "logits differ by {difference}");
+    assert!(difference < 1e-4 && !model.decoder().is_tied(), "logits differ by {difference}");
 }
 
 /// Greedy tokens, one at a time through the cache: of one prompt, and of a batch of unequal ones.
@@ -183,7 +183,7 @@ fn adapters_are_merged_saved_and_loaded() {
 #[test]
 fn llama_prints_as_in_transformers_and_peft() {
     let want: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture("llama_tiny.json")).unwrap()).unwrap();
-    let listed = |parameters: Vec<(String, qlora_nb::models::decoder::Parameter)>| -> String {
+    let listed = |parameters: Vec<(String, qlora_nb::models::parameter::Parameter)>| -> String {
         parameters.iter().map(|(name, p)| format!("{name} {}\n", p.dtype())).collect()
     };
     let model = load(&fixture("llama_tiny"));

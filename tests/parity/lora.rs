@@ -4,8 +4,8 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use qlora_nb::{
+    backend::param::Param,
     batch::Batch,
-    layers::param::Param,
     model::{AutoModelForCausalLM, ModelOptions},
     models::causal_lm::{PassOptions, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},
@@ -86,7 +86,7 @@ fn twenty_steps_equal_peft() {
     let difference =
         max_difference_where(&merged.logits(ids, Some(mask)).unwrap(), &t["merged_logits_on_forward_ids"], mask);
     assert!(difference < 1e-4, "merged logits differ by {difference}");
-    let weight = merged.decoder().linears()[0].weight.dequantize().unwrap();
+    let weight = merged.decoder().linears()[0].weight().dequantize().unwrap();
     let difference = max_difference(&weight, &t["merged_h0_qkv_weight"]);
     assert!(difference < 1e-5, "merged weight differs by {difference}");
 }

@@ -2,10 +2,10 @@
 
 use candle_core::DType;
 use qlora_nb::{
+    display::module_tree::trainable_parameters_text,
     generation::GenerationConfig,
     model::{AutoModelForCausalLM, Model, ModelOptions},
     models::options::BitsAndBytesConfig,
-    module_tree::trainable_parameters_text,
     peft::{LoraConfig, get_peft_model},
     pipeline::pipeline,
     quant::QuantType,

@@ -3,10 +3,10 @@
 use std::{collections::HashMap, path::Path, path::PathBuf};
 
 use qlora_nb::{
+    backend::operands::Weight,
     candle_core::{DType, Device, Tensor, safetensors},
     cuda,
     error::Result,
-    layers::linear::Weight,
     model::BitsAndBytesConfig,
     models::weights::Weights,
     quant::QuantizedTensor,

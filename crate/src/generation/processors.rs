@@ -4,7 +4,7 @@
 //! The order is the reference's: `repetition_penalty`, `forbid` (min_new_tokens), and when
 //! sampling `temperature`, `top_k`, `top_p`.
 
-use crate::layers::cpu::math::softmax;
+use crate::backend::cpu::math::softmax;
 
 /// Buffers that the processors and the sampler use again and again, so that a token costs no
 /// allocation.

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::layers::kv_cache::KvCache;
+use crate::backend::kv_cache::KvCache;
 
 const VOCAB: usize = 48;
 const EOS: u32 = 2;

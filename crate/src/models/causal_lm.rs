@@ -3,10 +3,13 @@
 use candle_core::Tensor;
 
 use crate::{
+    backend::{kv_cache::KvCache, param::Param},
     batch::Batch,
     error::Result,
-    layers::{kv_cache::KvCache, own_loss::LossFn, param::Param},
+    layers::custom_loss::LossFn,
 };
+
+pub use crate::backend::{Draw, LossScale, Next};
 
 /// A model that predicts the next token: a base model or one with adapters.
 pub trait CausalLM: Send + Sync {
@@ -33,29 +36,6 @@ pub trait CausalLM: Send + Sync {
     }
 }
 
-/// How a token is chosen from a row of logits: divided by `temperature`, the `top_k` highest of them, of those the most
-/// likely that together reach `top_p`, of those the one at `u` of their cumulative probability in the order of ids.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Draw {
-    /// The row of the logits.
-    pub row: usize,
-    /// 1 is the highest logit, whatever else is said.
-    pub top_k: usize,
-    pub temperature: f32,
-    pub top_p: f64,
-    /// In [0, 1).
-    pub u: f64,
-}
-
-/// What comes after the tokens that were appended.
-#[derive(Clone, Debug)]
-pub enum Next {
-    /// The token of each draw.
-    Ids(Vec<u32>),
-    /// f32 `[sequences, vocab]`: choose yourself.
-    Logits(Tensor),
-}
-
 /// A model with parameters to learn.
 pub trait Trainable: CausalLM {
     /// The parameters that learn, in the order of the modules.
@@ -66,6 +46,12 @@ pub trait Trainable: CausalLM {
 
     /// The same with a loss of the caller's own in place of the cross-entropy; `loss_sum` is its sum.
     fn forward_backward_with(&self, batch: &Batch, options: &PassOptions, loss: &LossFn) -> Result<Pass>;
+
+    /// What the loss is multiplied by in f16; `None` where it is not, or no pass was made yet.
+    fn loss_scale(&self) -> Option<LossScale>;
+
+    /// Puts a scale in place of the present one, for a run that is resumed; `None`: the first one.
+    fn set_loss_scale(&self, scale: Option<LossScale>);
 
     /// The loss alone, without dropout.
     fn loss(&self, batch: &Batch) -> Result<Pass>;

@@ -1,356 +1,318 @@
-//! A decoder-only transformer: embedding, blocks, norm, head. Architectures differ in their
-//! blocks; the pass over them, gradient checkpointing and generation are here, once.
+//! A decoder-only transformer: embedding, blocks, norm, head. Architectures describe themselves and differ in how a block
+//! computes; loading, the pass over the blocks, gradient checkpointing and generation are here, once, for every device.
 
-use std::{fmt, sync::Arc};
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    causal_lm::{Draw, Next, Pass, PassOptions},
     memory::Needs,
     options::ModelOptions,
+    parameter::Parameter,
+    parts::{NormKind, Part, Parts},
     weights::Weights,
 };
 use crate::{
-    batch::Batch,
-    error::{Error, Result},
-    layers::{
-        cross_entropy::head_and_loss,
-        embedding::Embedding,
+    backend::{
+        self, Backend, Draw, Kept, Learning, Next,
         kv_cache::KvCache,
-        layer_norm::LayerNorm,
-        linear::{Linear, Weight},
-        norm::Norm,
-        own_loss::{LossFn, head_and_own_loss},
-        run::Run,
+        operands::{Norm, Weight},
+        param::Param,
+        run::{Run, Saved},
         sequences::{Packed, Sequences},
     },
-    module_tree::ModuleNode,
+    batch::Batch,
+    display::module_tree::ModuleNode,
+    error::{Error, Result},
+    layers::{
+        Linear,
+        custom_loss::{LossFn, head_and_custom_loss},
+        loss::head_and_loss,
+    },
+    models::causal_lm::{Pass, PassOptions},
 };
 
-/// Tokens of a pass with a cache that runs on the CPU as one of rayon's threads. Its products take some ten microseconds
-/// each: a thread of another kind would go to sleep at each, and be woken when it is done. A larger pass stays on the
-/// caller's thread, because a thread's heap keeps what was freed, and rayon's choice of a thread may differ each time.
-const SHORT_PASS: usize = 16;
-
-/// One layer of the stack.
-pub trait Block: Send + Sync {
+/// How a block computes, given its parts.
+pub trait BlockKind: Send + Sync {
     /// `[M, C]` to `[M, C]`.
-    fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor>;
+    fn forward(&self, parts: &Parts, x: &Tensor, run: &mut Run) -> Result<Tensor>;
 
-    /// Saves again what [`Block::forward`] saves: gradient checkpointing's second pass, whose result
-    /// nobody reads.
-    fn recompute(&self, x: &Tensor, run: &mut Run) -> Result<()> {
-        self.forward(x, run).map(drop)
+    /// Saves again what [`BlockKind::forward`] saves: gradient checkpointing's second pass, whose result nobody reads.
+    fn recompute(&self, parts: &Parts, x: &Tensor, run: &mut Run) -> Result<()> {
+        self.forward(parts, x, run).map(drop)
     }
 
     /// dy to dx. With `need_dx` false nothing below learns, and dx is not computed.
-    fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>>;
+    fn backward(&self, parts: &Parts, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>>;
 
-    /// The linear layers, in the order of the modules.
-    fn linears(&self) -> Vec<&Linear>;
-
-    /// The same block with other linear layers, in the order of [`Block::linears`].
-    fn with_linears(&self, linears: Vec<Linear>) -> Result<Arc<dyn Block>>;
-
-    /// The parameters that are not a linear layer's, with the position they have among them:
-    /// (how many linears come before, name, tensor).
-    fn other_parameters(&self) -> Vec<(usize, String, Tensor)>;
-
-    /// The modules as PyTorch prints them, each linear's node made by `linear`.
-    fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode;
-
-    /// What [`Block::forward`] saves for each token when there is a backward to come, and what that backward needs
-    /// besides. `gpu`: the dtype that a GPU computes in, which keeps other things than the CPU (`None`).
-    fn needs(&self, gpu: Option<DType>) -> Needs;
+    /// Activations a token that exist at the widest point of the backward, besides what was saved.
+    fn working(&self) -> usize;
 }
 
-/// The dtype of a parameter; prints as PyTorch does: `torch.float16`.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct ParameterDType(pub DType);
-
-impl fmt::Display for ParameterDType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.0 {
-            DType::F32 => "torch.float32",
-            DType::F16 => "torch.float16",
-            DType::BF16 => "torch.bfloat16",
-            DType::U8 => "torch.uint8",
-            other => return f.write_str(other.as_str()),
-        })
-    }
-}
-
-impl fmt::Debug for ParameterDType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl PartialEq<DType> for ParameterDType {
-    fn eq(&self, other: &DType) -> bool {
-        self.0 == *other
-    }
-}
-
-/// A parameter as it is stored: a quantized weight is its packed bytes.
-#[derive(Clone, Debug)]
-pub struct Parameter {
-    tensor: Tensor,
-    elements: usize,
-    requires_grad: bool,
-}
-
-impl Parameter {
-    pub fn new(tensor: &Tensor) -> Self {
-        Self { tensor: tensor.clone(), elements: tensor.elem_count(), requires_grad: false }
-    }
-
-    fn of_weight(weight: &Weight) -> Self {
-        match weight {
-            Weight::Dense(t) => Self::new(t),
-            Weight::Quantized(q) => {
-                let elements = q.shape().iter().product();
-                Self { tensor: q.packed().clone(), elements, requires_grad: false }
-            }
-        }
-    }
-
-    /// Prints as PyTorch does: `torch.float16`, `torch.uint8` for a quantized weight.
-    pub fn dtype(&self) -> ParameterDType {
-        ParameterDType(self.tensor.dtype())
-    }
-
-    /// The stored tensor; `[ceil(n / 2), 1]` uint8 for a quantized weight.
-    pub fn tensor(&self) -> &Tensor {
-        &self.tensor
-    }
-
-    /// The stored tensor's dimensions.
-    pub fn dims(&self) -> &[usize] {
-        self.tensor.dims()
-    }
-
-    /// Numbers that it stands for: a quantized weight counts its elements, not its bytes.
-    pub fn numel(&self) -> usize {
-        self.elements
-    }
-
-    /// Whether it learns.
-    pub fn requires_grad(&self) -> bool {
-        self.requires_grad
-    }
+/// A model as its family describes it.
+pub struct Description {
+    /// `Bloom`: classes are printed as `BloomModel`, `BloomForCausalLM`.
+    pub class: &'static str,
+    /// `transformer`: what the parts around the blocks are in. The checkpoint may leave it out.
+    pub model: &'static str,
+    /// `transformer.`
+    pub prefix: &'static str,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub num_layers: usize,
+    /// `word_embeddings`
+    pub embedding: &'static str,
+    /// The id whose embedding PyTorch marks as padding; printed in the module tree only.
+    pub padding_idx: Option<usize>,
+    pub embedding_norm: Option<(&'static str, NormKind)>,
+    /// `h`
+    pub blocks: &'static str,
+    /// `BloomBlock`, and what it is made of.
+    pub block: (String, Vec<Part>),
+    pub kind: Arc<dyn BlockKind>,
+    /// Buffers in a block that older checkpoints keep; they are computed.
+    pub computed: &'static [&'static str],
+    /// `ln_f`
+    pub final_norm: (&'static str, NormKind),
+    /// Modules without parameters behind the final norm: (name, what PyTorch prints).
+    pub plain: Vec<(&'static str, String)>,
+    /// The head is the embedding table.
+    pub tied: bool,
+    /// Width of a key row: kv heads × head_dim.
+    pub kv_width: usize,
 }
 
 /// The network of a causal language model. Cloning shares the weights.
 #[derive(Clone)]
 pub struct Decoder {
-    /// `BloomForCausalLM`, as PyTorch prints it.
-    pub architecture: &'static str,
-    /// Names of the parts, as the checkpoint has them.
-    pub names: DecoderNames,
-    pub embedding: Embedding,
-    /// The id whose embedding PyTorch marks as padding; printed in the module tree only.
-    pub padding_idx: Option<usize>,
-    pub embedding_norm: Option<LayerNorm>,
-    pub blocks: Vec<Arc<dyn Block>>,
-    pub final_norm: Norm,
-    pub head: Linear,
+    description: Arc<Description>,
+    backend: &'static dyn Backend,
+    /// `[vocab, C]`, in the checkpoint's dtype.
+    pub(crate) embedding: Tensor,
+    embedding_norm: Option<Norm>,
+    pub(super) blocks: Vec<Parts>,
+    final_norm: Norm,
+    pub(crate) head: Linear,
     /// The head is the embedding table.
-    pub tied: bool,
-    /// Width of a key row: kv heads × head_dim.
-    pub kv_width: usize,
-    /// What the GPU keeps between passes.
-    pub recorded: super::Recorded,
-}
-
-/// How an architecture names the parts around its blocks.
-#[derive(Clone, Copy, Debug)]
-pub struct DecoderNames {
-    /// `transformer`
-    pub model: &'static str,
-    /// `BloomModel`
-    pub model_class: &'static str,
-    /// `word_embeddings`
-    pub embedding: &'static str,
-    /// `word_embeddings_layernorm`
-    pub embedding_norm: &'static str,
-    /// `h`
-    pub blocks: &'static str,
-    /// `ln_f`
-    pub final_norm: &'static str,
-    /// Modules without parameters behind the final norm: (name, what PyTorch prints).
-    pub without_parameters: &'static [(&'static str, &'static str)],
+    pub(crate) tied: bool,
+    /// What the device keeps between passes.
+    kept: Kept,
+    needs: Arc<OnceLock<Vec<Needs>>>,
 }
 
 impl Decoder {
+    /// Reads the model that `description` describes.
+    pub fn load(description: Description, weights: &mut Weights, options: &ModelOptions) -> Result<Self> {
+        let (c, dtype) = (description.hidden_size, options.torch_dtype);
+        let quantization = options.quantization_config.as_ref();
+        let model = description.model;
+        weights.optional_prefix(description.prefix);
+        let name = format!("{model}.{}.weight", description.embedding);
+        let embedding = weights.table(&name, &[description.vocab_size, c], dtype)?;
+        let mut norm = |name: &str, kind: &NormKind| kind.load(&format!("{model}.{name}"), c, weights, dtype);
+        let embedding_norm = description.embedding_norm.as_ref().map(|(name, kind)| norm(name, kind)).transpose()?;
+        let block = Arc::new(description.block.clone());
+        let mut blocks = Vec::new();
+        for i in 0..description.num_layers {
+            let path = format!("{model}.{}.{i}", description.blocks);
+            for buffer in description.computed {
+                weights.ignore(&format!("{path}.{buffer}"));
+            }
+            blocks.push(Parts::load(&block, path, weights, dtype, quantization)?);
+        }
+        let (name, kind) = &description.final_norm;
+        let final_norm = kind.load(&format!("{model}.{name}"), c, weights, dtype)?;
+        let (head, tied) = head(weights, &embedding, description.tied, dtype)?;
+        Ok(Self {
+            backend: backend::of(embedding.device())?,
+            embedding,
+            embedding_norm,
+            blocks,
+            final_norm,
+            head: Linear::new("lm_head", Weight::Dense(head), None),
+            tied,
+            kept: Kept::default(),
+            needs: Arc::default(),
+            description: Arc::new(description),
+        })
+    }
+
     /// Rows of the embedding table.
     pub fn vocab_size(&self) -> usize {
-        self.embedding.weight.dims()[0]
+        self.embedding.dims()[0]
     }
 
     /// Hidden size C.
     pub fn hidden_size(&self) -> usize {
-        self.embedding.weight.dims()[1]
+        self.embedding.dims()[1]
     }
 
-    fn embed(&self, ids: &[u32]) -> Result<Tensor> {
-        let x = self.embedding.forward(ids)?;
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    /// The dtype of activations.
+    pub(crate) fn activations(&self) -> DType {
+        self.backend.activations(self.embedding.dtype())
+    }
+
+    /// Whether the head is the embedding table.
+    pub fn is_tied(&self) -> bool {
+        self.tied
+    }
+
+    /// What keeps the scale of an f16 loss.
+    pub(crate) fn kept(&self) -> &Kept {
+        &self.kept
+    }
+
+    fn embed(&self, run: &mut Run) -> Result<Tensor> {
+        let x = self.backend.embed(&self.embedding, run)?;
         match &self.embedding_norm {
             None => Ok(x),
             // The embeddings are frozen, so the norm above them has no backward.
-            Some(norm) => norm.forward(&x, &mut Run::inference(&Sequences::new([ids.len()]))),
+            Some(norm) => run.with_saved(None, |run| norm.forward(&x, run)),
         }
     }
 
-    /// The hidden state after the last block, `[M, C]`.
-    fn run_blocks(&self, ids: &[u32], run: &mut Run) -> Result<Tensor> {
-        let mut x = self.embed(ids)?;
+    /// The hidden state after the last block, `[M, C]`; `each` sees every block's output.
+    fn run_blocks(&self, run: &mut Run, mut each: impl FnMut(&Tensor, &mut Run) -> Result<()>) -> Result<Tensor> {
+        let mut x = self.embed(run)?;
         for (i, block) in self.blocks.iter().enumerate() {
+            each(&x, run)?;
             run.block = i;
-            x = block.forward(&x, run)?;
+            x = self.description.kind.forward(block, &x, run)?;
         }
         Ok(x)
+    }
+
+    /// The hidden state after the final norm, `[M, C]`.
+    fn hidden(&self, run: &mut Run) -> Result<Tensor> {
+        let x = self.run_blocks(run, |_, _| Ok(()))?;
+        self.final_norm.forward(&x, run)
     }
 
     /// Logits of a padded batch: `[B, T]` ids (any integer dtype) to f32 `[B, T, vocab]`.
     /// Positions that `attention_mask` marks with 0 get zeros. The result is on the CPU.
     pub fn logits(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
         let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
-        #[cfg(feature = "cuda")]
-        if self.device().is_cuda() {
-            return packed.unpack(&self.logits_on_gpu(&packed)?);
-        }
-        let mut run = Run::inference(&packed.sequences);
-        let x = self.run_blocks(&packed.ids, &mut run)?;
-        let x = self.final_norm.forward(&x, &mut run)?;
-        packed.unpack(&self.head.forward(&x, None, &mut run)?)
+        let mut logits = None;
+        self.backend.pass(&packed.tokens(), &mut |run| {
+            let x = self.hidden(run)?;
+            let all = self.head.forward_logits(&x, run)?;
+            logits = Some(self.backend.to_host(&all, self.vocab_size(), run)?);
+            Ok(())
+        })?;
+        packed.unpack(&logits.ok_or_else(|| backend::internal("a pass without logits"))?)
     }
 
     /// The hidden states that transformers' `output_hidden_states` gives: the embeddings,
     /// then each block's output, the last one after the final norm; f32 `[B, T, C]` each.
     pub fn hidden_states(&self, input_ids: &Tensor, attention_mask: Option<&Tensor>) -> Result<Vec<Tensor>> {
         let packed = Packed::new(input_ids, attention_mask, None, self.vocab_size())?;
-        #[cfg(feature = "cuda")]
-        if self.device().is_cuda() {
-            return self.hidden_states_on_gpu(&packed)?.iter().map(|x| packed.unpack(x)).collect();
-        }
-        let mut run = Run::inference(&packed.sequences);
-        let mut x = self.embed(&packed.ids)?;
-        let mut states = vec![packed.unpack(&x)?];
-        for (i, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, &mut run)?;
-            if i + 1 == self.blocks.len() {
-                x = self.final_norm.forward(&x, &mut run)?;
-            }
-            states.push(packed.unpack(&x)?);
-        }
+        let mut states = Vec::new();
+        self.backend.pass(&packed.tokens(), &mut |run| {
+            let mut state = |x: &Tensor, run: &mut Run| {
+                states.push(packed.unpack(&self.backend.to_host(x, self.hidden_size(), run)?)?);
+                Ok(())
+            };
+            let x = self.run_blocks(run, &mut state)?;
+            let x = self.final_norm.forward(&x, run)?;
+            state(&x, run)
+        })?;
         Ok(states)
     }
 
     /// The summed loss of a batch, without dropout and without gradients.
     pub fn loss(&self, batch: &Batch) -> Result<Pass> {
         let packed = self.pack(batch)?;
-        #[cfg(feature = "cuda")]
-        if self.device().is_cuda() {
-            return self.loss_on_gpu(&packed);
-        }
-        let mut run = Run::inference(&packed.sequences);
-        let x = self.run_blocks(&packed.ids, &mut run)?;
-        let x = self.final_norm.forward(&x, &mut run)?;
-        let (loss_sum, num_label_tokens, _) = head_and_loss(&x, &self.head, &packed.targets, None, None)?;
-        Ok(Pass { loss_sum, num_label_tokens })
+        let loss_sum = self.backend.pass(&packed.tokens(), &mut |run| {
+            let x = self.hidden(run)?;
+            head_and_loss(&x, &self.head, false, run).map(drop)
+        })?;
+        Ok(Pass { loss_sum, num_label_tokens: packed.num_label_tokens() })
     }
 
     fn pack(&self, batch: &Batch) -> Result<Packed> {
         Packed::new(&batch.input_ids, Some(&batch.attention_mask), Some(&batch.labels), self.vocab_size())
     }
 
-    /// One micro-batch: adds to the gradient of every adapter.
+    /// One micro-batch: adds to the gradient of every adapter, of the cross-entropy or of the caller's own `loss`.
     ///
     /// With gradient checkpointing only each block's input is kept and the block runs again
     /// on the way back (arXiv:1604.06174): the same operations on the same numbers, so the
     /// gradients are the same bit for bit.
-    pub fn forward_backward(&self, batch: &Batch, options: &PassOptions) -> Result<Pass> {
-        self.there_and_back(batch, options, None)
-    }
-
-    /// [`forward_backward`](Self::forward_backward) with `loss` in place of the cross-entropy.
-    pub fn forward_backward_with(&self, batch: &Batch, options: &PassOptions, loss: &LossFn) -> Result<Pass> {
-        self.there_and_back(batch, options, Some(loss))
-    }
-
-    fn there_and_back(&self, batch: &Batch, options: &PassOptions, loss: Option<&LossFn>) -> Result<Pass> {
+    pub fn forward_backward(&self, batch: &Batch, options: &PassOptions, loss: Option<&LossFn>) -> Result<Pass> {
         let packed = self.pack(batch)?;
-        #[cfg(feature = "cuda")]
-        if self.device().is_cuda() {
-            if loss.is_some() {
-                return Err(Error::Unsupported {
-                    what: "device of a model that is trained with a loss of your own".into(),
-                    got: "a GPU".into(),
-                    supported: vec!["cpu".into()],
-                    remedy: "load the model with DeviceMap::Cpu".into(),
-                });
-            }
-            return self.with_room_to_record(|| self.forward_backward_on_gpu(&packed, options));
+        if loss.is_some() && !self.device().is_cpu() {
+            return Err(Error::Unsupported {
+                what: "device of a model that is trained with a loss of your own".into(),
+                got: "a GPU".into(),
+                supported: vec!["cpu".into()],
+                remedy: "load the model with DeviceMap::Cpu".into(),
+            });
         }
-        let key = Some(options.dropout_key);
-        let run = |saves: bool| match saves {
-            true => Run::training(&packed.sequences, key),
-            false => Run { dropout_key: key, ..Run::inference(&packed.sequences) },
+        let learning = Learning {
+            tokens: packed.tokens(),
+            grad_scale: 1.0 / options.num_items,
+            dropout_key: options.dropout_key,
+            gradient_checkpointing: options.gradient_checkpointing,
+            kept: &self.kept,
+            params: &|| self.params(),
+            largest_dequantized: self.largest_dequantized(),
+            activations: self.activations(),
         };
-        let mut pass = Pass::default();
-        let scale = 1.0 / options.num_items;
-        self.learn(self.embed(&packed.ids)?, options.gradient_checkpointing, &run, |x, _| {
-            let (loss_sum, num_label_tokens, dx) = match loss {
-                None => head_and_loss(x, &self.head, &packed.targets, Some(scale), key)?,
-                Some(loss) => head_and_own_loss(x, &self.head, &packed.targets, scale, key, loss)?,
-            };
-            pass = Pass { loss_sum, num_label_tokens };
-            Ok(dx.filter(|_| num_label_tokens > 0))
+        let loss_sum = self.backend.learn(&learning, &mut |run| {
+            self.learn(options.gradient_checkpointing, run, &mut |x, run| match loss {
+                None => head_and_loss(x, &self.head, true, run),
+                Some(loss) => head_and_custom_loss(x, &self.head, loss, run),
+            })
         })?;
-        Ok(pass)
+        Ok(Pass { loss_sum, num_label_tokens: packed.num_label_tokens() })
     }
 
     /// From the embeddings up to `head`, which takes the normed hidden state and gives its gradient (or
-    /// nothing, and that is all), and down again to the lowest block that learns. `new_run` makes a run
-    /// of this batch, one that saves or one that does not.
-    pub(super) fn learn<'a>(
+    /// nothing, and that is all), and down again to the lowest block that learns.
+    fn learn(
         &self,
-        embedded: Tensor,
         gradient_checkpointing: bool,
-        new_run: &dyn Fn(bool) -> Run<'a>,
-        head: impl FnOnce(&Tensor, &Run<'a>) -> Result<Option<Tensor>>,
+        run: &mut Run,
+        head: &mut dyn FnMut(&Tensor, &mut Run) -> Result<Option<Tensor>>,
     ) -> Result<()> {
+        let kind = &*self.description.kind;
         let lowest = self.lowest_learning_block();
-        let mut x = embedded;
-        let mut run = new_run(true);
+        let mut x = self.embed(run)?;
         let mut inputs = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
+            run.block = i;
             x = if i < lowest || gradient_checkpointing {
-                let y = block.forward(&x, &mut new_run(false))?;
+                let y = run.with_saved(None, |run| kind.forward(block, &x, run))?;
                 if i >= lowest {
                     inputs.push(x);
                 }
                 y
             } else {
-                block.forward(&x, &mut run)?
+                kind.forward(block, &x, run)?
             };
         }
-        x = self.final_norm.forward(&x, &mut run)?;
-        let Some(dx) = head(&x, &run)?.filter(|_| lowest < self.blocks.len()) else { return Ok(()) };
+        x = self.final_norm.forward(&x, run)?;
+        let Some(dx) = head(&x, run)?.filter(|_| lowest < self.blocks.len()) else { return Ok(()) };
         drop(x);
-        let mut dx = self.final_norm.backward(&dx, None, &mut run)?;
+        let mut dx = self.final_norm.backward(&dx, None, run)?;
         for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
+            run.block = i;
             let need_dx = i > lowest;
             let below = if gradient_checkpointing {
-                let mut again = new_run(true);
-                if let Some(input) = inputs.pop() {
-                    block.recompute(&input, &mut again)?;
-                }
-                block.backward(&dx, need_dx, &mut again)?
+                let input = inputs.pop();
+                run.with_saved(Some(Saved::default()), |run| {
+                    if let Some(input) = input {
+                        kind.recompute(block, &input, run)?;
+                    }
+                    kind.backward(block, &dx, need_dx, run)
+                })?
             } else {
-                block.backward(&dx, need_dx, &mut run)?
+                kind.backward(block, &dx, need_dx, run)?
             };
             match below {
                 Some(below) => dx = below,
@@ -360,42 +322,48 @@ impl Decoder {
         Ok(())
     }
 
-    /// Runs `pass`, and once more when there was no room to record it: a pass that was only launched before leaves
-    /// memory that can be given back, and a recording that failed has changed nothing.
-    #[cfg(feature = "cuda")]
-    fn with_room_to_record<T>(&self, mut pass: impl FnMut() -> Result<T>) -> Result<T> {
-        let done = pass();
-        let gpu = crate::cuda::of(self.device())?;
-        if matches!(done, Err(Error::OutOfDeviceMemory { .. })) && gpu.take_no_room_to_record() {
-            gpu.trim()?;
-            return pass();
-        }
-        done
-    }
-
-    /// Where the weights are.
-    pub fn device(&self) -> &Device {
-        self.embedding.weight.device()
-    }
-
     /// Below this block nothing learns, so the backward ends there.
     fn lowest_learning_block(&self) -> usize {
-        let learns = |block: &Arc<dyn Block>| block.linears().iter().any(|l| l.lora.is_some());
+        let learns = |block: &Parts| block.linears().any(|l| l.adapter().is_some());
         self.blocks.iter().position(learns).unwrap_or(self.blocks.len())
+    }
+
+    /// The blocks from the lowest that learns on.
+    pub(super) fn learning_blocks(&self) -> &[Parts] {
+        &self.blocks[self.lowest_learning_block()..]
+    }
+
+    /// What each block that learns keeps for a token, and needs besides: seen in a pass of a few tokens.
+    pub(super) fn needs(&self) -> Result<&[Needs]> {
+        if let Some(needs) = self.needs.get() {
+            return Ok(needs);
+        }
+        let (ids, sequences) = ([0; Needs::TOKENS], Sequences::new([Needs::TOKENS]));
+        let tokens = backend::Tokens { ids: &ids, targets: &[], sequences: &sequences };
+        let kind = &*self.description.kind;
+        let mut needs = Vec::new();
+        self.backend.pass(&tokens, &mut |run| {
+            let mut x = self.embed(run)?;
+            for block in self.learning_blocks() {
+                run.saved = Some(Saved::default());
+                x = kind.forward(block, &x, run)?;
+                needs.extend(run.saved.take().map(|saved| Needs::of(&saved, kind.working())));
+            }
+            Ok(())
+        })?;
+        Ok(self.needs.get_or_init(|| needs))
     }
 
     /// See [`super::causal_lm::CausalLM::new_cache`].
     pub fn new_cache(&self, sequences: usize) -> Result<KvCache> {
-        // The CPU computes in f32, a GPU in the model's dtype.
-        let dtype = if self.device().is_cpu() { DType::F32 } else { self.embedding.weight.dtype() };
-        KvCache::new(self.blocks.len(), sequences, self.kv_width, dtype, self.device())
+        KvCache::new(self.blocks.len(), sequences, self.description.kv_width, self.activations(), self.device())
     }
 
     /// See [`super::causal_lm::CausalLM::next_token_logits`].
     pub fn next_token_logits(&self, new_tokens: &[&[u32]], cache: &mut KvCache) -> Result<Tensor> {
         match self.next_tokens(new_tokens, cache, &[])? {
             Next::Logits(logits) => Ok(logits),
-            Next::Ids(_) => Err(candle_core::Error::Msg("tokens without a draw".into()).bt().into()),
+            Next::Ids(_) => Err(backend::internal("tokens without a draw")),
         }
     }
 
@@ -421,100 +389,93 @@ impl Decoder {
         }
         let ids = new_tokens.concat();
         let lengths: Vec<usize> = new_tokens.iter().map(|t| t.len()).collect();
-        cache.reserve(&lengths)?;
-        #[cfg(feature = "cuda")]
-        if self.device().is_cuda() {
-            let sequences = Sequences::new(lengths.iter().copied());
-            let next = self.with_room_to_record(|| self.next_tokens_on_gpu(&ids, &sequences, cache, draws))?;
-            cache.advance(&lengths);
-            return Ok(next);
-        }
-        let _ = draws;
-        let mut pass = || self.next_tokens_on_cpu(&ids, &lengths, cache);
-        if ids.len() <= SHORT_PASS { rayon::scope(|_| pass()) } else { pass() }
-    }
-
-    fn next_tokens_on_cpu(&self, ids: &[u32], lengths: &[usize], cache: &mut KvCache) -> Result<Next> {
         let sequences = Sequences::new(lengths.iter().copied());
-        let x = {
-            let mut run = Run { cache: Some(cache), ..Run::inference(&sequences) };
-            self.run_blocks(ids, &mut run)?
-        };
-        cache.advance(lengths);
-        let last: Vec<u32> = sequences.ranges().map(|r| r.end as u32 - 1).collect();
-        let x = if last.len() == ids.len() { x } else { x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)? };
-        let sequences = Sequences::new([lengths.len()]);
-        let mut run = Run::inference(&sequences);
-        let x = self.final_norm.forward(&x, &mut run)?;
-        self.head.forward(&x, None, &mut run).map(Next::Logits)
+        cache.reserve(&lengths)?;
+        let tokens = backend::Tokens { ids: &ids, targets: &[], sequences: &sequences };
+        let next = self.backend.next_tokens(&tokens, self.vocab_size(), cache, draws, &mut |run| {
+            let x = self.run_blocks(run, |_, _| Ok(()))?;
+            let x = self.backend.last_rows(&x, run)?; // (sequences, C)
+            let x = self.final_norm.forward(&x, run)?;
+            self.head.forward_logits(&x, run)
+        })?;
+        cache.advance(&lengths);
+        Ok(next)
     }
 
     /// Every linear layer, in the order of the modules, the head last.
     pub fn linears(&self) -> Vec<&Linear> {
-        self.blocks.iter().flat_map(|b| b.linears()).chain([&self.head]).collect()
+        self.blocks.iter().flat_map(Parts::linears).chain([&self.head]).collect()
     }
 
     /// The same network with other linear layers, in the order of [`Decoder::linears`].
     pub fn map_linears(&self, mut change: impl FnMut(&Linear) -> Result<Linear>) -> Result<Self> {
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let linears = block.linears().into_iter().map(&mut change).collect::<Result<Vec<_>>>()?;
-            blocks.push(block.with_linears(linears)?);
-        }
-        Ok(Self { blocks, head: change(&self.head)?, recorded: Default::default(), ..self.clone() })
+        let blocks = self.blocks.iter().map(|block| block.map_linears(&mut change)).collect::<Result<_>>()?;
+        let head = change(&self.head)?;
+        Ok(Self { blocks, head, kept: Kept::default(), needs: Arc::default(), ..self.clone() })
+    }
+
+    /// What learns, in the order of the modules.
+    pub fn params(&self) -> Vec<Param> {
+        self.linears().iter().flat_map(|linear| linear.trainable()).map(|(_, param)| param.clone()).collect()
+    }
+
+    /// Bytes of the largest weight once it is dequantized for a product.
+    pub(super) fn largest_dequantized(&self) -> usize {
+        let bytes = |linear: &&Linear| linear.frozen.dequantized_bytes(self.activations());
+        self.linears().iter().map(bytes).max().unwrap_or(0)
+    }
+
+    /// The norms' tensors, inside the blocks and around them.
+    pub(super) fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let inside = self.blocks.iter().flat_map(Parts::norms);
+        inside.chain(&self.embedding_norm).chain([&self.final_norm])
     }
 
     /// Every parameter with its name, in the reference's order. The tied head is not listed
     /// twice. Adapters are listed under PEFT's names.
     pub fn named_parameters(&self) -> Vec<(String, Parameter)> {
-        let peft = self.linears().iter().any(|l| l.lora.is_some());
-        let prefix = if peft { "base_model.model." } else { "" };
-        let model = self.names.model;
-        let mut all = Vec::new();
-        let mut put = |name: String, tensor: &Tensor| all.push((format!("{prefix}{name}"), Parameter::new(tensor)));
-        put(format!("{model}.{}.weight", self.names.embedding), &self.embedding.weight);
-        if let Some(norm) = &self.embedding_norm {
-            put(format!("{model}.{}.weight", self.names.embedding_norm), &norm.weight);
-            put(format!("{model}.{}.bias", self.names.embedding_norm), &norm.bias);
+        let Description { model, embedding, embedding_norm, final_norm, .. } = &*self.description;
+        let adapted = self.linears().iter().any(|l| !l.adapters().is_empty());
+        let prefix = if adapted { "base_model.model." } else { "" };
+        let of_norm = |name: &str, norm: &Norm| Parameter::of_norm(&format!("{prefix}{model}.{name}"), norm);
+        let mut all = vec![(format!("{prefix}{model}.{embedding}.weight"), Parameter::new(&self.embedding))];
+        if let (Some((name, _)), Some(norm)) = (embedding_norm, &self.embedding_norm) {
+            all.extend(of_norm(name, norm));
         }
-        for (i, block) in self.blocks.iter().enumerate() {
-            let linears = block.linears();
-            let mut others = block.other_parameters().into_iter().peekable();
-            for before in 0..=linears.len() {
-                while let Some((_, name, tensor)) = others.next_if(|(position, ..)| *position == before) {
-                    let name = format!("{prefix}{model}.{}.{i}.{name}", self.names.blocks);
-                    all.push((name, Parameter::new(&tensor)));
-                }
-                if let Some(linear) = linears.get(before) {
-                    linear_parameters(prefix, linear, &mut all);
-                }
-            }
-        }
-        let final_norm = self.names.final_norm;
-        for (part, tensor) in self.final_norm.parameters() {
-            all.push((format!("{prefix}{model}.{final_norm}.{part}"), Parameter::new(tensor)));
-        }
-        if !self.tied || self.head.lora.is_some() {
-            linear_parameters(prefix, &self.head, &mut all);
+        all.extend(self.blocks.iter().flat_map(|block| block.named_parameters(prefix)));
+        all.extend(of_norm(final_norm.0, &self.final_norm));
+        if !self.tied || !self.head.adapters().is_empty() {
+            all.extend(Parameter::of_linear(prefix, &self.head));
         }
         all
+    }
+
+    /// The tree of modules as PyTorch prints it, adapters included.
+    pub fn module_tree(&self) -> ModuleNode {
+        let d = &*self.description;
+        let (vocab, width) = (self.vocab_size(), self.hidden_size());
+        let mut parts = vec![match d.padding_idx {
+            None => ModuleNode::embedding(d.embedding, vocab, width),
+            Some(padding) => ModuleNode::padded_embedding(d.embedding, vocab, width, padding),
+        }];
+        parts.extend(d.embedding_norm.as_ref().map(|(name, kind)| kind.module_tree(name, width)));
+        parts.push(ModuleNode::list(d.blocks, self.blocks.iter().map(Parts::module_tree).collect()));
+        parts.push(d.final_norm.1.module_tree(d.final_norm.0, width));
+        parts.extend(d.plain.iter().map(|(name, label)| ModuleNode::leaf(*name, label)));
+        let model = ModuleNode::new(d.model, format!("{}Model", d.class), parts);
+        ModuleNode::new("", format!("{}ForCausalLM", d.class), vec![model, self.head.module_tree("lm_head")])
     }
 }
 
 /// The output head's weight `[vocab, C]`, and whether it is the embedding table: that is so when
 /// the configuration says `tied`, unless the checkpoint has a head that differs from the table.
-pub(super) fn head(
-    weights: &mut Weights,
-    table: &Tensor,
-    tied: bool,
-    options: &ModelOptions,
-) -> Result<(Tensor, bool)> {
+fn head(weights: &mut Weights, table: &Tensor, tied: bool, dtype: DType) -> Result<(Tensor, bool)> {
     const NAME: &str = "lm_head.weight";
     if tied && !weights.contains(NAME) {
         return Ok((table.clone(), true));
     }
     let (rows, width) = table.dims2()?;
-    let own = weights.table(NAME, &[rows, width], options.torch_dtype)?;
+    let own = weights.table(NAME, &[rows, width], dtype)?;
     if !tied {
         return Ok((own, false));
     }
@@ -531,31 +492,4 @@ pub(super) fn head(
         }
     }
     Ok((table.clone(), true))
-}
-
-/// dx of a linear layer inside a block: always needed.
-pub(super) fn through(linear: &Linear, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
-    let dx = linear.backward(dy, true, run)?;
-    dx.ok_or_else(|| candle_core::Error::Msg(format!("{} gave no gradient", linear.name)).bt().into())
-}
-
-/// The linear layers that [`Block::with_linears`] was given, which must be N.
-pub(super) fn exactly<const N: usize>(block: &str, linears: Vec<Linear>) -> Result<[Linear; N]> {
-    linears.try_into().map_err(|l: Vec<Linear>| {
-        candle_core::Error::Msg(format!("a {block} has {N} linears, not {}", l.len())).bt().into()
-    })
-}
-
-fn linear_parameters(prefix: &str, linear: &Linear, all: &mut Vec<(String, Parameter)>) {
-    let base = if linear.lora.is_some() { ".base_layer" } else { "" };
-    all.push((format!("{prefix}{}{base}.weight", linear.name), Parameter::of_weight(&linear.weight)));
-    if let Some(bias) = &linear.bias {
-        all.push((format!("{prefix}{}{base}.bias", linear.name), Parameter::new(bias)));
-    }
-    if let Some(lora) = &linear.lora {
-        for (part, param) in [("lora_A", &lora.a), ("lora_B", &lora.b)] {
-            let parameter = Parameter { requires_grad: true, ..Parameter::new(param.value()) };
-            all.push((format!("{prefix}{}.{part}.default.weight", linear.name), parameter));
-        }
-    }
 }

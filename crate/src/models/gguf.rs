@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     error::{Error, Result},
-    quant::tensor::with_f32,
+    quantized::with_f32,
 };
 
 /// Types of tensors that can be read.
@@ -221,7 +221,7 @@ impl Gguf {
                 rope.insert(key.into(), value);
             }
             let ours = super::llama::RopeScaling::from_json(&Value::Null, &Value::Object(rope.clone()))?;
-            let plain = crate::layers::rope::Rope::frequencies(theta, head_dim);
+            let plain = crate::backend::operands::Rope::frequencies(theta, head_dim);
             let same = |(f, want): (&f32, &f32)| {
                 (f64::from(*f) / ours.apply(f64::from(*f)) / f64::from(*want) - 1.0).abs() < 1e-3
             };
@@ -243,7 +243,6 @@ impl Gguf {
     }
 
     /// Those names, with the tensors' shapes.
-    #[cfg(feature = "cuda")]
     pub(super) fn shapes(&self) -> Vec<(String, &[usize])> {
         let infos = self.content.tensor_infos.iter();
         infos.filter_map(|(name, info)| Some((hf_name(name)?, info.shape.dims()))).collect()

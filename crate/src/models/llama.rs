@@ -1,34 +1,23 @@
-//! Llama (arXiv:2302.13971) and its successors, as transformers' `modeling_llama.py` computes them.
+//! Llama (arXiv:2302.13971) and its successors, as transformers' `modeling_llama.py` computes them; with what its
+//! relatives add: see `qwen2`, `qwen3`, `mistral`.
 
 use std::{f64::consts::PI, sync::Arc};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde_json::Value;
 
 use super::{
     config_size,
-    decoder::{Block, Decoder, DecoderNames, exactly, head, through},
-    memory::Needs,
-    options::ModelOptions,
-    weights::Weights,
+    decoder::{BlockKind, Description},
+    parts::{NormKind, Part, Parts},
 };
 use crate::{
-    error::{Error, Result},
-    layers::{
-        attention::{Attention, HeadLayout},
-        embedding::Embedding,
-        linear::{Linear, Weight},
-        norm::Norm,
-        rms_norm::RmsNorm,
-        rope::Rope,
+    backend::{
+        operands::{Attention, HeadLayout, Norm, Rope},
         run::Run,
-        swiglu,
     },
-    module_tree::ModuleNode,
+    error::{Error, Result},
 };
-
-/// The class of the norms, as PyTorch prints it.
-pub const RMS_NORM: &str = "LlamaRMSNorm";
 
 /// config.json of a Llama.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,12 +34,18 @@ pub struct LlamaConfig {
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
     pub tie_word_embeddings: bool,
-    /// q_proj, k_proj, v_proj and o_proj have a bias.
-    pub attention_bias: bool,
+    /// q_proj, k_proj and v_proj have a bias.
+    pub qkv_bias: bool,
+    /// o_proj has a bias.
+    pub o_bias: bool,
     /// gate_proj, up_proj and down_proj have a bias.
     pub mlp_bias: bool,
     /// Printed in the module tree only.
     pub pad_token_id: Option<usize>,
+    /// q and k go through a norm, head by head (Qwen3).
+    pub qk_norm: bool,
+    /// A query sees so many keys, its own the last of them (Mistral).
+    pub sliding_window: Option<usize>,
 }
 
 /// How the angles of positions beyond those of the first training are slowed down.
@@ -125,6 +120,11 @@ impl RopeScaling {
 
 const BAD_CONFIG: &str = "get the model's config.json again";
 
+/// `sliding_window` of config.json: `None` where it is null.
+pub(super) fn sliding_window(config: &Value) -> Result<Option<usize>> {
+    if config["sliding_window"].is_null() { Ok(None) } else { config_size(config, &["sliding_window"]).map(Some) }
+}
+
 impl LlamaConfig {
     /// Reads config.json; what is left out has transformers' default.
     pub fn from_json(config: &Value) -> Result<Self> {
@@ -157,9 +157,12 @@ impl LlamaConfig {
             rope_theta: rope["rope_theta"].as_f64().or(config["rope_theta"].as_f64()).unwrap_or(10_000.0),
             rope_scaling: RopeScaling::from_json(config, rope)?,
             tie_word_embeddings: flag("tie_word_embeddings"),
-            attention_bias: flag("attention_bias"),
+            qkv_bias: flag("attention_bias"),
+            o_bias: flag("attention_bias"),
             mlp_bias: flag("mlp_bias"),
             pad_token_id: config["pad_token_id"].as_u64().map(|id| id as usize),
+            qk_norm: false,
+            sliding_window: None,
         };
         // Beyond any model: a damaged file must not ask for that much memory.
         let wide = [heads, this.num_key_value_heads].map(|n| n.checked_mul(this.head_dim));
@@ -186,224 +189,136 @@ impl LlamaConfig {
     }
 }
 
-/// One transformer block.
-#[derive(Clone)]
-struct LlamaBlock {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    rope: Rope,
-    attention: Attention,
-    o_proj: Linear,
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
-    input_layernorm: Norm,
-    post_attention_layernorm: Norm,
+/// The network that a config.json describes.
+pub fn describe(config: &Value) -> Result<Description> {
+    Ok(LlamaConfig::from_json(config)?.describe("Llama"))
 }
 
-impl Block for LlamaBlock {
-    fn forward(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+impl LlamaConfig {
+    /// The network, its classes called `class`: `LlamaForCausalLM`, `LlamaModel`, `LlamaMLP`.
+    pub fn describe(&self, class: &'static str) -> Description {
+        let (c, wide) = (self.hidden_size, self.intermediate_size);
+        let layout = HeadLayout::grouped(self.num_attention_heads, self.num_key_value_heads, self.head_dim);
+        let norm_kind = NormKind::Rms { eps: self.rms_norm_eps, class: format!("{class}RMSNorm") };
+        let norm = |name, width| Part::norm(name, width, norm_kind.clone());
+        let mut attention = vec![
+            Part::linear("q_proj", (layout.width(), c), self.qkv_bias),
+            Part::linear("k_proj", (layout.kv_width(), c), self.qkv_bias),
+            Part::linear("v_proj", (layout.kv_width(), c), self.qkv_bias),
+            Part::linear("o_proj", (c, layout.width()), self.o_bias),
+        ];
+        if self.qk_norm {
+            attention.extend([norm("q_norm", self.head_dim), norm("k_norm", self.head_dim)]);
+        }
+        let mlp = vec![
+            Part::linear("gate_proj", (wide, c), self.mlp_bias),
+            Part::linear("up_proj", (wide, c), self.mlp_bias),
+            Part::linear("down_proj", (c, wide), self.mlp_bias),
+            Part::plain("act_fn", "SiLUActivation()"),
+        ];
+        let block = vec![
+            Part::module("self_attn", format!("{class}Attention"), attention),
+            Part::module("mlp", format!("{class}MLP"), mlp),
+            norm("input_layernorm", c),
+            norm("post_attention_layernorm", c),
+        ];
+        let attention = Attention { layout, slopes: Vec::new(), window: self.sliding_window };
+        Description {
+            class,
+            model: "model",
+            prefix: "model.",
+            vocab_size: self.vocab_size,
+            hidden_size: c,
+            num_layers: self.num_hidden_layers,
+            embedding: "embed_tokens",
+            padding_idx: self.pad_token_id,
+            embedding_norm: None,
+            blocks: "layers",
+            block: (format!("{class}DecoderLayer"), block),
+            kind: Arc::new(LlamaBlock { rope: Rope::new(self.inv_freq()), attention, working: c + 3 * wide }),
+            computed: &["self_attn.rotary_emb.inv_freq"],
+            final_norm: ("norm", norm_kind.clone()),
+            plain: vec![("rotary_emb", format!("{class}RotaryEmbedding()"))],
+            tied: self.tie_word_embeddings,
+            kv_width: layout.kv_width(),
+        }
+    }
+}
+
+/// One transformer block.
+struct LlamaBlock {
+    rope: Rope,
+    attention: Attention,
+    working: usize,
+}
+
+impl BlockKind for LlamaBlock {
+    fn forward(&self, parts: &Parts, x: &Tensor, run: &mut Run) -> Result<Tensor> {
         // What is not needed any more goes at once: each is as large as the batch.
-        let normed = self.input_layernorm.of(x); // (M, C)
-        let q = self.q_proj.forward_normed(&normed, run)?; // (M, heads * head_dim)
-        let k = self.k_proj.forward_normed(&normed, run)?; // (M, kv_heads * head_dim)
-        let v = self.v_proj.forward_normed(&normed, run)?; // (M, kv_heads * head_dim)
+        let normed = parts.norm("input_layernorm")?.of(x); // (M, C)
+        let mut q = parts.linear("q_proj")?.forward(&normed, run)?; // (M, heads * head_dim)
+        let mut k = parts.linear("k_proj")?.forward(&normed, run)?; // (M, kv_heads * head_dim)
+        let v = parts.linear("v_proj")?.forward(&normed, run)?; // (M, kv_heads * head_dim)
         drop(normed);
-        let joined = self.rope.join(&q, &k, &v, &self.attention.layout, run)?; // (M, (heads + 2 kv_heads) * head_dim)
+        if let (Some(q_norm), Some(k_norm)) = (parts.optional_norm("q_norm"), parts.optional_norm("k_norm")) {
+            q = of_heads(&q, q_norm, |heads| q_norm.forward(heads, run))?;
+            k = of_heads(&k, k_norm, |heads| k_norm.forward(heads, run))?;
+        }
+        let joined = self.rope.join([&q, &k, &v], &self.attention.layout, run)?; // (M, (heads + 2 kv_heads) * head_dim)
         drop((q, k, v));
         let mixed = self.attention.forward(&joined, run)?; // (M, heads * head_dim)
         drop(joined);
-        let x = self.o_proj.forward(&mixed, Some(x), run)?; // (M, C)
+        let x = parts.linear("o_proj")?.forward_onto(&mixed, x, run)?; // (M, C)
         drop(mixed);
 
-        let normed = self.post_attention_layernorm.of(&x); // (M, C)
-        let gate = self.gate_proj.forward_normed(&normed, run)?; // (M, I)
-        let up = self.up_proj.forward_normed(&normed, run)?; // (M, I)
+        let normed = parts.norm("post_attention_layernorm")?.of(&x); // (M, C)
+        let gate = parts.linear("gate_proj")?.forward(&normed, run)?; // (M, I)
+        let up = parts.linear("up_proj")?.forward(&normed, run)?; // (M, I)
         drop(normed);
-        let wide = swiglu::forward(&gate, &up, run)?; // (M, I)
+        let wide = run.backend.swiglu(&gate, &up, run)?; // (M, I)
         drop((gate, up));
-        self.down_proj.forward(&wide, Some(&x), run) // (M, C)
+        parts.linear("down_proj")?.forward_onto(&wide, &x, run) // (M, C)
     }
 
-    fn backward(&self, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
-        let d = through(&self.down_proj, dy, run)?; // (M, I)
-        let (dgate, dup) = swiglu::backward(&d, run)?; // (M, I) each
+    fn backward(&self, parts: &Parts, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {
+        let backend = run.backend;
+        let d = parts.linear("down_proj")?.backward_through(dy, run)?; // (M, I)
+        let (dgate, dup) = backend.swiglu_backward(&d, run)?; // (M, I) each
         drop(d);
-        let d = (through(&self.up_proj, &dup, run)? + through(&self.gate_proj, &dgate, run)?)?; // (M, C)
+        let up = parts.linear("up_proj")?.backward_through(&dup, run)?; // (M, C)
+        let gate = parts.linear("gate_proj")?.backward_through(&dgate, run)?; // (M, C)
         drop((dgate, dup));
-        let dx = self.post_attention_layernorm.backward(&d, Some(dy), run)?; // (M, C)
+        let d = backend.add(&up, &gate)?; // (M, C)
+        drop((up, gate));
+        let dx = parts.norm("post_attention_layernorm")?.backward(&d, Some(dy), run)?; // (M, C)
 
-        let mut d = through(&self.o_proj, &dx, run)?; // (M, heads * head_dim)
+        let mut d = parts.linear("o_proj")?.backward_through(&dx, run)?; // (M, heads * head_dim)
         d = self.attention.backward(&d, run)?; // (M, (heads + 2 kv_heads) * head_dim)
-        let [dq, dk, dv] = self.rope.split(&d, &self.attention.layout, run)?;
+        let [mut dq, mut dk, dv] = self.rope.split(&d, &self.attention.layout, run)?;
         drop(d);
-        let v = self.v_proj.backward(&dv, need_dx, run)?; // (M, C)
-        let k = self.k_proj.backward(&dk, need_dx, run)?; // (M, C)
-        let q = self.q_proj.backward(&dq, need_dx, run)?; // (M, C)
-        let (Some(q), Some(k), Some(v)) = (q, k, v) else { return Ok(None) };
-        Ok(Some(self.input_layernorm.backward(&((q + k)? + v)?, Some(&dx), run)?))
-    }
-
-    fn linears(&self) -> Vec<&Linear> {
-        vec![&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj]
-    }
-
-    fn with_linears(&self, linears: Vec<Linear>) -> Result<Arc<dyn Block>> {
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = exactly("Llama block", linears)?;
-        Ok(Arc::new(Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, ..self.clone() }))
-    }
-
-    fn other_parameters(&self) -> Vec<(usize, String, Tensor)> {
-        let norms =
-            [("input_layernorm", &self.input_layernorm), ("post_attention_layernorm", &self.post_attention_layernorm)];
-        // Behind all 7 linears: the order in which transformers makes the modules.
-        let both = norms.into_iter().flat_map(|(name, norm)| {
-            norm.parameters().into_iter().map(move |(part, t)| (7, format!("{name}.{part}"), t.clone()))
-        });
-        both.collect()
-    }
-
-    fn module_tree(&self, name: &str, linear: &dyn Fn(&str, &Linear) -> ModuleNode) -> ModuleNode {
-        let width = self.input_layernorm.width();
-        let norm = |name: &str, norm: &Norm| ModuleNode::rms_norm(name, RMS_NORM, width, norm.eps());
-        ModuleNode::new(
-            name,
-            "LlamaDecoderLayer",
-            vec![
-                ModuleNode::new(
-                    "self_attn",
-                    "LlamaAttention",
-                    vec![
-                        linear("q_proj", &self.q_proj),
-                        linear("k_proj", &self.k_proj),
-                        linear("v_proj", &self.v_proj),
-                        linear("o_proj", &self.o_proj),
-                    ],
-                ),
-                ModuleNode::new(
-                    "mlp",
-                    "LlamaMLP",
-                    vec![
-                        linear("gate_proj", &self.gate_proj),
-                        linear("up_proj", &self.up_proj),
-                        linear("down_proj", &self.down_proj),
-                        ModuleNode::leaf("act_fn", "SiLUActivation()"),
-                    ],
-                ),
-                norm("input_layernorm", &self.input_layernorm),
-                norm("post_attention_layernorm", &self.post_attention_layernorm),
-            ],
-        )
-    }
-
-    fn needs(&self, gpu: Option<DType>) -> Needs {
-        let (c, layout, wide) = (self.hidden_size(), &self.attention.layout, self.intermediate_size());
-        let mixed = layout.heads * layout.head_dim;
-        // What an adapter keeps is shared by the layers that read the same.
-        let adapted =
-            |linears: &[&Linear], width: usize| if linears.iter().any(|l| l.lora.is_some()) { width } else { 0 };
-        let adapters = adapted(&[&self.q_proj, &self.k_proj, &self.v_proj], c)
-            + adapted(&[&self.gate_proj, &self.up_proj], c)
-            + adapted(&[&self.down_proj], wide);
-        // Both norms' inputs and statistics, the joined projections, gate and up.
-        let (saved, statistics) = (2 * c + layout.row + 2 * wide + adapters, 2);
-        // Around swiglu's backward: dy, the gradient of its output and those of its two inputs.
-        let working = c + 3 * wide;
-        if gpu.is_none() {
-            return Needs { saved: saved + adapted(&[&self.o_proj], mixed), statistics, working };
+        if let (Some(q_norm), Some(k_norm)) = (parts.optional_norm("q_norm"), parts.optional_norm("k_norm")) {
+            dk = of_heads(&dk, k_norm, |heads| k_norm.backward(heads, None, run))?;
+            dq = of_heads(&dq, q_norm, |heads| q_norm.backward(heads, None, run))?;
         }
-        // And attention's output, which is o_proj's input; the sums of its rows; A x of the adapters.
-        let ranks: usize = self.linears().iter().filter_map(|l| Some(l.lora.as_ref()?.rank())).sum();
-        // A GPU's norms keep two numbers a row.
-        Needs { saved: saved + mixed, statistics: 2 * statistics + layout.heads + ranks, working }
+        let v = parts.linear("v_proj")?.backward(&dv, need_dx, run)?; // (M, C)
+        let k = parts.linear("k_proj")?.backward(&dk, need_dx, run)?; // (M, C)
+        let q = parts.linear("q_proj")?.backward(&dq, need_dx, run)?; // (M, C)
+        let (Some(q), Some(k), Some(v)) = (q, k, v) else { return Ok(None) };
+        let d = backend.add(&backend.add(&q, &k)?, &v)?;
+        drop((q, k, v));
+        Ok(Some(parts.norm("input_layernorm")?.backward(&d, Some(&dx), run)?))
+    }
+
+    /// Around swiglu's backward: dy, the gradient of its output and those of its two inputs.
+    fn working(&self) -> usize {
+        self.working
     }
 }
 
-impl LlamaBlock {
-    fn hidden_size(&self) -> usize {
-        self.input_layernorm.width()
-    }
-
-    fn intermediate_size(&self) -> usize {
-        self.gate_proj.weight.dims2().map_or(0, |(out, _)| out)
-    }
-}
-
-/// Reads a Llama. Names may or may not begin with `model.`.
-pub fn load(config: &LlamaConfig, weights: &mut Weights, options: &ModelOptions) -> Result<Decoder> {
-    let (c, wide, dtype) = (config.hidden_size, config.intermediate_size, options.torch_dtype);
-    let (heads, kv_heads) =
-        (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    let quantization = options.quantization_config.as_ref();
-    weights.optional_prefix("model.");
-    let norm = |weights: &mut Weights, name: &str| {
-        let weight = weights.tensor(&format!("{name}.weight"), &[c], dtype)?;
-        RmsNorm::new(weight, config.rms_norm_eps).map(Norm::Rms)
-    };
-    let linear = |weights: &mut Weights, name: &str, (out, input): (usize, usize), has_bias: bool| {
-        let weight = weights.linear(name, (out, input), dtype, quantization)?;
-        let bias = has_bias.then(|| weights.tensor(&format!("{name}.bias"), &[out], dtype)).transpose()?;
-        Ok::<_, Error>(Linear::new(name, weight, bias))
-    };
-    let embedding = Embedding { weight: weights.table("model.embed_tokens.weight", &[config.vocab_size, c], dtype)? };
-    let attention = Attention {
-        layout: HeadLayout::grouped(config.num_attention_heads, config.num_key_value_heads, config.head_dim),
-        slopes: Vec::new(),
-    };
-    let rope = Rope::new(config.inv_freq());
-    let mut blocks: Vec<Arc<dyn Block>> = Vec::new();
-    for i in 0..config.num_hidden_layers {
-        let p = format!("model.layers.{i}");
-        let attention_linear = |weights: &mut Weights, name: &str, shape| {
-            linear(weights, &format!("{p}.self_attn.{name}"), shape, config.attention_bias)
-        };
-        let q_proj = attention_linear(weights, "q_proj", (heads, c))?;
-        let k_proj = attention_linear(weights, "k_proj", (kv_heads, c))?;
-        let v_proj = attention_linear(weights, "v_proj", (kv_heads, c))?;
-        let o_proj = attention_linear(weights, "o_proj", (c, heads))?;
-        let mlp_linear = |weights: &mut Weights, name: &str, shape| {
-            linear(weights, &format!("{p}.mlp.{name}"), shape, config.mlp_bias)
-        };
-        blocks.push(Arc::new(LlamaBlock {
-            q_proj,
-            k_proj,
-            v_proj,
-            rope: rope.clone(),
-            attention: attention.clone(),
-            o_proj,
-            gate_proj: mlp_linear(weights, "gate_proj", (wide, c))?,
-            up_proj: mlp_linear(weights, "up_proj", (wide, c))?,
-            down_proj: mlp_linear(weights, "down_proj", (c, wide))?,
-            input_layernorm: norm(weights, &format!("{p}.input_layernorm"))?,
-            post_attention_layernorm: norm(weights, &format!("{p}.post_attention_layernorm"))?,
-        }));
-        // A buffer that older checkpoints keep; it is computed.
-        weights.ignore(&format!("{p}.self_attn.rotary_emb.inv_freq"));
-    }
-    let final_norm = norm(weights, "model.norm")?;
-    let (head, tied) = head(weights, &embedding.weight, config.tie_word_embeddings, options)?;
-    Ok(Decoder {
-        architecture: "LlamaForCausalLM",
-        names: DecoderNames {
-            model: "model",
-            model_class: "LlamaModel",
-            embedding: "embed_tokens",
-            embedding_norm: "",
-            blocks: "layers",
-            final_norm: "norm",
-            without_parameters: &[("rotary_emb", "LlamaRotaryEmbedding()")],
-        },
-        head: Linear::new("lm_head", Weight::Dense(head), None),
-        tied,
-        embedding,
-        padding_idx: config.pad_token_id,
-        embedding_norm: None,
-        blocks,
-        final_norm,
-        kv_width: kv_heads,
-        recorded: Default::default(),
-    })
+/// Runs `f` on `[M, heads * head_dim]` as rows of one head each: a norm of head_dim numbers.
+fn of_heads(x: &Tensor, norm: &Norm, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let rows = x.elem_count() / norm.width();
+    Ok(f(&x.reshape((rows, norm.width()))?)?.reshape(x.dims())?) // (M * heads, head_dim) inside
 }
 
 #[cfg(test)]

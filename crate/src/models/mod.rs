@@ -4,43 +4,49 @@ pub mod bloom;
 pub mod causal_lm;
 pub mod decoder;
 pub mod gguf;
-#[cfg(feature = "cuda")]
-pub(crate) mod gpu;
 pub mod llama;
 pub mod memory;
+mod mistral;
 pub mod options;
+pub mod parameter;
+mod parts;
 mod perplexity;
+mod qwen2;
+mod qwen3;
 pub mod weights;
 
 pub use perplexity::perplexity;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use decoder::Decoder;
+use decoder::{Decoder, Description};
 use options::ModelOptions;
 use weights::Weights;
 
-#[cfg(feature = "cuda")]
-pub use gpu::Recorded;
+/// What makes a network of config.json.
+type Describe = fn(&Value) -> Result<Description>;
 
-/// What a GPU keeps between passes: nothing in a build without one.
-#[cfg(not(feature = "cuda"))]
-#[derive(Clone, Debug, Default)]
-pub struct Recorded;
+/// The architectures that can be loaded, by `model_type` in config.json.
+const FAMILIES: [(&str, Describe); 5] = [
+    ("bloom", bloom::describe),
+    ("llama", llama::describe),
+    ("mistral", mistral::describe),
+    ("qwen2", qwen2::describe),
+    ("qwen3", qwen3::describe),
+];
 
-/// The architectures that can be loaded: `model_type` in config.json.
-pub const SUPPORTED: [&str; 2] = ["bloom", "llama"];
-
-/// Fails on an architecture that is not among [`SUPPORTED`]: before gigabytes are fetched for it.
+/// Fails on an architecture that cannot be loaded: before gigabytes are fetched for it.
 pub fn check_supported(config: &Value) -> Result<()> {
+    family(config).map(drop)
+}
+
+fn family(config: &Value) -> Result<Describe> {
     let model_type = config["model_type"].as_str().unwrap_or("(missing)");
-    if SUPPORTED.contains(&model_type) {
-        return Ok(());
-    }
-    Err(Error::Unsupported {
+    let found = FAMILIES.iter().find(|(name, _)| *name == model_type);
+    found.map(|(_, describe)| *describe).ok_or_else(|| Error::Unsupported {
         what: "model_type".into(),
         got: model_type.into(),
-        supported: SUPPORTED.map(String::from).into(),
+        supported: FAMILIES.iter().map(|(name, _)| name.to_string()).collect(),
         remedy: "choose a model of a supported architecture".into(),
     })
 }
@@ -56,16 +62,9 @@ pub(crate) fn config_size(config: &Value, names: &[&str]) -> Result<usize> {
 /// Builds the network that `config` (config.json) describes from `weights`; gives the names
 /// of tensors that the model did not ask for.
 pub fn build(config: &Value, weights: Weights, options: &ModelOptions) -> Result<(Decoder, Vec<String>)> {
-    check_supported(config)?;
-    let load = |mut weights: Weights| {
-        let decoder = match config["model_type"].as_str() {
-            Some("llama") => llama::load(&llama::LlamaConfig::from_json(config)?, &mut weights, options)?,
-            _ => bloom::load(&bloom::BloomConfig::from_json(config)?, &mut weights, options)?,
-        };
+    let description = family(config)?(config)?;
+    weights.with_room(options, |mut weights| {
+        let decoder = Decoder::load(description, &mut weights, options)?;
         Ok((decoder, weights.finish()?))
-    };
-    #[cfg(feature = "cuda")]
-    return weights.with_room(options, load);
-    #[cfg(not(feature = "cuda"))]
-    load(weights)
+    })
 }

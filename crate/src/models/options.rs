@@ -3,8 +3,9 @@
 use candle_core::{DType, Device};
 
 use crate::{
+    backend,
     error::{Error, Result},
-    quant::QuantType,
+    quantized::QuantType,
 };
 
 /// Arguments of `AutoModelForCausalLM::from_pretrained`, under transformers' names.
@@ -83,15 +84,11 @@ impl DeviceMap {
     pub fn device(self) -> Result<(Device, Option<String>)> {
         match self {
             Self::Cpu => Ok((Device::Cpu, None)),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(index) => Ok((crate::cuda::device(index)?, None)),
-            #[cfg(feature = "cuda")]
-            Self::Auto => Ok(match crate::cuda::first() {
-                Ok((index, gpu)) => (gpu.device(), Some(format!("device_map auto: cuda:{index} ({})", gpu.name()))),
-                Err(why) => (Device::Cpu, Some(format!("device_map auto: cpu ({why})"))),
-            }),
-            #[cfg(not(feature = "cuda"))]
-            _ => Ok((Device::Cpu, Some("device_map auto: cpu (this build has no CUDA kernels)".into()))),
+            Self::Cuda(index) => Ok((backend::gpu(index)?, None)),
+            Self::Auto => {
+                let (device, choice) = backend::first_device();
+                Ok((device, Some(choice)))
+            }
         }
     }
 }
@@ -110,14 +107,6 @@ impl ModelOptions {
                     remedy: "use F16, as the walkthrough does".into(),
                 });
             }
-        }
-        if let (DeviceMap::Cuda(index), false) = (self.device_map, cfg!(feature = "cuda")) {
-            return Err(Error::Unsupported {
-                what: "device_map".into(),
-                got: format!("Cuda({index})"),
-                supported: vec!["Cpu".into(), "Auto".into()],
-                remedy: "this build has no CUDA kernels: use DeviceMap::Auto".into(),
-            });
         }
         if self.quantization_config.as_ref().is_some_and(|q| q.bnb_4bit_quant_type == QuantType::Int8) {
             return Err(Error::argument(

@@ -6,10 +6,8 @@
 //! piece by piece, and nothing of a tensor's size exists besides the model. (A GGUF file's tensors are
 //! decoded one at a time.)
 
-#[cfg(feature = "cuda")]
-mod cuda;
-
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
     fs::File,
     io::Read,
@@ -23,20 +21,23 @@ use rayon::prelude::*;
 use safetensors::Dtype as FileDtype;
 
 use crate::{
+    backend::{self, DeviceReader, FileTensor, operands::Weight},
     error::{Error, Result},
     hub::Snapshot,
-    models::{gguf::Gguf, options::BitsAndBytesConfig},
-    quant::{Element, QuantizedTensor, round_all},
+    models::{
+        gguf::Gguf,
+        options::{BitsAndBytesConfig, ModelOptions},
+    },
+    quantized::{Element, NESTED_BLOCKSIZE, QuantType, QuantizedTensor, round_all},
 };
+
+/// Tensors of at most so many bytes are converted here before they go to a GPU: a launch would take longer.
+const SMALL: u64 = 64 << 10;
 
 /// Elements that one task reads.
 const CHUNK: usize = 1 << 16;
 /// Elements of a task that are read and converted at a time: their bytes stay in the cache.
 const PIECE: usize = 1 << 14;
-
-/// Tensors of at most so many bytes are converted here before they go to a GPU: a launch would take longer.
-#[cfg(feature = "cuda")]
-const SMALL: u64 = 64 << 10;
 
 /// Where a tensor lies.
 #[derive(Clone, Debug)]
@@ -58,9 +59,8 @@ pub struct Weights {
     missing: Vec<String>,
     prefix: &'static str,
     device: Device,
-    /// Made when the first large tensor is read to a GPU.
-    #[cfg(feature = "cuda")]
-    reader: std::cell::OnceCell<cuda::Reader>,
+    /// Reads straight to a GPU; made when the first large tensor is read.
+    reader: OnceCell<Option<Box<dyn DeviceReader>>>,
 }
 
 impl Weights {
@@ -107,8 +107,7 @@ impl Weights {
             missing: Vec::new(),
             prefix: "",
             device: Device::Cpu,
-            #[cfg(feature = "cuda")]
-            reader: Default::default(),
+            reader: OnceCell::new(),
         }
     }
 
@@ -118,10 +117,18 @@ impl Weights {
         self
     }
 
+    fn reader(&self) -> Result<Option<&dyn DeviceReader>> {
+        if let Some(reader) = self.reader.get() {
+            return Ok(reader.as_deref());
+        }
+        let made = backend::of(&self.device)?.reader()?;
+        Ok(self.reader.get_or_init(|| made).as_deref())
+    }
+
     /// A table of embeddings `[rows, width]`. On a GPU its memory has zero rows up to a multiple of
     /// 64 behind it, because a head of an odd size makes slow products.
     pub fn table(&mut self, name: &str, &[rows, width]: &[usize; 2], dtype: DType) -> Result<Tensor> {
-        let padded = if self.device.is_cpu() { rows } else { rows.next_multiple_of(64) };
+        let padded = rows.next_multiple_of(backend::of(&self.device)?.row_padding());
         self.padded(name, &[rows, width], dtype, padded * width)
     }
 
@@ -199,18 +206,19 @@ impl Weights {
 
     fn read(&self, key: &str, entry: &Entry, dtype: DType, elements: usize) -> Result<Tensor> {
         let path = &self.files[entry.file];
-        #[cfg(feature = "cuda")]
-        if self.device.is_cuda() && (entry.bytes.1 - entry.bytes.0 > SMALL || elements > 0) {
-            let reader = match self.reader.get() {
-                Some(reader) => reader,
-                None => {
-                    let made = cuda::Reader::new(&self.device)?;
-                    self.reader.get_or_init(|| made)
-                }
+        let large = entry.bytes.1 - entry.bytes.0 > SMALL || elements > 0;
+        if let Some(reader) = if large { self.reader()? } else { None } {
+            let source = FileTensor {
+                path,
+                begin: entry.bytes.0,
+                dtype: file_dtype(path, key, entry.dtype, dtype)?,
+                shape: &entry.shape,
             };
-            return reader.read(path, key, entry, dtype, elements);
+            return match reader.read(&source, dtype, elements)? {
+                Ok(tensor) => Ok(tensor),
+                Err(index) => Err(finite_error(path, key, index, entry.shape.iter().product())),
+            };
         }
-        let _ = elements;
         Ok(read(path, key, entry, dtype)?.to_device(&self.device)?)
     }
 
@@ -222,8 +230,7 @@ impl Weights {
         (out, input): (usize, usize),
         dtype: DType,
         quantization: Option<&BitsAndBytesConfig>,
-    ) -> Result<crate::layers::linear::Weight> {
-        use crate::layers::linear::Weight;
+    ) -> Result<Weight> {
         let name = format!("{module}.weight");
         if let Some(quantized) = self.prequantized(&name, (out, input))? {
             return Ok(Weight::Quantized(quantized));
@@ -288,8 +295,111 @@ impl Weights {
     }
 }
 
+impl Weights {
+    /// Runs `load`, which reads a model, if the card has room for it. The error of one that has not says what
+    /// would need less.
+    pub(super) fn with_room<T>(self, options: &ModelOptions, load: impl FnOnce(Self) -> Result<T>) -> Result<T> {
+        let backend = backend::of(&self.device)?;
+        let Some(available) = backend.available_bytes()? else { return load(self) };
+        let needed = self.needed(options);
+        let doing = format!("loading {:.2} GiB of weights to {}", gib(needed), backend.name());
+        let remedy = self.smaller(options, needed);
+        if needed > available {
+            let doing = format!("{doing}: {:.2} GiB of it are free", gib(available));
+            return Err(Error::OutOfDeviceMemory { doing, remedy });
+        }
+        load(self).map_err(|e| match e {
+            Error::OutOfDeviceMemory { doing: what, .. } => {
+                Error::OutOfDeviceMemory { doing: format!("{doing}: {what}"), remedy }
+            }
+            other => other,
+        })
+    }
+
+    /// What needs less than `now`, and how much.
+    fn smaller(&self, options: &ModelOptions, now: usize) -> String {
+        let in_4bit = BitsAndBytesConfig {
+            load_in_4bit: true,
+            bnb_4bit_use_double_quant: true,
+            ..options.quantization_config.clone().unwrap_or_default()
+        };
+        let f16 = ModelOptions { torch_dtype: DType::F16, ..options.clone() };
+        let others = [
+            ("torch_dtype: DType::F16", f16.clone()),
+            (
+                "load_in_4bit and bnb_4bit_use_double_quant, with torch_dtype: DType::F16,",
+                ModelOptions { quantization_config: Some(in_4bit), ..f16 },
+            ),
+        ];
+        let others = others.iter().map(|(what, options)| (what, self.needed(options)));
+        let less = others.filter(|(_, needed)| *needed < now - now / 50);
+        let mut remedy: String = less.map(|(what, needed)| format!("{what} needs {:.2} GiB; ", gib(needed))).collect();
+        remedy += "other programs that use the card (nvidia-smi shows them) can be ended; DeviceMap::Cpu needs no card";
+        remedy
+    }
+
+    /// Bytes of the card that the checkpoint takes with these options, its largest moment included.
+    fn needed(&self, options: &ModelOptions) -> usize {
+        let width = options.torch_dtype.size_in_bytes();
+        let quantization = options.quantization_config.as_ref().filter(|q| q.load_in_4bit);
+        // Names and shapes; bytes of those that stay as they are.
+        let mut all: Vec<(String, &[usize], Option<usize>)> = Vec::new();
+        for (name, entry) in &self.entries {
+            let is_float = matches!(entry.dtype, FileDtype::F32 | FileDtype::F16 | FileDtype::BF16);
+            // bitsandbytes puts statistics beside a weight: `weight.absmax`.
+            let stays = !is_float || name.contains(".weight.");
+            all.push((name.clone(), &entry.shape, stays.then(|| (entry.bytes.1 - entry.bytes.0) as usize)));
+        }
+        all.extend(self.gguf.iter().flat_map(|g| g.shapes()).map(|(name, shape)| (name, shape, None)));
+        let (mut sum, mut beside) = (0, 0);
+        for (name, shape, raw) in all {
+            let n: usize = shape.iter().product();
+            sum += match (quantization, raw) {
+                (_, Some(raw)) => raw,
+                (Some(config), _) if shape.len() == 2 && is_inside_block(&name) => {
+                    // While it is quantized, it is there too.
+                    beside = beside.max(n * width);
+                    quantized_bytes(n, config)
+                }
+                _ => n * width,
+            };
+        }
+        sum + beside
+    }
+}
+
+fn gib(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
+/// Whether a module's path has a number: `h.0.mlp.dense_h_to_4h`.
+fn is_inside_block(name: &str) -> bool {
+    name.split('.').any(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
+}
+
+fn quantized_bytes(n: usize, config: &BitsAndBytesConfig) -> usize {
+    let blocks = n.div_ceil(BLOCKSIZE);
+    let statistics = match config.bnb_4bit_use_double_quant {
+        true => blocks + 4 * blocks.div_ceil(NESTED_BLOCKSIZE),
+        false => 4 * blocks,
+    };
+    QuantType::packed_len(config.bnb_4bit_quant_type, n) + statistics
+}
+
 /// Block of 4-bit quantization; bitsandbytes' `Linear4bit` has no other.
 const BLOCKSIZE: usize = 64;
+
+/// The dtype that a tensor is read in to become `dtype`.
+fn file_dtype(path: &Path, key: &str, from: FileDtype, dtype: DType) -> Result<DType> {
+    match (from, dtype) {
+        (_, DType::U8) => Ok(DType::U8),
+        (_, other) if !matches!(other, DType::F32 | DType::F16 | DType::BF16) => Err(unsupported(other)),
+        (FileDtype::F32, _) => Ok(DType::F32),
+        (FileDtype::F16, _) => Ok(DType::F16),
+        (FileDtype::BF16, _) => Ok(DType::BF16),
+        (other, _) => Err(not_float(path, key, other)),
+    }
+}
 
 /// Reads one tensor in `dtype`.
 fn read(path: &Path, key: &str, entry: &Entry, dtype: DType) -> Result<Tensor> {
@@ -465,7 +575,7 @@ mod tests {
     use candle_core::Shape;
 
     use super::*;
-    use crate::{layers::linear::Weight, quant::QuantType};
+    use crate::backend::operands::Weight;
 
     /// A weight of several tasks, the last of them partial, in a file in `dtype`.
     fn file(folder: &Path, dtype: DType) -> (Weights, Tensor) {

@@ -8,16 +8,16 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-#[cfg(feature = "cuda")]
-use super::cuda;
 use super::{
     Optim,
     kernel::{Rule, Step},
     state::{Form, State, forms},
 };
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::optim as cuda;
 use crate::{
+    backend::param::{Param, modify_f32, read_f32},
     error::{Error, Result},
-    layers::param::{Param, modify_f32, read_f32},
 };
 
 /// Fewer elements than this in all parameters together, and threads cost more than they save.
@@ -87,7 +87,7 @@ impl AdamW {
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => States::Gpu(cuda::States::new(params, &forms, optim.is_paged())?),
             device => {
-                crate::layers::only_cpu("AdamW", device)?;
+                crate::backend::of(device)?;
                 States::Cpu(forms.iter().map(|forms| State::zeros(forms)).collect::<Result<_>>()?)
             }
         };
@@ -162,7 +162,7 @@ impl AdamW {
         match &self.states {
             States::Cpu(_) => Ok(false),
             #[cfg(feature = "cuda")]
-            States::Gpu(states) => Ok(states.place()? == Some(crate::cuda::Place::Host)),
+            States::Gpu(states) => Ok(states.place()? == Some(crate::backend::cuda::Place::Host)),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Gradient clipping by the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_`.
 
 use crate::{
+    backend::{self, param::Param},
     error::Result,
-    layers::param::{Param, read_f32},
 };
 
 /// The norm of all gradients, and what to multiply them with.
@@ -25,18 +25,15 @@ impl GradNorm {
 /// `max_norm` (infinity: never scale). The gradients stay as they are: `AdamW::step` takes
 /// the scale, which saves a pass over them.
 pub fn clip_grad_norm(params: &[Param], max_norm: f64) -> Result<GradNorm> {
-    let mut sum = 0f64;
-    let (here, on_gpus): (Vec<&Param>, Vec<&Param>) = params.iter().partition(|p| p.grad().device().is_cpu());
-    for p in here {
-        sum += read_f32(p.grad(), sum_of_squares)?;
-    }
-    #[cfg(feature = "cuda")]
-    if !on_gpus.is_empty() {
-        sum += super::cuda::sum_of_squares(&on_gpus)?;
-    }
-    #[cfg(not(feature = "cuda"))]
-    for p in on_gpus {
-        crate::layers::only_cpu("clip_grad_norm", p.grad().device())?;
+    let mut sum = 0.0;
+    let mut rest: Vec<&Param> = params.iter().collect();
+    while let Some(first) = rest.first() {
+        let device = first.grad().device();
+        let (here, elsewhere): (Vec<_>, Vec<_>) = rest.into_iter().partition(|p| p.grad().device().same_device(device));
+        let backend = backend::of(device)?;
+        let _one = backend.lock();
+        sum += backend.sum_of_squares(&here)?;
+        rest = elsewhere;
     }
     let total = sum.sqrt();
     // In f32, and by a reciprocal, as torch divides a number by a tensor.
@@ -45,24 +42,12 @@ pub fn clip_grad_norm(params: &[Param], max_norm: f64) -> Result<GradNorm> {
     Ok(GradNorm { total, scale: if scale > 1.0 { 1.0 } else { scale } })
 }
 
-/// In f64, so that the norm does not depend on how the gradients are cut into tensors.
-fn sum_of_squares(x: &[f32]) -> f64 {
-    let (whole, rest) = x.as_chunks::<16>();
-    let mut sums = [0f64; 16];
-    for chunk in whole {
-        for (s, v) in sums.iter_mut().zip(chunk) {
-            *s += f64::from(*v) * f64::from(*v);
-        }
-    }
-    sums.iter().sum::<f64>() + rest.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>()
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
-    use crate::layers::param::modify_f32;
+    use crate::backend::param::modify_f32;
 
     fn with_grad(grad: &[f32]) -> Param {
         let p = Param::new("w", &Tensor::zeros(grad.len(), candle_core::DType::F32, &Device::Cpu).unwrap()).unwrap();

@@ -3,7 +3,7 @@
 //! Fused multiply-adds stand where torch's vectorized CPU kernels have them, and nowhere else;
 //! scalars are computed in f64 and rounded to f32 at the operation, as torch does.
 
-use crate::quant::simd::Level;
+use crate::backend::cpu::simd::Level;
 
 /// The three arithmetics; they differ in the last bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +123,7 @@ fn each(s: Step, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], moment:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::simd;
+    use crate::backend::cpu::simd;
 
     #[test]
     fn every_level_gives_the_same_bits() {

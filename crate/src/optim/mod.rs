@@ -7,8 +7,6 @@
 
 mod adamw;
 mod clip;
-#[cfg(feature = "cuda")]
-mod cuda;
 mod kernel;
 pub mod lr_scheduler;
 mod state;

@@ -8,9 +8,9 @@ use rayon::prelude::*;
 
 use super::kernel::Step;
 use crate::{
+    backend::{cpu::simd, param::Param},
     error::Result,
-    layers::param::Param,
-    quant::{DynamicMap, NESTED_BLOCKSIZE, simd},
+    quantized::{DynamicMap, NESTED_BLOCKSIZE},
 };
 
 /// bitsandbytes keeps 32-bit states for tensors smaller than this.

@@ -7,8 +7,10 @@
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::{BlockwiseState, QuantState, QuantType, QuantizedTensor, create_dynamic_map, tensor::with_slice};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    quantized::{BlockwiseState, QuantState, QuantType, QuantizedTensor, create_dynamic_map, signed_code, with_slice},
+};
 
 #[derive(Deserialize)]
 struct Json {
@@ -99,7 +101,7 @@ impl QuantState {
             state.offset = Some(offset as f32);
             state.state2 = Some(BlockwiseState {
                 absmax: need("nested_absmax")?,
-                code: super::blockwise::signed_code(&device)?,
+                code: signed_code(&device)?,
                 blocksize,
                 dtype: dtype_of(&name, json.nested_dtype.as_deref().unwrap_or("float32"))?,
             });

@@ -3,7 +3,7 @@
 
 use candle_core::DType;
 
-use super::{QuantType, cpu::round_to};
+use crate::quantized::{QuantType, round_to};
 
 /// The code of one value relative to its block's maximum (`x` in [-1, 1]).
 pub fn encode(x: f32, quant_type: QuantType) -> u8 {

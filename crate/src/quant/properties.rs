@@ -3,7 +3,8 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::{QuantType, QuantizedTensor, cpu::dequantize_at, encode::encode_block_at, oracle, simd};
+use super::{QuantType, QuantizedTensor, oracle};
+use crate::backend::cpu::{dequantize_at, encode_block_at, simd};
 
 /// Weights of all magnitudes, with zeros, denormals, and values that lie on a threshold.
 fn weights(len: impl Into<proptest::collection::SizeRange>) -> impl Strategy<Value = Vec<f32>> {
@@ -138,7 +139,11 @@ fn ties_are_rounded_to_even_at_every_level() {
                 for level in simd::available() {
                     let mut out = [0f32; 32];
                     dequantize_at(level, &view, 0, &mut out);
-                    assert_eq!(out, [super::cpu::round_to(dtype, absmax[0]); 32], "{level:?} {dtype:?} {absmax:?}");
+                    assert_eq!(
+                        out,
+                        [crate::quantized::round_to(dtype, absmax[0]); 32],
+                        "{level:?} {dtype:?} {absmax:?}"
+                    );
                 }
             }
         }

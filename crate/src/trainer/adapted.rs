@@ -27,7 +27,7 @@ pub(super) trait Adapted: Trainable {
     fn memory_of_weights(&self) -> MemoryReport;
 
     /// What a micro-batch of this shape needs besides.
-    fn memory_of_step(&self, shape: StepShape) -> MemoryReport;
+    fn memory_of_step(&self, shape: StepShape) -> Result<MemoryReport>;
 
     /// Bytes that `load_in_4bit` would save.
     fn memory_saved_by_4bit(&self) -> usize {
@@ -69,7 +69,7 @@ impl Adapted for PeftModel {
         self.memory_report()
     }
 
-    fn memory_of_step(&self, shape: StepShape) -> MemoryReport {
+    fn memory_of_step(&self, shape: StepShape) -> Result<MemoryReport> {
         MemoryReport::of_step(self.decoder(), shape)
     }
 

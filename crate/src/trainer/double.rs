@@ -14,19 +14,19 @@ use serde_json::{Value, json};
 
 use super::adapted::Adapted;
 use crate::{
+    backend::{
+        dropout::mix,
+        kv_cache::KvCache,
+        param::{Param, modify_f32, read_f32},
+    },
     batch::Batch,
     collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
     error::{Error, Result},
     features::{Features, IGNORE_INDEX},
-    layers::{
-        dropout::mix,
-        kv_cache::KvCache,
-        own_loss::LossFn,
-        param::{Param, modify_f32, read_f32},
-    },
+    layers::custom_loss::LossFn,
     models::{
-        causal_lm::{CausalLM, Pass, PassOptions, Trainable},
+        causal_lm::{CausalLM, LossScale, Pass, PassOptions, Trainable},
         memory::{MemoryReport, StepShape},
     },
     tokenizer::PaddingSide,
@@ -174,6 +174,12 @@ impl Trainable for Double {
         Ok(pass)
     }
 
+    fn loss_scale(&self) -> Option<LossScale> {
+        None
+    }
+
+    fn set_loss_scale(&self, _: Option<LossScale>) {}
+
     fn loss(&self, batch: &Batch) -> Result<Pass> {
         self.pass(batch, None, |_, _, _, _| {})
     }
@@ -201,8 +207,8 @@ impl Adapted for Double {
         MemoryReport::default()
     }
 
-    fn memory_of_step(&self, _: StepShape) -> MemoryReport {
-        MemoryReport::default()
+    fn memory_of_step(&self, _: StepShape) -> Result<MemoryReport> {
+        Ok(MemoryReport::default())
     }
 }
 

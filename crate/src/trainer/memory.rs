@@ -2,6 +2,7 @@
 
 use super::Trainer;
 use crate::{
+    backend,
     error::{Error, Result},
     models::{
         causal_lm::PassOptions,
@@ -35,14 +36,14 @@ impl Trainer {
     /// ```
     pub fn memory_plan(&self) -> Result<MemoryReport> {
         if self.is_on_gpu() {
-            return Ok(self.plan_of(self.largest_micro_batch()));
+            return self.plan_of(self.largest_micro_batch());
         }
         self.warm_up()?;
         release_freed_memory();
         let mut report = MemoryReport::default();
         let listed = self.model.memory_of_weights().total() + self.optimizer.num_bytes();
         report.add("the process, data and tokenizer", resident_bytes().saturating_sub(listed));
-        report.extend(self.plan_of(self.largest_micro_batch()));
+        report.extend(self.plan_of(self.largest_micro_batch())?);
         report.add("buffers of threads and allocator", OVERHEAD);
         Ok(report)
     }
@@ -52,19 +53,20 @@ impl Trainer {
     }
 
     /// Weights, optimizer and a step of this shape.
-    fn plan_of(&self, shape: StepShape) -> MemoryReport {
+    fn plan_of(&self, shape: StepShape) -> Result<MemoryReport> {
         let mut report = self.model.memory_of_weights();
         let managed = if self.optimizer.is_paged() { ", may move to the host" } else { "" };
         report.add(format!("optimizer state ({}{managed})", self.args.optim), self.optimizer.num_bytes());
-        report.extend(self.model.memory_of_step(shape));
-        report
+        report.extend(self.model.memory_of_step(shape)?);
+        Ok(report)
     }
 
     /// The error of a card without room, with the plan of this run and what each argument would save.
     pub(super) fn explain_memory(&self, error: Error) -> Error {
         let Error::OutOfDeviceMemory { doing, .. } = error else { return error };
         let largest = self.largest_micro_batch();
-        let plan = self.plan_of(largest).total();
+        // What a block keeps was seen before the run began: nothing runs here.
+        let plan = self.plan_of(largest).unwrap_or_default().total();
         let remedy = format!(
             "trainer.memory_plan() says {} MiB. {}Nothing is lost: the next call goes on from the last update",
             plan >> 20,
@@ -75,7 +77,7 @@ impl Trainer {
 
     /// What would make the run smaller, the most first: sentences, each with a space behind it.
     fn savings(&self, now: StepShape) -> String {
-        let step = |shape| self.model.memory_of_step(shape).total();
+        let step = |shape| self.model.memory_of_step(shape).unwrap_or_default().total();
         let saved = |shape| step(now).saturating_sub(step(shape));
         let (batch, accumulation) = (self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps);
         let mut all = vec![(
@@ -105,19 +107,16 @@ impl Trainer {
 
     /// Says so when the card seems to have too little room for the run: the largest micro-batch may come late.
     pub(super) fn check_room(&self) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if self.is_on_gpu() {
-            let largest = self.largest_micro_batch();
-            let needed = self.model.memory_of_step(largest).total();
-            let available = crate::cuda::of(self.params[0].value().device())?.available()?;
-            if needed > available {
-                crate::display::notice_once(&format!(
-                    "the largest micro-batch needs about {} MiB of the card, where {} MiB are free. {}",
-                    needed >> 20,
-                    available >> 20,
-                    self.savings(largest)
-                ));
-            }
+        let Some(available) = backend::of(self.params[0].value().device())?.available_bytes()? else { return Ok(()) };
+        let largest = self.largest_micro_batch();
+        let needed = self.model.memory_of_step(largest)?.total();
+        if needed > available {
+            crate::display::notice_once(&format!(
+                "the largest micro-batch needs about {} MiB of the card, where {} MiB are free. {}",
+                needed >> 20,
+                available >> 20,
+                self.savings(largest)
+            ));
         }
         Ok(())
     }

@@ -1,13 +1,13 @@
 //! The tokenized rows of a run: looked through before training, batched during it.
 
 use crate::{
+    backend::dropout::mix,
     batch::Batch,
     collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
     display,
     error::{Error, Result},
     features::{Features, IGNORE_INDEX},
-    layers::dropout::mix,
 };
 
 /// A dataset that a model can be trained or evaluated on.

@@ -8,10 +8,10 @@ use super::{
     state::{LogEntry, TrainOutput},
 };
 use crate::{
+    backend::dropout::mix,
     display::{self, format::rate},
     error::{Error, Result},
     interrupt,
-    layers::dropout::mix,
     models::causal_lm::PassOptions,
     optim::clip_grad_norm,
     training_args::SaveStrategy,

@@ -99,7 +99,7 @@ fn a_gradient_that_is_not_finite_stops_before_the_update() {
     let poisoned = model.clone();
     model.before_pass(move |n| {
         if n == 3 {
-            crate::layers::param::modify_f32(poisoned.trainable_parameters()[0].grad(), |g| g[0] = f32::NAN).unwrap();
+            crate::backend::param::modify_f32(poisoned.trainable_parameters()[0].grad(), |g| g[0] = f32::NAN).unwrap();
         }
         0.0
     });

@@ -1,0 +1,264 @@
+//! Causal attention on the CPU, a block of queries at a time.
+//!
+//! The scores of `QUERY_BLOCK` queries against the keys that they may see are the only
+//! part of the T x T matrix that ever exists; the backward computes them again. Queries,
+//! keys and values are read where the fused projection left them, through strides, and
+//! their gradients are written to the same places.
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+use super::{
+    super::{
+        operands::{Attention, Place},
+        run::Run,
+    },
+    F32View, SharedMut,
+    math::{scale_alibi, softmax, softmax_backward},
+    matmul::{Mat, gemm_into},
+};
+use crate::error::Result;
+
+const PROJECTED: &str = "attention: projected";
+
+/// Queries whose scores exist at a time: 64 x 1024 scores fit a core's L2 cache.
+const QUERY_BLOCK: usize = 64;
+
+/// One head of one sequence: where its rows are and how far apart.
+#[derive(Clone, Copy)]
+pub struct Operand<'a> {
+    pub data: &'a [f32],
+    pub offset: usize,
+    pub row: usize,
+}
+
+impl<'a> Operand<'a> {
+    fn rows(&self, first: usize) -> Mat<'a> {
+        Mat::rows(&self.data[self.offset + first * self.row..], self.row)
+    }
+}
+
+/// The attention of one head over one sequence: `queries` rows that follow
+/// `keys - queries` earlier ones; query i sees the last `window` of keys 0 ..= keys - queries + i.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    pub q: Operand<'a>,
+    pub k: Operand<'a>,
+    pub v: Operand<'a>,
+    pub queries: usize,
+    pub keys: usize,
+    pub head_dim: usize,
+    /// ALiBi: `slope * j` is added to the score of key j; 0 for none.
+    pub slope: f32,
+    pub scale: f32,
+    /// A query sees so many keys at the most, its own the last of them.
+    pub window: usize,
+}
+
+/// Queries whose scores exist at a time, and the keys that one of them sees.
+struct Block {
+    first_query: usize,
+    queries: usize,
+    first_key: usize,
+    keys: usize,
+}
+
+impl Head<'_> {
+    /// P = softmax(scale q k^T + alibi) of a block: row-major, one column a key of the block, zero where a key is hidden.
+    fn probabilities(&self, block: &Block, p: &mut Vec<f32>) {
+        let &Block { first_query, queries, first_key, keys } = block;
+        p.clear();
+        p.resize(queries * keys, 0.0);
+        let (q, k) = (self.q.rows(first_query), self.k.rows(first_key).t());
+        // SAFETY: p is this thread's own and has queries * keys elements.
+        unsafe { gemm_into((queries, keys, self.head_dim), 1.0, q, k, p.as_mut_ptr(), keys, false, false) };
+        for (i, row) in p.chunks_exact_mut(keys).enumerate() {
+            let end = self.keys - self.queries + first_query + i + 1 - first_key;
+            let begin = end.saturating_sub(self.window);
+            let (seen, later) = row.split_at_mut(end);
+            let (earlier, visible) = seen.split_at_mut(begin);
+            scale_alibi(visible, self.scale, self.slope);
+            softmax(visible);
+            earlier.fill(0.0);
+            later.fill(0.0);
+        }
+    }
+
+    fn blocks(self) -> impl Iterator<Item = Block> {
+        (0..self.queries).step_by(QUERY_BLOCK).map(move |first_query| {
+            let queries = QUERY_BLOCK.min(self.queries - first_query);
+            let before = self.keys - self.queries + first_query;
+            let first_key = (before + 1).saturating_sub(self.window);
+            Block { first_query, queries, first_key, keys: before + queries - first_key }
+        })
+    }
+
+    /// Writes the head's output rows at `out[offset + i * row ..]`.
+    ///
+    /// # Safety
+    /// No other thread may touch those elements.
+    unsafe fn forward(&self, out: SharedMut, offset: usize, row: usize) {
+        let mut p = Vec::new();
+        for block in self.blocks() {
+            self.probabilities(&block, &mut p);
+            let dims = (block.queries, self.head_dim, block.keys);
+            let v = self.v.rows(block.first_key);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let out = out.at(offset + block.first_query * row);
+                gemm_into(dims, 1.0, Mat::rows(&p, block.keys), v, out, row, false, false);
+            }
+        }
+    }
+
+    /// Adds the gradients of q, k and v at the operands' own places in `grad`.
+    ///
+    /// # Safety
+    /// No other thread may touch those elements.
+    unsafe fn backward(&self, dout: Operand, grad: SharedMut) {
+        let (mut p, mut dp) = (Vec::new(), Vec::new());
+        let (q, k, v, d) = (self.q, self.k, self.v, self.head_dim);
+        for block in self.blocks() {
+            let Block { first_query, queries, first_key, keys } = block;
+            self.probabilities(&block, &mut p);
+            dp.clear();
+            dp.resize(queries * keys, 0.0);
+            let dout = dout.rows(first_query);
+            let at = |operand: &Operand, row: usize| operand.offset + row * operand.row;
+            // SAFETY: dp is this thread's own; the places in `grad` are the caller's promise.
+            unsafe {
+                let (dp, dv) = (dp.as_mut_ptr(), grad.at(at(&v, first_key)));
+                gemm_into((queries, keys, d), 1.0, dout, v.rows(first_key).t(), dp, keys, false, false);
+                gemm_into((keys, d, queries), 1.0, Mat::rows(&p, keys).t(), dout, dv, v.row, true, false);
+            }
+            for (p, dp) in p.chunks_exact(keys).zip(dp.chunks_exact_mut(keys)) {
+                softmax_backward(p, dp, self.scale);
+            }
+            let ds = Mat::rows(&dp, keys);
+            // SAFETY: as above.
+            unsafe {
+                let (dq, dk) = (grad.at(at(&q, first_query)), grad.at(at(&k, first_key)));
+                gemm_into((queries, d, keys), 1.0, ds, k.rows(first_key), dq, q.row, true, false);
+                gemm_into((keys, d, queries), 1.0, ds.t(), q.rows(first_query), dk, k.row, true, false);
+            }
+        }
+    }
+}
+
+/// Runs every head; `place[i]` is where head i's output rows start, rows `row` apart.
+fn forward_heads(heads: &[Head], place: &[usize], out: &mut [f32], row: usize) {
+    check(heads, place, out.len(), row);
+    let shared = SharedMut::new(out);
+    let run = |(head, &offset): (&Head, &usize)| {
+        // SAFETY: each head of each sequence has its own columns and rows of the output.
+        unsafe { head.forward(shared, offset, row) }
+    };
+    if worth_threads(heads) {
+        heads.par_iter().zip(place).for_each(run);
+    } else {
+        heads.iter().zip(place).for_each(run);
+    }
+}
+
+/// Adds every head's gradients to `grad`, which has the layout of the operands' buffer.
+/// Heads that share keys and values (grouped queries) must be neighbours: groups of `group`.
+fn backward_heads(heads: &[Head], place: &[usize], dout: &[f32], row: usize, grad: &mut [f32], group: usize) {
+    check(heads, place, dout.len(), row);
+    let shared = SharedMut::new(grad);
+    let run = |(heads, places): (&[Head], &[usize])| {
+        for (head, &offset) in heads.iter().zip(places) {
+            // SAFETY: each group has its own keys and values, each head its own queries.
+            unsafe { head.backward(Operand { data: dout, offset, row }, shared) }
+        }
+    };
+    if worth_threads(heads) {
+        heads.par_chunks(group).zip(place.par_chunks(group)).for_each(run);
+    } else {
+        heads.chunks(group).zip(place.chunks(group)).for_each(run);
+    }
+}
+
+/// A single query against a short cache is over before a thread has woken up.
+fn worth_threads(heads: &[Head]) -> bool {
+    heads.iter().map(|h| h.queries * h.keys * h.head_dim).sum::<usize>() > 1 << 17
+}
+
+fn check(heads: &[Head], place: &[usize], len: usize, row: usize) {
+    assert_eq!(heads.len(), place.len(), "attention: one place a head");
+    for (head, offset) in heads.iter().zip(place) {
+        assert!(head.queries <= head.keys, "attention: more queries than keys");
+        assert!(head.queries == 0 || offset + (head.queries - 1) * row + head.head_dim <= len, "attention: output");
+    }
+}
+
+/// `projected` `[M, row]` to `[M, heads * head_dim]`; saves `projected`.
+pub fn forward(attention: &Attention, projected: &Tensor, run: &mut Run) -> Result<Tensor> {
+    run.save(PROJECTED, projected);
+    let (layout, width) = (&attention.layout, attention.layout.width());
+    let view = F32View::new(projected)?;
+    let mut out = vec![0f32; run.sequences.num_tokens() * width];
+    match &run.cache {
+        None => {
+            let (heads, places) = heads(attention, &view, run);
+            forward_heads(&heads, &places, &mut out, width);
+        }
+        Some(cache) => {
+            cache.append_cpu(run.block, run.sequences, layout, &view)?;
+            let (keys, values) = cache.block(run.block);
+            let (keys, values) = (F32View::new(keys)?, F32View::new(values)?);
+            let (mut heads, places) = heads(attention, &view, run);
+            let kv_width = layout.kv_width();
+            for (i, head) in heads.iter_mut().enumerate() {
+                let (sequence, h) = (i / layout.heads, i % layout.heads);
+                let h = h * layout.kv_heads / layout.heads;
+                let offset = sequence * cache.capacity() * kv_width + h * layout.head_dim;
+                head.keys = cache.lengths()[sequence] + head.queries;
+                head.k = Operand { data: &keys, offset, row: kv_width };
+                head.v = Operand { data: &values, offset, row: kv_width };
+            }
+            forward_heads(&heads, &places, &mut out, width);
+        }
+    }
+    Ok(Tensor::from_vec(out, (run.sequences.num_tokens(), width), &Device::Cpu)?)
+}
+
+/// dy `[M, heads * head_dim]` to the gradient of `projected`.
+pub fn backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+    let projected = run.take(PROJECTED)?;
+    let (view, dy) = (F32View::new(&projected)?, F32View::new(dy)?);
+    let (heads, places) = heads(attention, &view, run);
+    let mut grad = vec![0f32; view.len()];
+    let layout = &attention.layout;
+    backward_heads(&heads, &places, &dy, layout.width(), &mut grad, layout.heads / layout.kv_heads);
+    Ok(Tensor::from_vec(grad, projected.dims(), &Device::Cpu)?)
+}
+
+/// Every head of every sequence, heads innermost, and where its output rows begin.
+fn heads<'a>(attention: &Attention, projected: &'a [f32], run: &Run) -> (Vec<Head<'a>>, Vec<usize>) {
+    let l = &attention.layout;
+    let mut heads = Vec::with_capacity(run.sequences.len() * l.heads);
+    let mut places = Vec::with_capacity(heads.capacity());
+    for range in run.sequences.ranges() {
+        for h in 0..l.heads {
+            let operand = |place: &Place, h: usize| Operand {
+                data: projected,
+                offset: range.start * l.row + place.at(h),
+                row: l.row,
+            };
+            let kv = h * l.kv_heads / l.heads;
+            heads.push(Head {
+                q: operand(&l.q, h),
+                k: operand(&l.k, kv),
+                v: operand(&l.v, kv),
+                queries: range.len(),
+                keys: range.len(),
+                head_dim: l.head_dim,
+                slope: attention.slopes.get(h).copied().unwrap_or(0.0),
+                scale: 1.0 / (l.head_dim as f32).sqrt(),
+                window: attention.window.unwrap_or(usize::MAX),
+            });
+            places.push((range.start * l.heads + h) * l.head_dim);
+        }
+    }
+    (heads, places)
+}

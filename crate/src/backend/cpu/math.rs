@@ -1,0 +1,358 @@
+//! Vector math: loops that the compiler turns into SIMD for the CPU it runs on.
+//!
+//! Multiplication and addition stay separate (no fused multiply-add), so a machine with
+//! AVX-512, one with AVX2 and one with neither give the same bits.
+
+/// Compiles a function three times and picks the widest that this CPU has.
+macro_rules! simd {
+    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        pub fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512dq")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                {
+                    // SAFETY: the CPU has the features.
+                    return unsafe { avx512($($arg),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the CPU has the feature.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}
+
+/// Partial sums that a reduction keeps, so that it needs no reordering to be vectorized.
+const LANES: usize = 32;
+
+#[inline(always)]
+fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+    // Pairwise: the error grows with log2 of the count, and the order is fixed.
+    let mut width = LANES / 2;
+    let mut lanes = lanes;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Sum of `f(i)` for i in 0..n, in a fixed order.
+#[inline(always)]
+fn reduce(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let whole = n - n % LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (l, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(start + l);
+        }
+    }
+    let mut sum = sum_lanes(lanes);
+    for i in whole..n {
+        sum += f(i);
+    }
+    sum
+}
+
+#[inline(always)]
+fn max_of(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let mut max = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    for lane in lanes {
+        max = if lane > max { lane } else { max };
+    }
+    max
+}
+
+/// e^x to within 2 units in the last place for x in [-87, 88]; outside, the value at the bound.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    // ln 2 in two parts, so that r is exact to the last bit.
+    let r = x - n * 0.693_359_4;
+    let r = r + n * 2.121_944_4e-4;
+    // Taylor's coefficients, corrected by Remez to |r| <= ln(2)/2 (Cephes' expf).
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 5e-1;
+    let y = p * r * r + r + 1.0;
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    y * power
+}
+
+/// tanh by the exponential; absolute error below 2e-7.
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let x = if x > 15.0 { 15.0 } else { x };
+    let x = if x < -15.0 { -15.0 } else { x };
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
+simd! {
+    /// sum of `a[i] * b[i]`.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        let n = a.len().min(b.len());
+        let (a, b) = (&a[..n], &b[..n]);
+        reduce(n, |i| a[i] * b[i])
+    }
+}
+
+simd! {
+    /// y += scale * x.
+    pub fn axpy(scale: f32, x: &[f32], y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += scale * x;
+        }
+    }
+}
+
+simd! {
+    /// x -> softmax(x) in place; gives (max, sum of exp(x - max)), so that log-sum-exp = max + ln(sum).
+    pub fn softmax(x: &mut [f32]) -> (f32, f32) {
+        let max = max_of(x);
+        for v in x.iter_mut() {
+            *v = exp(*v - max);
+        }
+        let sum = { let x = &*x; reduce(x.len(), |i| x[i]) };
+        let inverse = 1.0 / sum;
+        for v in x.iter_mut() {
+            *v *= inverse;
+        }
+        (max, sum)
+    }
+}
+
+simd! {
+    /// dx = scale * p * (dp - <p, dp>): softmax backward, `dp` becomes `dx`.
+    pub fn softmax_backward(p: &[f32], dp: &mut [f32], scale: f32) {
+        let n = p.len().min(dp.len());
+        let inner = { let d = &*dp; reduce(n, |i| p[i] * d[i]) };
+        for (d, p) in dp[..n].iter_mut().zip(p) {
+            *d = scale * p * (*d - inner);
+        }
+    }
+}
+
+simd! {
+    /// `x[j] = scale * x[j] + slope * j`: attention scores with ALiBi.
+    pub fn scale_alibi(x: &mut [f32], scale: f32, slope: f32) {
+        for (j, v) in x.iter_mut().enumerate() {
+            *v = *v * scale + slope * (j as i32 as f32);
+        }
+    }
+}
+
+/// sqrt(2 / pi), as BLOOM's own gelu has it.
+const GELU_A: f32 = 0.797_884_6;
+const GELU_B: f32 = 0.044_715;
+
+simd! {
+    /// y = 0.5 x (1 + tanh(0.79788456 x (1 + 0.044715 x^2))).
+    pub fn gelu(x: &[f32], y: &mut [f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            *y = 0.5 * x * (1.0 + tanh(GELU_A * x * (1.0 + GELU_B * x * x)));
+        }
+    }
+}
+
+simd! {
+    /// dx = dy * gelu'(x).
+    pub fn gelu_backward(x: &[f32], dy: &[f32], dx: &mut [f32]) {
+        for ((dx, &x), &dy) in dx.iter_mut().zip(x).zip(dy) {
+            let t = tanh(GELU_A * x * (1.0 + GELU_B * x * x));
+            let slope = 0.5 * x * (1.0 - t * t) * (GELU_A + 3.0 * GELU_A * GELU_B * x * x) + 0.5 * (1.0 + t);
+            *dx = dy * slope;
+        }
+    }
+}
+
+simd! {
+    /// y = (x - mean) / sqrt(var + eps) * weight + bias for one row; gives (mean, 1/sqrt(var + eps)).
+    pub fn layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) -> (f32, f32) {
+        let n = x.len() as f32;
+        let mean = reduce(x.len(), |i| x[i]) / n;
+        let variance = reduce(x.len(), |i| { let d = x[i] - mean; d * d }) / n;
+        let rstd = 1.0 / (variance + eps).sqrt();
+        for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+            *y = (x - mean) * rstd * w + b;
+        }
+        (mean, rstd)
+    }
+}
+
+simd! {
+    /// dx = (w dy - mean(w dy) - xhat * mean(w dy * xhat)) * rstd + residual, for one row.
+    /// `dx` holds the residual's gradient (or zeros) on entry.
+    pub fn layer_norm_backward_row(x: &[f32], weight: &[f32], dy: &[f32], mean: f32, rstd: f32, dx: &mut [f32]) {
+        let n = x.len();
+        let (weight, dy) = (&weight[..n], &dy[..n]);
+        let sum = reduce(n, |i| weight[i] * dy[i]) / n as f32;
+        let sum_xhat = reduce(n, |i| weight[i] * dy[i] * ((x[i] - mean) * rstd)) / n as f32;
+        for (((dx, &x), &w), &dy) in dx.iter_mut().zip(x).zip(weight).zip(dy) {
+            let xhat = (x - mean) * rstd;
+            *dx += (w * dy - sum - xhat * sum_xhat) * rstd;
+        }
+    }
+}
+
+simd! {
+    /// y = x / sqrt(mean(x^2) + eps) * weight for one row; gives 1 / sqrt(mean(x^2) + eps).
+    pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) -> f32 {
+        let mean = reduce(x.len(), |i| x[i] * x[i]) / x.len() as f32;
+        let inverse = 1.0 / (mean + eps).sqrt();
+        for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+            *y = w * (x * inverse);
+        }
+        inverse
+    }
+}
+
+simd! {
+    /// dx = (w dy - xhat * mean(w dy * xhat)) * inverse + residual, for one row; `inverse` is
+    /// what [`rms_norm_row`] gave. `dx` holds the residual's gradient (or zeros) on entry.
+    pub fn rms_norm_backward_row(x: &[f32], weight: &[f32], dy: &[f32], inverse: f32, dx: &mut [f32]) {
+        let n = x.len();
+        let (weight, dy) = (&weight[..n], &dy[..n]);
+        let mean = reduce(n, |i| weight[i] * dy[i] * (x[i] * inverse)) / n as f32;
+        for (((dx, &x), &w), &dy) in dx.iter_mut().zip(x).zip(weight).zip(dy) {
+            *dx += (w * dy - x * inverse * mean) * inverse;
+        }
+    }
+}
+
+simd! {
+    /// y = silu(gate) * up.
+    pub fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
+        for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
+            *y = g / (1.0 + exp(-g)) * u;
+        }
+    }
+}
+
+simd! {
+    /// dgate = dy * up * silu'(gate), dup = dy * silu(gate).
+    pub fn swiglu_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+        let out = dgate.iter_mut().zip(dup.iter_mut());
+        for ((((dgate, dup), &g), &u), &dy) in out.zip(gate).zip(up).zip(dy) {
+            let sigmoid = 1.0 / (1.0 + exp(-g));
+            *dgate = dy * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+            *dup = dy * g * sigmoid;
+        }
+    }
+}
+
+simd! {
+    /// Turns every head of a row: element i and element i + head_dim / 2 by the i-th angle.
+    /// `angles` holds head_dim / 2 cosines, then as many sines, which are multiplied by `sign`.
+    pub fn rotate(x: &[f32], angles: &[f32], sign: f32, y: &mut [f32]) {
+        let (cos, sin) = angles.split_at(angles.len() / 2);
+        for (x, y) in x.chunks_exact(angles.len()).zip(y.chunks_exact_mut(angles.len())) {
+            let (x1, x2) = x.split_at(cos.len());
+            let (y1, y2) = y.split_at_mut(cos.len());
+            for i in 0..cos.len() {
+                let sin = sign * sin[i];
+                y1[i] = x1[i] * cos[i] - x2[i] * sin;
+                y2[i] = x2[i] * cos[i] + x1[i] * sin;
+            }
+        }
+    }
+}
+
+/// The sum of the squares, in f64, so that the norm does not depend on how the gradients are cut into tensors.
+pub fn sum_of_squares(x: &[f32]) -> f64 {
+    let (whole, rest) = x.as_chunks::<16>();
+    let mut sums = [0f64; 16];
+    for chunk in whole {
+        for (s, v) in sums.iter_mut().zip(chunk) {
+            *s += f64::from(*v) * f64::from(*v);
+        }
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_exact_to_two_units_in_the_last_place() {
+        for i in -870..=880 {
+            let x = i as f32 / 10.0;
+            let want = f64::from(x).exp();
+            let got = f64::from(exp(x));
+            assert!((got / want - 1.0).abs() < 2.5e-7, "exp({x}) = {got}, expected {want}");
+        }
+        assert!(exp(f32::NEG_INFINITY) < 1e-37);
+    }
+
+    #[test]
+    fn gelu_backward_is_the_slope_of_gelu() {
+        let x: Vec<f32> = (-60..60).map(|i| i as f32 / 10.0).collect();
+        let (mut up, mut down, mut dx) = (x.clone(), x.clone(), x.clone());
+        gelu(&x.iter().map(|v| v + 1e-2).collect::<Vec<_>>(), &mut up);
+        gelu(&x.iter().map(|v| v - 1e-2).collect::<Vec<_>>(), &mut down);
+        gelu_backward(&x, &vec![1.0; x.len()], &mut dx);
+        for i in 0..x.len() {
+            assert!((dx[i] - (up[i] - down[i]) / 2e-2).abs() < 1e-3, "at {}", x[i]);
+        }
+    }
+
+    #[test]
+    fn softmax_of_any_length_sums_to_one() {
+        for n in 1..100 {
+            let mut x: Vec<f32> = (0..n).map(|i| ((i * 7919) % 13) as f32).collect();
+            let want: f64 = x.iter().map(|&v| f64::from(v).exp()).sum::<f64>().ln();
+            let (max, sum) = softmax(&mut x);
+            assert!((f64::from(max + sum.ln()) - want).abs() < 1e-5);
+            assert!((x.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn swiglu_backward_is_the_slope_of_swiglu() {
+        let g: Vec<f32> = (-60..60).map(|i| i as f32 / 10.0).collect();
+        let u: Vec<f32> = g.iter().map(|v| (v * 3.0).sin() + 0.5).collect();
+        let at = |dg: f32, du: f32| {
+            let shift = |v: &[f32], by: f32| v.iter().map(|v| v + by).collect::<Vec<_>>();
+            let mut y = g.clone();
+            swiglu(&shift(&g, dg), &shift(&u, du), &mut y);
+            y
+        };
+        let (mut dg, mut du) = (g.clone(), g.clone());
+        swiglu_backward(&g, &u, &vec![1.0; g.len()], &mut dg, &mut du);
+        for i in 0..g.len() {
+            assert!((dg[i] - (at(1e-2, 0.0)[i] - at(-1e-2, 0.0)[i]) / 2e-2).abs() < 1e-3, "gate {}", g[i]);
+            assert!((du[i] - (at(0.0, 1e-2)[i] - at(0.0, -1e-2)[i]) / 2e-2).abs() < 1e-3, "up at {}", g[i]);
+        }
+        // Far out the exponential is at its bound: nothing overflows.
+        let mut y = [0.0; 2];
+        swiglu(&[-1e4, 1e4], &[1.0, 1.0], &mut y);
+        assert!(y[0].abs() < 1e-30 && y[1] == 1e4, "{y:?}");
+    }
+}

@@ -1,0 +1,284 @@
+//! Quantization on the CPU: block maxima, then the rank of each value among the thresholds.
+//!
+//! The arithmetic is the one of bitsandbytes' CUDA backend: `rank(x * (1 / absmax))`, in f32,
+//! whatever the input dtype. That backend's reciprocal is approximate (off by one ulp for 13%
+//! of the maxima); seen over 33 million weights each, it changed no code of f16 or bf16
+//! weights and 4 of f32. Its block of zeros becomes code 0 (a NaN inside), which double
+//! quantization then turns into small numbers; here zero keeps the code of zero, as in
+//! bitsandbytes' CPU backend, and comes back as exactly zero, there too.
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use super::simd::{self, Level};
+use crate::{
+    error::Result,
+    quantized::{
+        BlockwiseState, DynamicMap, Element, ForFloats, NESTED_BLOCKSIZE, QuantState, QuantType, Read, Thresholds,
+        absmax_mean, check_blocksize, check_float, for_floats, not_finite, round_to, signed_code, tensor_f32, with_f32,
+        with_slice,
+    },
+};
+
+/// The smallest maximum that is divided by: below it a block's values are noise, not weights.
+const MIN_ABSMAX: f32 = 1e-38;
+
+/// Elements that one task handles: a multiple of every blocksize, and enough to pay for the task.
+const TASK: usize = 1 << 16;
+
+/// Quantizes `x` into `packed` and one `absmax` a block. Fails with the index of an element
+/// that is NaN or infinite.
+fn encode<T: Element>(
+    x: &[T],
+    quant_type: QuantType,
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> std::result::Result<(), usize> {
+    let level = simd::level();
+    let bytes = quant_type.packed_len(TASK);
+    let tasks = x.par_chunks(TASK).zip(packed.par_chunks_mut(bytes)).zip(absmax.par_chunks_mut(TASK / blocksize));
+    let found = tasks.enumerate().find_map_first(|(task, ((x, packed), absmax))| {
+        encode_blocks(level, x, quant_type, blocksize, packed, absmax).map(|index| task * TASK + index)
+    });
+    found.map_or(Ok(()), Err)
+}
+
+/// The same of `n` numbers that are nowhere in memory: `read` gives those from an index on, a piece a task. Fails with
+/// the first failure of `read`, and for a number that is not finite.
+fn encode_read(
+    n: usize,
+    read: &Read<'_>,
+    quant_type: QuantType,
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> Result<()> {
+    let level = simd::level();
+    let bytes = quant_type.packed_len(TASK);
+    let tasks = packed.par_chunks_mut(bytes).zip(absmax.par_chunks_mut(TASK / blocksize)).enumerate();
+    let done = tasks.map_init(
+        || vec![0f32; TASK.min(n)],
+        |buffer, (task, (packed, absmax))| {
+            let first = task * TASK;
+            let x = &mut buffer[..TASK.min(n - first)];
+            read(first, x)?;
+            let found = encode_blocks(level, x, quant_type, blocksize, packed, absmax);
+            found.map_or(Ok(()), |index| Err(not_finite(first + index, x[index])))
+        },
+    );
+    done.find_map_first(Result::err).map_or(Ok(()), Err)
+}
+
+/// The blocks of a task. The index of an element that is not finite, if there is one.
+fn encode_blocks<T: Element>(
+    level: Level,
+    x: &[T],
+    quant_type: QuantType,
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> Option<usize> {
+    let mut buffer = [0f32; 4096];
+    let blocks = x.chunks(blocksize).zip(packed.chunks_mut(quant_type.packed_len(blocksize))).zip(absmax);
+    for (block, ((x, packed), absmax)) in blocks.enumerate() {
+        let x = T::as_f32(x, &mut buffer);
+        *absmax = encode_block_at(level, x, quant_type, packed);
+        if !absmax.is_finite() {
+            return Some(block * blocksize + x.iter().position(|v| !v.is_finite()).unwrap_or(0));
+        }
+    }
+    None
+}
+
+/// One block of at most 4096 values; returns its maximum, which is not finite if a value is not.
+#[inline]
+pub(crate) fn encode_block_at(level: Level, x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level was detected on this processor.
+        Level::Avx512 => unsafe { block_avx512(x, quant_type, packed) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { block_avx2(x, quant_type, packed) },
+        Level::Scalar => block_portable(x, quant_type, packed),
+    }
+}
+
+// One source, compiled for three kinds of processor: the loops below vectorize themselves.
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn block_avx512(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
+    block_portable(x, quant_type, packed)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn block_avx2(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
+    block_portable(x, quant_type, packed)
+}
+
+#[inline(always)]
+fn block_portable(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
+    // As integers, magnitudes order like the floats, and NaN and infinity lie above them all.
+    let absmax = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff)));
+    if !absmax.is_finite() {
+        return absmax;
+    }
+    let inverse = 1.0 / absmax.max(MIN_ABSMAX);
+    if quant_type == QuantType::Int8 {
+        for (p, v) in packed.iter_mut().zip(x) {
+            *p = (v * inverse * 127.0).round_ties_even() as i8 as u8;
+        }
+        return absmax;
+    }
+    match quant_type {
+        QuantType::Nf4 => pack_block::<true>(x, inverse, quant_type.thresholds(), packed),
+        _ => pack_block::<false>(x, inverse, quant_type.thresholds(), packed),
+    }
+    absmax
+}
+
+/// `IN_ORDER`: the code is the rank itself, which spares a look-up that does not vectorize.
+#[inline(always)]
+fn pack_block<const IN_ORDER: bool>(x: &[f32], inverse: f32, thresholds: &Thresholds, packed: &mut [u8]) {
+    let (whole, last) = x.as_chunks::<32>();
+    let (whole_bytes, last_bytes) = packed.split_at_mut(whole.len() * 16);
+    for (x, packed) in whole.iter().zip(whole_bytes.as_chunks_mut::<16>().0) {
+        pack_32::<IN_ORDER>(x, inverse, thresholds, packed);
+    }
+    if !last.is_empty() {
+        // An odd count is padded with a zero.
+        let (mut padded, mut bytes) = ([0f32; 32], [0u8; 16]);
+        padded[..last.len()].copy_from_slice(last);
+        pack_32::<IN_ORDER>(&padded, inverse, thresholds, &mut bytes);
+        last_bytes.copy_from_slice(&bytes[..last_bytes.len()]);
+    }
+}
+
+#[inline(always)]
+fn pack_32<const IN_ORDER: bool>(x: &[f32; 32], inverse: f32, thresholds: &Thresholds, packed: &mut [u8; 16]) {
+    let mut rank = [0u32; 32];
+    for (r, v) in rank.iter_mut().zip(x) {
+        let v = v * inverse;
+        *r = thresholds.above.iter().map(|t| u32::from(v > *t)).sum();
+    }
+    let code = rank.map(|r| if IN_ORDER { r as u8 } else { thresholds.code[r as usize & 15] });
+    for (p, pair) in packed.iter_mut().zip(code.as_chunks::<2>().0) {
+        *p = pair[0] << 4 | pair[1];
+    }
+}
+
+/// `quantize_4bit` for a weight on the CPU.
+pub(super) fn quantize(
+    weight: &Tensor,
+    quant_type: QuantType,
+    blocksize: usize,
+    compress_statistics: bool,
+) -> Result<(Tensor, QuantState)> {
+    let (mut packed, mut absmax) = room(weight.elem_count(), quant_type, blocksize);
+    let job = Quantize { quant_type, blocksize, packed: &mut packed, absmax: &mut absmax };
+    for_floats(weight, job)??;
+    finish(packed, absmax, weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics)
+}
+
+/// [`quantize_4bit`] of a weight that is nowhere in memory, to the CPU. What `read` gives are numbers of `dtype`.
+pub(crate) fn quantize_4bit_read(
+    shape: &[usize],
+    dtype: DType,
+    quant_type: QuantType,
+    blocksize: usize,
+    compress_statistics: bool,
+    read: &Read<'_>,
+) -> Result<(Tensor, QuantState)> {
+    check_float(dtype)?;
+    check_blocksize(blocksize)?;
+    let n = shape.iter().product();
+    let (mut packed, mut absmax) = room(n, quant_type, blocksize);
+    encode_read(n, read, quant_type, blocksize, &mut packed, &mut absmax)?;
+    finish(packed, absmax, shape, dtype, quant_type, blocksize, compress_statistics)
+}
+
+/// For the codes of n elements, and the maxima of their blocks.
+fn room(n: usize, quant_type: QuantType, blocksize: usize) -> (Vec<u8>, Vec<f32>) {
+    (vec![0u8; quant_type.packed_len(n)], vec![0f32; n.div_ceil(blocksize)])
+}
+
+/// Codes and maxima as tensors, these quantized themselves with `compress_statistics`.
+fn finish(
+    packed: Vec<u8>,
+    mut absmax: Vec<f32>,
+    shape: &[usize],
+    dtype: DType,
+    quant_type: QuantType,
+    blocksize: usize,
+    compress_statistics: bool,
+) -> Result<(Tensor, QuantState)> {
+    let (absmax, offset, state2) = if compress_statistics {
+        let offset = absmax_mean::cuda_mean(&absmax);
+        absmax.iter_mut().for_each(|a| *a -= offset);
+        let (codes, state2) = quantize_blockwise(&tensor_f32(absmax)?, NESTED_BLOCKSIZE)?;
+        (codes, Some(offset), Some(state2))
+    } else {
+        (tensor_f32(absmax)?, None, None)
+    };
+    let code = quant_type.code()?;
+    let state = QuantState { absmax, shape: shape.to_vec(), dtype, blocksize, quant_type, code, offset, state2 };
+    let len = packed.len();
+    Ok((Tensor::from_vec(packed, (len, 1), &Device::Cpu)?, state))
+}
+
+struct Quantize<'a> {
+    quant_type: QuantType,
+    blocksize: usize,
+    packed: &'a mut [u8],
+    absmax: &'a mut [f32],
+}
+
+impl ForFloats for Quantize<'_> {
+    type Output = Result<()>;
+
+    fn call<T: Element>(self, x: &[T]) -> Result<()> {
+        encode(x, self.quant_type, self.blocksize, self.packed, self.absmax).map_err(|index| {
+            let mut buffer = [0f32; 1];
+            not_finite(index, T::as_f32(&x[index..=index], &mut buffer)[0])
+        })
+    }
+}
+
+/// `quantize_blockwise` for a tensor on the CPU.
+pub(super) fn quantize_blockwise(x: &Tensor, blocksize: usize) -> Result<(Tensor, BlockwiseState)> {
+    let map = DynamicMap::signed();
+    let mut codes = vec![0u8; x.elem_count()];
+    let mut absmax = vec![0f32; x.elem_count().div_ceil(blocksize)];
+    with_f32(x, |x| {
+        if let Some(i) = x.iter().position(|v| !v.is_finite()) {
+            return Err(not_finite(i, x[i]));
+        }
+        let blocks = x.par_chunks(blocksize).zip(codes.par_chunks_mut(blocksize)).zip(&mut absmax);
+        blocks.for_each(|((x, codes), absmax)| *absmax = map.encode_block(x, codes));
+        Ok(())
+    })??;
+    let state =
+        BlockwiseState { absmax: tensor_f32(absmax)?, code: signed_code(&Device::Cpu)?, blocksize, dtype: x.dtype() };
+    Ok((Tensor::from_vec(codes, x.shape(), &Device::Cpu)?, state))
+}
+
+/// `dequantize_blockwise` for codes on the CPU.
+pub(super) fn dequantize_blockwise(q: &Tensor, state: &BlockwiseState) -> Result<Tensor> {
+    let mut out = vec![0f32; q.elem_count()];
+    with_slice::<u8, _>(q, |q| {
+        with_slice::<f32, _>(&state.absmax, |absmax| {
+            with_slice::<f32, _>(&state.code, |code| {
+                let blocks = out.chunks_mut(state.blocksize).zip(q.chunks(state.blocksize)).zip(absmax);
+                for ((out, q), absmax) in blocks {
+                    for (o, q) in out.iter_mut().zip(q) {
+                        *o = round_to(state.dtype, code[*q as usize] * absmax);
+                    }
+                }
+            })
+        })
+    })???;
+    Ok(Tensor::from_vec(out, q.shape(), &Device::Cpu)?.to_dtype(state.dtype)?)
+}

@@ -1,0 +1,167 @@
+//! Look-up of 4-bit codes with x86 vector instructions, chosen at run time.
+
+use std::sync::LazyLock;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Level {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// The best level that this processor has.
+#[inline]
+pub(crate) fn level() -> Level {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static LEVEL: LazyLock<Level> = LazyLock::new(|| *available().last().unwrap_or(&Level::Scalar));
+        *LEVEL
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    Level::Scalar
+}
+
+/// All levels that this processor has, slowest first.
+pub(crate) fn available() -> Vec<Level> {
+    #[allow(unused_mut)]
+    let mut levels = vec![Level::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        if avx2 && is_x86_feature_detected!("f16c") {
+            levels.push(Level::Avx2);
+            let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            if avx512 && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512dq") {
+                levels.push(Level::Avx512);
+            }
+        }
+    }
+    levels
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86 {
+    use std::arch::x86_64::*;
+
+    use candle_core::DType;
+
+    use super::super::dequantize::{for_each_block, lookup_scalar};
+    use crate::quantized::QuantizedCpu;
+
+    /// Right shifts that bring nibble 0..8 of a little-endian u32 to the bottom, in the order
+    /// of the elements (high nibble of byte 0 first).
+    const NIBBLE_SHIFTS: [i32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
+
+    #[target_feature(enable = "avx512f,avx2")]
+    pub(crate) fn dequantize_avx512(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
+        let values = view.quant_type.values();
+        assert_eq!(values.len(), 16);
+        // SAFETY: 16 f32 are 64 readable bytes; the same for the constants below.
+        let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+        let shifts = unsafe { _mm256_loadu_si256(NIBBLE_SHIFTS.as_ptr().cast()) };
+        let shifts = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(shifts), shifts);
+        // Elements 0..8 lie in the first u32 that is loaded, 8..16 in the second.
+        let spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        for_each_block(view.blocksize, start, out, |block, start, out| {
+            let table = round512(view.dtype, _mm512_mul_ps(values, _mm512_set1_ps(view.absmax.get(block))));
+            let lookup = |packed: &[u8; 8]| {
+                // SAFETY: 8 readable bytes.
+                let codes = unsafe { _mm_loadl_epi64(packed.as_ptr().cast()) };
+                let codes = _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(codes));
+                // Only the low four bits of each index count, so the rest may stay.
+                _mm512_permutexvar_ps(_mm512_srlv_epi32(codes, shifts), table)
+            };
+            let mut scalar_table = [0f32; 16];
+            let (head, whole) = split_odd(start, out);
+            let (groups, tail) = whole.as_chunks_mut::<16>();
+            let (head_start, first) = (start, start + head.len());
+            let (bytes, _) = view.packed[first / 2..].as_chunks::<8>();
+            for (o, packed) in groups.iter_mut().zip(bytes) {
+                // SAFETY: 16 writable f32.
+                unsafe { _mm512_storeu_ps(o.as_mut_ptr(), lookup(packed)) };
+            }
+            if !head.is_empty() || !tail.is_empty() {
+                // SAFETY: 16 writable f32.
+                unsafe { _mm512_storeu_ps(scalar_table.as_mut_ptr(), table) };
+                lookup_scalar(&scalar_table, view.packed, head_start, head);
+                lookup_scalar(&scalar_table, view.packed, first + groups.len() * 16, tail);
+            }
+        });
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn round512(dtype: DType, x: __m512) -> __m512 {
+        match dtype {
+            DType::F16 => _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(x)),
+            DType::BF16 => {
+                let bits = _mm512_castps_si512(x);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let bits = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+                _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32)))
+            }
+            _ => x,
+        }
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    pub(crate) fn dequantize_avx2(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
+        let values = view.quant_type.values();
+        assert_eq!(values.len(), 16);
+        // SAFETY: 16 f32 are two times 32 readable bytes; the same for the constants below.
+        let (low, high) = unsafe { (_mm256_loadu_ps(values.as_ptr()), _mm256_loadu_ps(values[8..].as_ptr())) };
+        let shifts = unsafe { _mm256_loadu_si256(NIBBLE_SHIFTS.as_ptr().cast()) };
+        for_each_block(view.blocksize, start, out, |block, start, out| {
+            let absmax = _mm256_set1_ps(view.absmax.get(block));
+            let low = round256(view.dtype, _mm256_mul_ps(low, absmax));
+            let high = round256(view.dtype, _mm256_mul_ps(high, absmax));
+            let (head, whole) = split_odd(start, out);
+            let (groups, tail) = whole.as_chunks_mut::<8>();
+            let first = start + head.len();
+            let (bytes, _) = view.packed[first / 2..].as_chunks::<4>();
+            for (o, packed) in groups.iter_mut().zip(bytes) {
+                let index = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*packed)), shifts);
+                // A look-up sees three bits; the fourth, moved to the sign, chooses the half.
+                let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
+                let value = _mm256_blendv_ps(
+                    _mm256_permutevar8x32_ps(low, index),
+                    _mm256_permutevar8x32_ps(high, index),
+                    fourth,
+                );
+                // SAFETY: 8 writable f32.
+                unsafe { _mm256_storeu_ps(o.as_mut_ptr(), value) };
+            }
+            if !head.is_empty() || !tail.is_empty() {
+                let mut table = [0f32; 16];
+                // SAFETY: 16 writable f32.
+                unsafe { _mm256_storeu_ps(table.as_mut_ptr(), low) };
+                unsafe { _mm256_storeu_ps(table[8..].as_mut_ptr(), high) };
+                lookup_scalar(&table, view.packed, start, head);
+                lookup_scalar(&table, view.packed, first + groups.len() * 8, tail);
+            }
+        });
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    fn round256(dtype: DType, x: __m256) -> __m256 {
+        match dtype {
+            DType::F16 => _mm256_cvtph_ps(_mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(x)),
+            DType::BF16 => {
+                let bits = _mm256_castps_si256(x);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+                _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000_u32 as i32)))
+            }
+            _ => x,
+        }
+    }
+
+    /// A range that starts in the middle of a byte gives up its first element.
+    #[inline(always)]
+    fn split_odd(start: usize, out: &mut [f32]) -> (&mut [f32], &mut [f32]) {
+        out.split_at_mut(if start % 2 == 1 { 1.min(out.len()) } else { 0 })
+    }
+}

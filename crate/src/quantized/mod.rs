@@ -1,0 +1,45 @@
+//! What a quantized weight is: code books, the state that undoes quantization, views of both. Data, wherever it lies;
+//! what works on it is [`crate::backend`]'s, and [`crate::quant`] is what users call.
+
+pub(crate) mod absmax_mean;
+mod code;
+mod dynamic_map;
+mod element;
+pub(crate) mod slices;
+pub(crate) mod state;
+mod view;
+
+use candle_core::DType;
+
+pub(crate) use code::Thresholds;
+pub use code::{QuantType, create_dynamic_map};
+pub use dynamic_map::{BLOCKSIZE as NESTED_BLOCKSIZE, BlockwiseState};
+pub(crate) use dynamic_map::{DynamicMap, code_on, signed_code};
+pub(crate) use element::{Element, round_all, round_to};
+pub(crate) use slices::{ForFloats, for_floats, not_finite, tensor_f32, with_f32, with_slice};
+pub use state::{QuantState, QuantizedTensor};
+pub use view::{AbsmaxCpu, QuantizedCpu};
+
+use crate::error::{Error, Result};
+
+/// Fills a slice with the elements of a weight from an index on. Several threads call it, for a piece each.
+pub(crate) type Read<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
+
+pub(crate) fn check_blocksize(blocksize: usize) -> Result<()> {
+    if blocksize.is_power_of_two() && (32..=4096).contains(&blocksize) {
+        return Ok(());
+    }
+    Err(Error::argument("blocksize", blocksize, "a power of two from 32 to 4096", "use 64, as QLoRA does"))
+}
+
+pub(crate) fn check_float(dtype: DType) -> Result<()> {
+    if matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: "dtype of a dequantized weight".into(),
+        got: dtype.as_str().into(),
+        supported: ["f32", "f16", "bf16"].map(String::from).into(),
+        remedy: "use DType::F16 or DType::BF16 as bnb_4bit_compute_dtype".into(),
+    })
+}
