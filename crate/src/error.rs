@@ -181,6 +181,27 @@ impl Error {
         Error::Row { row, source: Box::new(self) }
     }
 
+    /// A file or folder that is not there: `what` it is, and the remedy.
+    pub fn not_found(what: &str, path: impl Into<PathBuf>, remedy: &str) -> Self {
+        Error::NotFound { what: what.into(), path: path.into(), remedy: remedy.into() }
+    }
+
+    /// A file that is not what its format promises, and why.
+    pub fn malformed(path: impl Into<PathBuf>, format: &'static str, detail: impl fmt::Display, remedy: &str) -> Self {
+        Error::Malformed { path: path.into(), format, detail: detail.to_string(), remedy: remedy.into() }
+    }
+
+    /// Something that is not among what is `supported`.
+    pub fn unsupported<S: Into<String>>(
+        what: &str,
+        got: impl fmt::Display,
+        supported: impl IntoIterator<Item = S>,
+        remedy: &str,
+    ) -> Self {
+        let supported = supported.into_iter().map(Into::into).collect();
+        Error::Unsupported { what: what.into(), got: got.to_string(), supported, remedy: remedy.into() }
+    }
+
     /// A wrong argument: `Error::argument("r", 0, "a rank of at least 1", "use 8")`.
     pub fn argument(name: &str, got: impl fmt::Display, expected: &str, remedy: &str) -> Self {
         Error::InvalidArgument {
@@ -192,29 +213,19 @@ impl Error {
     }
 }
 
+/// [`Error::argument`] unless `fine`: `ensure(r >= 1, "r", r, "a rank of at least 1", "use 8")?`.
+pub(crate) fn ensure(fine: bool, name: &str, got: impl fmt::Display, expected: &str, remedy: &str) -> Result<()> {
+    if fine { Ok(()) } else { Err(Error::argument(name, got, expected, remedy)) }
+}
+
 /// The names among `known` nearest to `name`, for "did you mean": at most three, by
 /// edit distance, none when nothing is near.
 pub fn near_names(name: &str, known: &[String]) -> Vec<String> {
-    let mut scored: Vec<(usize, &String)> = known.iter().map(|k| (edit_distance(name, k), k)).collect();
+    let mut scored: Vec<(usize, &String)> = known.iter().map(|k| (strsim::levenshtein(name, k), k)).collect();
     scored.sort();
     scored.dedup();
     let near = |d: usize, k: &str| d <= 1 + name.len().max(k.len()) / 3 || k.contains(name) || name.contains(k);
     scored.into_iter().filter(|(d, k)| near(*d, k)).take(3).map(|(_, k)| k.clone()).collect()
-}
-
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let substitute = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 fn io_remedy(e: &io::Error) -> &'static str {

@@ -49,6 +49,7 @@ pub mod json_file;
 pub mod layers;
 pub mod models;
 pub mod module_tree;
+mod names;
 pub mod optim;
 pub mod prelude;
 pub mod py_repr;
