@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     generation::{FinishReason, GenerationConfig, generate},
     models::causal_lm::CausalLM,
-    py_repr::py_str,
+    py_repr::{commas, py_str},
     tokenizer::{DecodeStream, Tokenizer},
 };
 
@@ -405,11 +405,7 @@ impl IntoIterator for Generations {
 /// As the reference's pipeline prints it: `[{'generated_text': '...'}]`.
 impl fmt::Display for Generations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("[")?;
-        for (i, text) in self.texts.iter().enumerate() {
-            write!(f, "{}{text}", if i == 0 { "" } else { ", " })?;
-        }
-        f.write_str("]")
+        write!(f, "[{}]", commas(&self.texts))
     }
 }
 

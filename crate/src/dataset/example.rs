@@ -15,6 +15,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     features::Features,
+    py_repr::py_dict,
 };
 
 /// One row of a dataset: columns by name. Cloning is cheap for a row of a dataset.
@@ -248,6 +249,6 @@ fn stored_ints(array: &ArrayRef, i: usize) -> Option<Vec<i64>> {
 /// `{'instruction': '...', 'output': '...'}`, as Python prints `ds[i]`.
 impl fmt::Display for Example {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        value::write_dict(f, self.fields().iter().map(|(name, value)| (name.as_str(), value)))
+        f.write_str(&py_dict(self.fields()))
     }
 }

@@ -10,15 +10,16 @@ use arrow::{
 
 use super::{
     table::{BATCH_ROWS, Table},
-    value::type_name,
+    value::{nested_name, type_name},
 };
 use crate::{
     error::{Error, Result},
     features::Features,
-    py_repr::py_str,
+    py_repr::{py_dict, py_str},
 };
 
-/// The names and types of a dataset's columns; prints as `ds.features` does in Python.
+/// The names and types of a dataset's columns; prints as `ds.features` does in Python:
+/// `{'text': Value('string'), 'ids': List(Value('int32'))}`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FeatureTypes(Vec<(String, DataType)>);
 
@@ -39,23 +40,8 @@ impl FeatureTypes {
 
 impl fmt::Display for FeatureTypes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let columns: Vec<String> = self.0.iter().map(|(name, t)| format!("{}: {}", py_str(name), repr(t))).collect();
-        write!(f, "{{{}}}", columns.join(", "))
-    }
-}
-
-/// `Value('string')`, `List(Value('int32'))`, `{'role': Value('string')}`
-fn repr(dtype: &DataType) -> String {
-    match dtype {
-        DataType::List(f) => format!("List({})", repr(f.data_type())),
-        DataType::LargeList(f) => format!("LargeList({})", repr(f.data_type())),
-        DataType::FixedSizeList(f, n) => format!("List({}, length={n})", repr(f.data_type())),
-        DataType::Struct(fields) => {
-            let fields: Vec<String> =
-                fields.iter().map(|f| format!("{}: {}", py_str(f.name()), repr(f.data_type()))).collect();
-            format!("{{{}}}", fields.join(", "))
-        }
-        other => format!("Value({})", py_str(&type_name(other))),
+        let repr = |dtype: &DataType| nested_name(dtype, &|plain| format!("Value({})", py_str(&type_name(plain))));
+        f.write_str(&py_dict(self.0.iter().map(|(name, dtype)| (name, repr(dtype)))))
     }
 }
 

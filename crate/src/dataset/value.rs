@@ -13,7 +13,7 @@ use arrow::{
     util::display::array_value_to_string,
 };
 
-use crate::py_repr::{py_bool, py_float, py_str};
+use crate::py_repr::{commas, py_bool, py_dict, py_float, py_str};
 
 /// The value of one column in one row.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -52,28 +52,10 @@ impl fmt::Display for Value {
             Value::Int(i) => write!(f, "{i}"),
             Value::Float(x) => f.write_str(&py_float(*x)),
             Value::Text(s) => f.write_str(&py_str(s)),
-            Value::List(items) => {
-                f.write_str("[")?;
-                for (i, item) in items.iter().enumerate() {
-                    write!(f, "{}{item}", if i == 0 { "" } else { ", " })?;
-                }
-                f.write_str("]")
-            }
-            Value::Struct(fields) => write_dict(f, fields.iter().map(|(name, value)| (name.as_str(), value))),
+            Value::List(items) => write!(f, "[{}]", commas(items)),
+            Value::Struct(fields) => f.write_str(&py_dict(fields.iter().map(|(name, value)| (name, value)))),
         }
     }
-}
-
-/// `{'name': value, ...}`
-pub(super) fn write_dict<'a>(
-    f: &mut fmt::Formatter<'_>,
-    fields: impl Iterator<Item = (&'a str, &'a Value)>,
-) -> fmt::Result {
-    f.write_str("{")?;
-    for (i, (name, value)) in fields.enumerate() {
-        write!(f, "{}{}: {value}", if i == 0 { "" } else { ", " }, py_str(name))?;
-    }
-    f.write_str("}")
 }
 
 impl From<serde_json::Value> for Value {
@@ -283,19 +265,23 @@ fn not_null(values: &[&Value]) -> Option<NullBuffer> {
 
 /// A type's name as `datasets` writes it: `string`, `int64`, `List(int32)`, ...
 pub(super) fn type_name(dtype: &DataType) -> String {
-    match dtype {
+    nested_name(dtype, &|plain| match plain {
         DataType::Utf8 => "string".into(),
         DataType::LargeUtf8 => "large_string".into(),
         DataType::Boolean => "bool".into(),
-        DataType::List(f) => format!("List({})", type_name(f.data_type())),
-        DataType::LargeList(f) => format!("LargeList({})", type_name(f.data_type())),
-        DataType::FixedSizeList(f, n) => format!("List({}, length={n})", type_name(f.data_type())),
-        DataType::Struct(fields) => {
-            let fields: Vec<String> =
-                fields.iter().map(|f| format!("{}: {}", py_str(f.name()), type_name(f.data_type()))).collect();
-            format!("{{{}}}", fields.join(", "))
-        }
         other => other.to_string().to_lowercase(),
+    })
+}
+
+/// The name of a type, where `plain` names what is neither a list nor a struct.
+pub(super) fn nested_name(dtype: &DataType, plain: &dyn Fn(&DataType) -> String) -> String {
+    let of = |field: &Field| nested_name(field.data_type(), plain);
+    match dtype {
+        DataType::List(f) => format!("List({})", of(f)),
+        DataType::LargeList(f) => format!("LargeList({})", of(f)),
+        DataType::FixedSizeList(f, n) => format!("List({}, length={n})", of(f)),
+        DataType::Struct(fields) => py_dict(fields.iter().map(|f| (f.name(), of(f)))),
+        other => plain(other),
     }
 }
 
