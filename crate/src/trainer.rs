@@ -46,9 +46,9 @@ use crate::{
     training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
 };
 
-pub use callback::{TrainerCallback, TrainerControl};
+pub use callback::TrainerCallback;
 pub use sampler::randperm;
-pub use state::{LogEntry, TrainOutput, TrainerState};
+pub use state::{LogEntry, TrainOutput, TrainerControl, TrainerState};
 
 /// The learning rate of update `step` (from 0).
 type Schedule = Box<dyn Fn(usize) -> f64 + Send>;
