@@ -3,6 +3,7 @@
 pub mod config;
 pub mod config_file;
 mod init;
+mod target_modules;
 pub mod targets;
 
 use std::{collections::HashMap, fmt, path::Path, sync::Arc};
