@@ -149,11 +149,40 @@ pub enum Error {
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         #[cfg(feature = "cuda")]
-        if let Some(ours) = crate::cuda::out_of_memory_in(&error) {
-            return ours;
+        if lacks_device_memory(&error) {
+            return out_of_device_memory("making a tensor");
         }
         Error::Tensor(error)
     }
+}
+
+/// Whether candle says that a card has no room.
+#[cfg(feature = "cuda")]
+fn lacks_device_memory(error: &candle_core::Error) -> bool {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } | candle_core::Error::Context { inner, .. } => {
+            lacks_device_memory(inner)
+        }
+        candle_core::Error::Cuda(e) => {
+            let text = e.to_string();
+            text.contains("CUDA_ERROR_OUT_OF_MEMORY") || text.contains("STATUS_ALLOC_FAILED")
+        }
+        _ => false,
+    }
+}
+
+/// The error of a card that has no room for what was being done.
+#[cfg(feature = "cuda")]
+pub(crate) fn out_of_device_memory(doing: &str) -> Error {
+    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+    let room = match candle_core::cuda_backend::cudarc::driver::result::mem_get_info() {
+        Ok((free, total)) => format!(" ({:.2} of its {:.2} GiB are free)", gib(free), gib(total)),
+        Err(_) => String::new(),
+    };
+    let remedy = "gradient_checkpointing: true and a smaller per_device_train_batch_size (with more \
+                  gradient_accumulation_steps) save most; model.memory_report() and trainer.memory_plan() show \
+                  where the memory goes, nvidia-smi who else uses the card";
+    Error::OutOfDeviceMemory { doing: format!("{doing}{room}"), remedy: remedy.into() }
 }
 
 impl fmt::Debug for Error {

@@ -41,7 +41,6 @@ pub use grads::{Grads, Outputs};
 pub use graph::Repeated;
 pub use inputs::{HostInputs, InputDraw, InputShape, Inputs, Scalars};
 pub use managed::{Managed, Place};
-pub(crate) use memory::out_of_memory_in;
 pub use results::Results;
 pub(crate) use select::first;
 pub use select::{TOOLKIT, check_capability, check_driver, count};
