@@ -69,4 +69,15 @@ macro_rules! with_defaults {
     };
 }
 
-pub(crate) use {named, with_defaults};
+/// `Debug` that prints what `Display` prints: a notebook shows `Debug` forms, and a reader should not have to decode them.
+macro_rules! debug_as_display {
+    ($($type:ty),+) => {$(
+        impl std::fmt::Debug for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                std::fmt::Display::fmt(self, f)
+            }
+        }
+    )+};
+}
+
+pub(crate) use {debug_as_display, named, with_defaults};

@@ -12,6 +12,7 @@ use crate::{
     error::{Error, Result},
     generation::{FinishReason, GenerationConfig, generate},
     models::causal_lm::CausalLM,
+    names::debug_as_display,
     py_repr::{commas, py_str},
     tokenizer::{DecodeStream, Tokenizer},
 };
@@ -39,12 +40,8 @@ where
     M: CausalLM + Clone + 'static,
 {
     if task != TASK {
-        return Err(Error::Unsupported {
-            what: "the pipeline task".into(),
-            got: task.into(),
-            supported: vec![TASK.into()],
-            remedy: format!("use pipeline({TASK:?}, &model, &tokenizer)"),
-        });
+        let remedy = format!("use pipeline({TASK:?}, &model, &tokenizer)");
+        return Err(Error::unsupported("the pipeline task", task, [TASK], &remedy));
     }
     Ok(TextGenerationPipeline { model: Arc::new(model.clone()), tokenizer: tokenizer.clone(), live: true })
 }
@@ -327,11 +324,7 @@ impl fmt::Display for GeneratedText {
     }
 }
 
-impl fmt::Debug for GeneratedText {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(GeneratedText, Generations);
 
 /// What one prompt became: one text, or `num_return_sequences` of them. It is a slice of
 /// [`GeneratedText`], and has the first one's texts as its own.
@@ -406,12 +399,6 @@ impl IntoIterator for Generations {
 impl fmt::Display for Generations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "[{}]", commas(&self.texts))
-    }
-}
-
-impl fmt::Debug for Generations {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
     }
 }
 

@@ -6,12 +6,7 @@ mod gguf;
 mod show;
 mod stream;
 
-use std::{
-    collections::HashSet,
-    fmt,
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use std::{collections::HashSet, path::Path, sync::Arc};
 
 use tokenizers::{AddedToken, ModelWrapper};
 
@@ -23,6 +18,7 @@ use crate::{
     error::{Error, Result},
     hub::Snapshot,
     models::gguf::Gguf,
+    names::named,
 };
 
 /// The side of a row that padding goes to.
@@ -32,14 +28,7 @@ pub enum PaddingSide {
     Right,
 }
 
-impl fmt::Display for PaddingSide {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            PaddingSide::Left => "left",
-            PaddingSide::Right => "right",
-        })
-    }
-}
+named!(PaddingSide { Left => "left", Right => "right" });
 
 /// Loads tokenizers: `AutoTokenizer::from_pretrained("models/poet-bloom-zh")`.
 pub struct AutoTokenizer;
@@ -69,12 +58,8 @@ impl AutoTokenizer {
         }
         let snapshot = Snapshot::open(&name_or_path.to_string_lossy())?;
         let path = snapshot.file("tokenizer.json")?;
-        let malformed = |detail: String| Error::Malformed {
-            path: path.clone(),
-            format: "tokenizer.json",
-            detail,
-            remedy: "copy or download this file again".into(),
-        };
+        let malformed =
+            |detail: String| Error::malformed(&path, "tokenizer.json", detail, "copy or download this file again");
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
         if bytes.is_empty() {
             return Err(malformed("the file is empty".into()));
@@ -283,25 +268,17 @@ impl Tokenizer {
     fn warn_about_end(&self) {
         let (name, eos) = (self.name_or_path(), self.eos_token());
         if eos.is_empty() {
-            warning_once(&format!("{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"));
+            display::warning_once(&format!(
+                "{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"
+            ));
         } else if eos == self.pad_token() {
             let other = if self.unk_token().is_empty() { "a rare token" } else { self.unk_token() };
-            warning_once(&format!(
+            display::warning_once(&format!(
                 "{name}: pad_token and eos_token are both {eos:?}; what leaves out padding also leaves out the end, \
                  and the model never learns to stop. Give it another padding token: \
                  tokenizer.with_pad_token({other:?})?"
             ));
         }
-    }
-}
-
-/// A cell that is run again does not repeat its warnings.
-fn warning_once(text: &str) {
-    static SHOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let mut shown = SHOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if !shown.iter().any(|s| s == text) {
-        shown.push(text.into());
-        display::warning(text);
     }
 }
 

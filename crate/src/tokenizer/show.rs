@@ -11,6 +11,7 @@ use crate::{
         theme::{FAINT, LEARNED},
     },
     features::{Features, IGNORE_INDEX},
+    names::debug_as_display,
     py_repr::{py_bool, py_dict, py_str},
 };
 
@@ -36,11 +37,7 @@ impl fmt::Display for Tokenizer {
     }
 }
 
-impl fmt::Debug for Tokenizer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(Tokenizer);
 
 impl Tokenizer {
     /// What a notebook shows.

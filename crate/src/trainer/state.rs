@@ -13,6 +13,7 @@ use crate::{
         theme::{CELL, FAINT, NUMBER, TABLE, TEXT},
     },
     json_file::read_fields,
+    names::debug_as_display,
     py_repr::{py_dict, py_float},
 };
 
@@ -246,11 +247,7 @@ impl fmt::Display for TrainOutput {
     }
 }
 
-impl fmt::Debug for TrainOutput {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(TrainOutput);
 
 #[cfg(test)]
 mod tests {
