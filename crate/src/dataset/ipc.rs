@@ -21,12 +21,7 @@ use crate::error::{Error, Result};
 pub(super) fn read_shard(path: &Path) -> Result<(SchemaRef, Vec<RecordBatch>)> {
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     let decoded = check(&bytes).and_then(|()| catch(|| decode(bytes)));
-    decoded.map_err(|detail| Error::Malformed {
-        path: path.into(),
-        format: "Arrow IPC stream",
-        detail,
-        remedy: "copy or download this file again".into(),
-    })
+    decoded.map_err(|detail| Error::malformed(path, "Arrow IPC stream", detail, "copy or download this file again"))
 }
 
 fn decode(bytes: Vec<u8>) -> Result<(SchemaRef, Vec<RecordBatch>), String> {
