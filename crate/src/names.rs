@@ -12,7 +12,7 @@ macro_rules! named {
         #[allow(dead_code)] // not every enum is read
         impl $type {
             /// Every value, in the order in which messages list them.
-            pub const ALL: &[Self] = &[$(Self::$value),+];
+            pub const ALL: [Self; [$(stringify!($value)),+].len()] = [$(Self::$value),+];
 
             /// The name in Hugging Face's files and arguments.
             pub fn as_str(self) -> &'static str {
@@ -44,7 +44,7 @@ macro_rules! named {
             type Err = $crate::error::Error;
 
             fn from_str(name: &str) -> Result<Self, Self::Err> {
-                let supported = Self::ALL.iter().map(|value| value.as_str());
+                let supported = Self::ALL.map(Self::as_str);
                 Self::from_name(name).ok_or_else(|| $crate::error::Error::unsupported($what, name, supported, $remedy))
             }
         }

@@ -14,7 +14,10 @@ use serde_json::{Map, Value};
 use crate::{
     error::{Result, ensure},
     names::{named, with_defaults},
-    optim::{Optim, SchedulerType},
+    optim::{
+        Optim,
+        lr_scheduler::{SchedulerType, warmup_steps},
+    },
 };
 
 with_defaults! {
@@ -240,7 +243,7 @@ impl TrainingArguments {
     /// Updates of warm-up in a run of `max_steps`.
     pub fn warmup_steps(&self, max_steps: usize) -> usize {
         match self.warmup_steps {
-            0 => (max_steps as f64 * self.warmup_ratio).ceil() as usize,
+            0 => warmup_steps(self.warmup_ratio, max_steps),
             steps => steps,
         }
     }
