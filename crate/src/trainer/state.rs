@@ -214,9 +214,10 @@ impl TrainOutput {
             _ => "the run goes on with trainer.train()",
         };
         let metrics: String = self.metrics.iter().map(|(name, value)| row(name, py_float(value))).collect();
-        let curve = match self.curve_is_above {
-            true => format!("<details><summary>loss curve</summary>{}</details>", self.curve.source()),
-            false => self.curve.source().to_owned(),
+        let curve = if self.curve_is_above {
+            format!("<details><summary>loss curve</summary>{}</details>", self.curve.source())
+        } else {
+            self.curve.source().to_owned()
         };
         format!(
             "<div style=\"{TEXT}\"><div><b>TrainOutput</b>&ensp;<span style=\"{FAINT}\">{heading}</span></div>\
@@ -240,10 +241,7 @@ impl fmt::Display for TrainOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (step, loss, metrics) = (self.global_step, py_float(self.training_loss), &self.metrics);
         write!(f, "TrainOutput(global_step={step}, training_loss={loss}, metrics={metrics})")?;
-        match self.interrupted {
-            true => write!(f, "\n{INTERRUPTED}"),
-            false => Ok(()),
-        }
+        if self.interrupted { write!(f, "\n{INTERRUPTED}") } else { Ok(()) }
     }
 }
 
