@@ -294,7 +294,7 @@ impl Dataset {
                 cut.insert(i);
                 answers_lost += usize::from(!features.has_labels());
             }
-            columns.push(&features, i)
+            columns.push(features, i)
         })?;
         if !cut.is_empty() {
             let lost = match answers_lost {

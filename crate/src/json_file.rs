@@ -45,19 +45,6 @@ pub(crate) fn check_field<T: DeserializeOwned>(key: &str, value: &Value) -> Resu
     serde_json::from_value::<T>(alone.into()).map(|_| ()).map_err(|e| e.to_string())
 }
 
-/// A whole number; some files write one as `16.0`.
-#[derive(Deserialize)]
-#[serde(try_from = "f64")]
-pub(crate) struct Count(pub usize);
-
-impl TryFrom<f64> for Count {
-    type Error = &'static str;
-
-    fn try_from(n: f64) -> Result<Self, &'static str> {
-        if n.fract() == 0.0 && (0.0..=1e15).contains(&n) { Ok(Self(n as usize)) } else { Err("not a count") }
-    }
-}
-
 /// A list, or its only item without the list.
 #[derive(Deserialize)]
 #[serde(untagged)]

@@ -3,8 +3,8 @@
 use std::{collections::HashSet, fmt, sync::Arc};
 
 use arrow::{
-    array::{ArrayRef, Int8Builder, Int32Builder, Int64Builder, ListBuilder, RecordBatch},
-    datatypes::{DataType, Field, Schema},
+    array::{ArrayRef, ArrowPrimitiveType, ListArray, RecordBatch},
+    datatypes::{DataType, Field, Int8Type, Int32Type, Int64Type, Schema},
     error::ArrowError,
 };
 
@@ -48,38 +48,23 @@ impl fmt::Display for FeatureTypes {
 /// Collects [`Features`] into Arrow columns of the types that `datasets` gives them.
 #[derive(Default)]
 pub(super) struct TokenColumns {
-    input_ids: ListBuilder<Int32Builder>,
-    attention_mask: ListBuilder<Int8Builder>,
-    labels: ListBuilder<Int64Builder>,
-    pending: usize,
+    pending: Vec<Features>,
     batches: Vec<RecordBatch>,
 }
 
 impl TokenColumns {
     /// `row` is for the error message.
-    pub fn push(&mut self, features: &Features, row: usize) -> Result<()> {
-        for (position, &id) in features.input_ids.iter().enumerate() {
-            let small = i32::try_from(id).map_err(|_| Error::TokenId {
-                row,
-                position,
-                id: id.into(),
-                vocab_size: i32::MAX as usize,
-            })?;
-            self.input_ids.values().append_value(small);
+    pub fn push(&mut self, features: Features, row: usize) -> Result<()> {
+        const LARGEST: u32 = i32::MAX as u32;
+        if let Some((position, &id)) = features.input_ids.iter().enumerate().find(|(_, id)| **id > LARGEST) {
+            return Err(Error::TokenId { row, position, id: id.into(), vocab_size: LARGEST as usize });
         }
-        for &mask in &features.attention_mask {
-            if mask > 1 {
-                let remedy = "1 for a real token, 0 for padding";
-                return Err(Error::argument("attention_mask", mask, "0 or 1", remedy).at_row(row));
-            }
-            self.attention_mask.values().append_value(mask as i8);
+        if let Some(mask) = features.attention_mask.iter().find(|mask| **mask > 1) {
+            let remedy = "1 for a real token, 0 for padding";
+            return Err(Error::argument("attention_mask", mask, "0 or 1", remedy).at_row(row));
         }
-        self.labels.values().append_slice(&features.labels);
-        self.input_ids.append(true);
-        self.attention_mask.append(true);
-        self.labels.append(true);
-        self.pending += 1;
-        if self.pending == BATCH_ROWS { self.flush() } else { Ok(()) }
+        self.pending.push(features);
+        if self.pending.len() == BATCH_ROWS { self.flush() } else { Ok(()) }
     }
 
     /// The table; `cut` are the rows that lost tokens to `max_length`.
@@ -91,15 +76,19 @@ impl TokenColumns {
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.pending = 0;
+        let rows = std::mem::take(&mut self.pending);
         let columns: Vec<ArrayRef> = vec![
-            Arc::new(self.input_ids.finish()),
-            Arc::new(self.attention_mask.finish()),
-            Arc::new(self.labels.finish()),
+            Arc::new(lists::<Int32Type, _>(rows.iter().map(|row| row.input_ids.iter().map(|id| *id as i32)))),
+            Arc::new(lists::<Int8Type, _>(rows.iter().map(|row| row.attention_mask.iter().map(|mask| *mask as i8)))),
+            Arc::new(lists::<Int64Type, _>(rows.iter().map(|row| row.labels.iter().copied()))),
         ];
         self.batches.push(RecordBatch::try_new(Arc::new(schema()), columns).map_err(impossible)?);
         Ok(())
     }
+}
+
+fn lists<T: ArrowPrimitiveType, L: Iterator<Item = T::Native>>(rows: impl Iterator<Item = L>) -> ListArray {
+    ListArray::from_iter_primitive::<T, _, _>(rows.map(|row| Some(row.map(Some))))
 }
 
 fn schema() -> Schema {

@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::target_modules::{TargetModules, compile};
 use crate::{
     error::{Result, ensure},
-    json_file::{Count, OneOrMany},
     names::with_defaults,
 };
 
@@ -31,10 +30,8 @@ pub struct LoraConfig {
     #[serde(skip_deserializing)]
     pub task_type: TaskType = TaskType::CausalLm,
     /// Rank of the update: `lora_A` is `[r, in]`, `lora_B` is `[out, r]`.
-    #[serde(deserialize_with = "count")]
     pub r: usize = 8,
     /// The update is multiplied by `lora_alpha / r`.
-    #[serde(deserialize_with = "count")]
     pub lora_alpha: usize = 8,
     /// Probability of dropping each input element of the adapter in training, 0 to below 1.
     pub lora_dropout: f64 = 0.0,
@@ -51,16 +48,12 @@ pub struct LoraConfig {
     /// How `lora_A` and `lora_B` start.
     pub init_lora_weights: InitLoraWeights = InitLoraWeights::Default,
     /// Adapt these layers only, counted from 0. Not together with a regular expression.
-    #[serde(deserialize_with = "counts")]
     pub layers_to_transform: Option<Vec<usize>> = None,
     /// The name of the list of layers in the module paths (`h`, `layers`), where it is not plain.
-    #[serde(deserialize_with = "names")]
     pub layers_pattern: Option<Vec<String>> = None,
     /// Other ranks for some layers: name or regular expression, rank.
-    #[serde(deserialize_with = "counts_by_name")]
     pub rank_pattern: BTreeMap<String, usize> = BTreeMap::new(),
     /// Other alphas for some layers: name or regular expression, alpha.
-    #[serde(deserialize_with = "counts_by_name")]
     pub alpha_pattern: BTreeMap<String, usize> = BTreeMap::new(),
     /// The base model. `get_peft_model` fills it in.
     pub base_model_name_or_path: Option<String> = None,
@@ -122,24 +115,6 @@ impl TryFrom<Value> for InitLoraWeights {
             _ => Err("expected true, false or \"gaussian\""),
         }
     }
-}
-
-fn count<'de, D: Deserializer<'de>>(value: D) -> Result<usize, D::Error> {
-    Count::deserialize(value).map(|count| count.0)
-}
-
-fn counts_by_name<'de, D: Deserializer<'de>>(value: D) -> Result<BTreeMap<String, usize>, D::Error> {
-    let counts = Option::<BTreeMap<String, Count>>::deserialize(value)?.unwrap_or_default();
-    Ok(counts.into_iter().map(|(name, count)| (name, count.0)).collect())
-}
-
-fn counts<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<usize>>, D::Error> {
-    let counts = Option::<OneOrMany<Count>>::deserialize(value)?;
-    Ok(counts.map(|counts| counts.into_iter().map(|count| count.0).collect()))
-}
-
-fn names<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<String>>, D::Error> {
-    Ok(Option::<OneOrMany<String>>::deserialize(value)?.map(|names| names.into_iter().collect()))
 }
 
 impl LoraConfig {

@@ -81,7 +81,7 @@ impl LoraConfig {
             let got = json.get("peft_type").map_or("none".into(), Value::to_string);
             return unsupported("peft_type", &got, "\"LORA\"", "use an adapter made by LoRA");
         }
-        let (ours, defaults) = (json!(Self::default()), peft_defaults());
+        let (ours, defaults, mut fields) = (json!(Self::default()), peft_defaults(), Map::new());
         for (key, value) in &json {
             match key.as_str() {
                 "peft_type" | "auto_mapping" | "runtime_config" | "qalora_group_size" | "megatron_core" => {}
@@ -94,8 +94,12 @@ impl LoraConfig {
                         "convert the adapter to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)";
                     return unsupported(key, value, "true, false, \"gaussian\"", remedy);
                 }
-                _ if ours.get(key).is_some() => check_field::<Self>(key, value)
-                    .map_err(|_| malformed(format!("{key} is {value}, which is of another type")))?,
+                _ if ours.get(key).is_some() => {
+                    let value = plain(key, value);
+                    let wrong = |_| malformed(format!("{key} is {value}, which is of another type"));
+                    check_field::<Self>(key, &value).map_err(wrong)?;
+                    fields.insert(key.clone(), value);
+                }
                 _ if is_off(value) || defaults.get(key) == Some(value) => {}
                 _ => {
                     let expected = defaults.get(key).unwrap_or(&Value::Null).to_string();
@@ -103,7 +107,7 @@ impl LoraConfig {
                 }
             }
         }
-        let config: Self = serde_json::from_value(json.into()).map_err(|e| malformed(e.to_string()))?;
+        let config: Self = serde_json::from_value(fields.into()).map_err(|e| malformed(e.to_string()))?;
         config.validate()?;
         Ok(config)
     }
@@ -124,6 +128,30 @@ impl fmt::Display for LoraConfig {
             _ => format!("{key}={}", py_json(value)),
         };
         write!(f, "LoraConfig({})", commas(self.fields().iter().map(one)))
+    }
+}
+
+/// A field's value in the one form that we write of those that PEFT reads.
+fn plain(key: &str, value: &Value) -> Value {
+    match (key, value) {
+        ("layers_to_transform" | "layers_pattern", Value::Number(_) | Value::String(_)) => {
+            json!([whole_numbers(value)])
+        }
+        ("rank_pattern" | "alpha_pattern", Value::Null) => json!({}),
+        _ => whole_numbers(value),
+    }
+}
+
+/// Some files write a whole number as `16.0`.
+fn whole_numbers(value: &Value) -> Value {
+    match value {
+        Value::Number(number) => match number.as_f64() {
+            Some(n) if n.fract() == 0.0 && (0.0..1e9).contains(&n) => json!(n as u64),
+            _ => value.clone(),
+        },
+        Value::Array(items) => items.iter().map(whole_numbers).collect(),
+        Value::Object(entries) => entries.iter().map(|(key, value)| (key.clone(), whole_numbers(value))).collect(),
+        other => other.clone(),
     }
 }
 

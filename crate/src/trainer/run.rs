@@ -91,7 +91,7 @@ impl Trainer {
             self.update(view)?;
             after_step(&self.args, &self.state, &mut self.control);
             self.tell(|c, args, state, control| c.on_step_end(args, state, control));
-            view.step(self.state.global_step, self.message(begin));
+            view.bar.set(self.state.global_step, self.message(begin));
         }
     }
 
@@ -140,7 +140,7 @@ impl Trainer {
             };
             loss += pass.loss_sum / options.num_items;
             self.check_finite("the loss", loss)?;
-            view.tick();
+            view.bar.tick();
         }
         let max_norm = if self.args.max_grad_norm > 0.0 { self.args.max_grad_norm } else { f64::INFINITY };
         let norm = clip_grad_norm(&self.params, max_norm)?;
@@ -208,7 +208,7 @@ impl Trainer {
     /// Adds epoch and step to `entry` and the whole to the history.
     pub(super) fn log(&mut self, mut entry: LogEntry, view: &mut View) {
         entry.push("epoch", self.state.epoch);
-        view.line(&entry.brief());
+        view.bar.line(&entry.brief());
         entry.push("step", self.state.global_step as f64);
         self.state.log_history.push(entry.clone());
         view.logged(&self.state);

@@ -22,7 +22,7 @@ pub(super) enum End {
 /// The curve appears with the first loss, whatever the clock says, and its last state depends on
 /// the losses alone: two runs of a notebook store the same picture.
 pub(super) struct View {
-    bar: Progress,
+    pub bar: Progress,
     curve: Option<Live>,
     pace: Pace,
     on: bool,
@@ -37,21 +37,6 @@ impl View {
     /// Shows nothing.
     pub fn silent() -> Self {
         Self { bar: Progress::silent(), curve: None, pace: Pace::per_second(CURVES_PER_SECOND), on: false }
-    }
-
-    /// An update was made; `message` says what is worth a look.
-    pub fn step(&self, done: usize, message: String) {
-        self.bar.set(done, message);
-    }
-
-    /// A micro-batch was made.
-    pub fn tick(&self) {
-        self.bar.tick();
-    }
-
-    /// A line for places that have no curve.
-    pub fn line(&self, text: &str) {
-        self.bar.line(text);
     }
 
     /// Something was logged: the curve grows.
