@@ -4,7 +4,7 @@
 //! `apply_chat_template` renders it: `trim_blocks` and `lstrip_blocks`, Python's string methods,
 //! `raise_exception`, `strftime_now`, `tojson`, and the special tokens by their names.
 
-use std::{ffi::CString, sync::LazyLock};
+use std::{fmt::Write, sync::LazyLock};
 
 use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
 use regex::Regex;
@@ -169,21 +169,14 @@ fn environment(template: &str) -> Result<Environment<'static>> {
     Ok(environment)
 }
 
-/// The time now as strftime(3) formats it.
+/// The local time now, as strftime(3) formats it.
 fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
-    let bad = |why: &str| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {why}"));
-    let format = CString::new(format).map_err(|_| bad("a zero byte in the format"))?;
-    let mut text = [0u8; 256];
-    // SAFETY: plain calls with valid pointers; strftime writes at most the buffer's length.
-    let written = unsafe {
-        let now = libc::time(std::ptr::null_mut());
-        let mut local: libc::tm = std::mem::zeroed();
-        if libc::localtime_r(&now, &mut local).is_null() {
-            return Err(bad("there is no local time"));
-        }
-        libc::strftime(text.as_mut_ptr().cast(), text.len(), format.as_ptr(), &local)
-    };
-    Ok(String::from_utf8_lossy(&text[..written]).into_owned())
+    let mut text = String::new();
+    write!(text, "{}", chrono::Local::now().format(&format)).map_err(|_| {
+        let why = format!("strftime_now: {format:?} is no format of a time");
+        minijinja::Error::new(ErrorKind::InvalidOperation, why)
+    })?;
+    Ok(text)
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
