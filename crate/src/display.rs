@@ -3,7 +3,7 @@
 //! Results go to stdout; progress and notices go to stderr, so that a program's output can
 //! be piped. Inside a notebook cell both become the cell's output.
 //!
-//! There are three places, and each value has a form for each:
+//! Output goes to one of three places, and each value has a form for each of them:
 //! - our own kernel and runner: outputs in several forms (HTML, SVG, plain text) that change while
 //!   the cell runs ([`Live`], [`Progress`], the loss curve, text as it is generated);
 //! - stock evcxr_jupyter: the same forms at the end of a cell, whole lines before;

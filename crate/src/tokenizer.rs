@@ -15,7 +15,7 @@ pub use self::{chat::Message, show::LabelledTokens, stream::DecodeStream};
 pub use crate::features::Encoding;
 use crate::{
     display,
-    error::{Error, Result},
+    error::{Error, Result, ensure},
     hub::Snapshot,
     models::gguf::Gguf,
     names::named,
@@ -70,18 +70,14 @@ impl AutoTokenizer {
         core.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
         let config = Config::read(&snapshot, |id| core.id_to_token(id))?;
         add_special_tokens(&mut core, &config).map_err(malformed)?;
-        let tokenizer = Tokenizer { core: Arc::new(core), config: Arc::new(config) };
-        tokenizer.warn_about_end();
-        Ok(tokenizer)
+        Ok(Tokenizer::new(core, config))
     }
 
     fn from_gguf(file: &Gguf, name_or_path: &str) -> Result<Tokenizer> {
         let (json, config) = gguf::read(file, name_or_path)?;
         let core = tokenizers::Tokenizer::from_bytes(json.to_string().as_bytes());
         let core = core.map_err(|e| file.malformed(format!("tokenizer: {e}")))?;
-        let tokenizer = Tokenizer { core: Arc::new(core), config: Arc::new(config) };
-        tokenizer.warn_about_end();
-        Ok(tokenizer)
+        Ok(Tokenizer::new(core, config))
     }
 }
 
@@ -105,10 +101,27 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
+    fn new(core: tokenizers::Tokenizer, config: Config) -> Self {
+        let tokenizer = Self { core: Arc::new(core), config: Arc::new(config) };
+        tokenizer.warn_about_end();
+        tokenizer
+    }
+
+    /// The same tokenizer with another configuration.
+    fn with(&self, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = (*self.config).clone();
+        change(&mut config);
+        Self { core: self.core.clone(), config: Arc::new(config) }
+    }
+
     /// What `tokenizer(text)` gives in Python: the tokens, with the special tokens that the
     /// tokenizer's own post-processor adds.
     pub fn encode(&self, text: &str) -> Result<Encoding> {
-        let encoding = self.core.encode_fast(text, true).map_err(failed)?;
+        self.encode_text(text, true)
+    }
+
+    fn encode_text(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
+        let encoding = self.core.encode_fast(text, add_special_tokens).map_err(failed)?;
         Ok(Encoding { input_ids: encoding.get_ids().to_vec(), attention_mask: encoding.get_attention_mask().to_vec() })
     }
 
@@ -244,23 +257,20 @@ impl Tokenizer {
 
     /// The same tokenizer, padding on another side.
     pub fn with_padding_side(&self, padding_side: PaddingSide) -> Self {
-        let config = Config { padding_side, ..(*self.config).clone() };
-        Self { core: self.core.clone(), config: Arc::new(config) }
+        self.with(|config| config.padding_side = padding_side)
     }
 
     /// The same tokenizer with another padding token, which must be in the vocabulary: a new one
     /// would have no row in the model's embeddings.
     pub fn with_pad_token(&self, token: &str) -> Result<Self> {
-        if self.core.token_to_id(token).is_none() {
-            let expected = "a token of the vocabulary";
-            return Err(Error::argument("pad_token", format!("{token:?}"), expected, "use e.g. the unk_token"));
-        }
-        let mut config = (*self.config).clone();
-        config.special.retain(|(name, _)| *name != "pad_token");
-        config.special.push(("pad_token", token.into()));
-        let order = |name: &str| config::NAMES.iter().position(|n| *n == name);
-        config.special.sort_by_key(|(name, _)| order(name));
-        let tokenizer = Self { core: self.core.clone(), config: Arc::new(config) };
+        let is_known = self.core.token_to_id(token).is_some();
+        let remedy = "use e.g. the unk_token";
+        ensure(is_known, "pad_token", format!("{token:?}"), "a token of the vocabulary", remedy)?;
+        let tokenizer = self.with(|config| {
+            config.special.retain(|(name, _)| *name != "pad_token");
+            config.special.push(("pad_token", token.into()));
+            config.special.sort_by_key(|(name, _)| config::NAMES.iter().position(|n| n == name));
+        });
         tokenizer.warn_about_end();
         Ok(tokenizer)
     }

@@ -25,8 +25,8 @@ use crate::{
 /// What `datasets` uses: a shard holds about this many bytes of columns.
 const SHARD_BYTES: usize = 500_000_000;
 
-/// Where a column's own description in dataset_info.json is kept while it is in memory, so that
-/// what we have no use for (the names of a ClassLabel) survives loading and saving.
+/// The key under which a field in memory keeps its description from dataset_info.json: what we do not use (the names
+/// of a ClassLabel) is written again when the dataset is saved.
 const FEATURE_KEY: &str = "dataset_info";
 
 const REDOWNLOAD: &str = "copy or download the folder again; the other files are not needed to tell what is wrong";

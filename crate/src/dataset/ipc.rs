@@ -36,8 +36,8 @@ fn decode(bytes: Vec<u8>) -> Result<(SchemaRef, Vec<RecordBatch>), String> {
     Ok((decoder.schema().ok_or("it has no schema")?, batches))
 }
 
-/// Walks the messages and checks what the decoder takes on trust, by a panic where it is not so:
-/// that every message, and every buffer of a message, lies inside the file.
+/// Checks what the decoder assumes and would panic on: that every message, and every buffer of a message, lies inside
+/// the file.
 fn check(bytes: &[u8]) -> Result<(), String> {
     if bytes.is_empty() {
         return Err("the file is empty".into());

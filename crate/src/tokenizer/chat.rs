@@ -10,7 +10,7 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig,
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use super::{Encoding, Tokenizer, failed};
+use super::{Encoding, Tokenizer};
 use crate::error::{Error, Result};
 
 /// One turn of a conversation.
@@ -60,8 +60,7 @@ impl Tokenizer {
     /// [`Error::InvalidArgument`] with the line that is no Jinja.
     pub fn with_chat_template(&self, template: &str) -> Result<Self> {
         environment(template)?;
-        let config = super::Config { chat_template: Some(template.into()), ..(*self.config).clone() };
-        Ok(Self { core: self.core.clone(), config: config.into() })
+        Ok(self.with(|config| config.chat_template = Some(template.into())))
     }
 
     /// The conversation as the text that the model knows, as `apply_chat_template(messages,
@@ -88,16 +87,13 @@ impl Tokenizer {
             Error::argument("chat_template", "none", "a tokenizer with a chat template", remedy)
         })?;
         let environment = environment(template)?;
-        let mut context = serde_json::Map::new();
+        // transformers passes tools and documents, as None: templates ask for them by "is not none".
+        let mut context = serde_json::json!({
+            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": null, "documents": null,
+        });
         for (name, token) in &self.config.special {
-            context.insert(name.to_string(), token.as_str().into());
+            context[*name] = token.as_str().into();
         }
-        let messages = serde_json::json!(messages);
-        context.insert("messages".into(), messages);
-        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        // transformers passes both, as None: templates ask for them by "is not none".
-        context.insert("tools".into(), serde_json::Value::Null);
-        context.insert("documents".into(), serde_json::Value::Null);
         let rendered = environment.get_template(NAME).and_then(|t| t.render(Value::from(Serde(context))));
         rendered.map_err(|e| match refusal(&e) {
             Some(words) => {
@@ -121,8 +117,7 @@ impl Tokenizer {
     /// What `tokenizer(text, add_special_tokens=False)` gives in Python: special tokens that the
     /// text spells are tokens, none is added.
     pub fn encode_without_special_tokens(&self, text: &str) -> Result<Encoding> {
-        let encoding = self.core.encode_fast(text, false).map_err(failed)?;
-        Ok(Encoding { input_ids: encoding.get_ids().to_vec(), attention_mask: encoding.get_attention_mask().to_vec() })
+        self.encode_text(text, false)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which rows come when: the order in which transformers' Trainer would feed them.
 //!
-//! Nothing here has a state. The rows of an update follow from the seed and the number of
-//! the update, so a resumed run needs no fast-forward and cannot lose its place.
+//! The rows of an update follow from the seed and the number of the update alone, so a resumed
+//! run needs no fast-forward and cannot lose its place.
 
 use std::ops::Range;
 
