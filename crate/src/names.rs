@@ -81,3 +81,26 @@ macro_rules! debug_as_display {
 }
 
 pub(crate) use {debug_as_display, named, with_defaults};
+
+#[cfg(test)]
+mod tests {
+    use crate::error::{Error, Result};
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Side {
+        Left,
+        Right,
+    }
+
+    named!(Side: "side", "use \"left\"" { Left => "left" | "l", Right => "right" });
+
+    #[test]
+    fn values_are_written_and_read_by_their_names() -> Result<()> {
+        assert_eq!(Side::ALL.map(|side| side.to_string()), ["left", "right"]);
+        assert_eq!(serde_json::json!(Side::Right), "right");
+        assert_eq!(("left".parse::<Side>()?, "l".parse::<Side>()?), (Side::Left, Side::Left));
+        let error = "up".parse::<Side>().unwrap_err();
+        assert!(matches!(&error, Error::Unsupported { supported, .. } if *supported == ["left", "right"]), "{error}");
+        Ok(())
+    }
+}

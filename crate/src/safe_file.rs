@@ -80,3 +80,37 @@ fn in_final_place(error: Error, temporary: &Path, place: &Path) -> Error {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_file_or_folder_is_replaced_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, folder) = (dir.path().join("file"), dir.path().join("folder"));
+        let fill = |text: &'static str| {
+            move |folder: &Path| {
+                fs::create_dir(folder).unwrap();
+                write_to_disk(&folder.join("inside"), text.as_bytes())
+            }
+        };
+        for text in ["old", "new"] {
+            write_atomically(&file, text.as_bytes()).unwrap();
+            replace(&folder, fill(text)).unwrap();
+        }
+        let full = |place: &Path| Err(Error::io("write", place)(std::io::ErrorKind::StorageFull.into()));
+        let error = replace(&file, full).unwrap_err();
+        assert!(matches!(&error, Error::Io { path, .. } if *path == file), "{error}");
+        let full_inside = |place: &Path| fill("half")(place).and_then(|()| full(&place.join("inside")));
+        let error = replace(&folder, full_inside).unwrap_err();
+        assert!(matches!(&error, Error::Io { path, .. } if *path == folder.join("inside")), "{error}");
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert_eq!(fs::read(folder.join("inside")).unwrap(), b"new");
+        assert_eq!((names(dir.path()).len(), names(&folder).len()), (2, 1), "nothing is left behind");
+    }
+}
