@@ -73,15 +73,7 @@ impl DataCollatorForSeq2Seq {
     }
 
     fn padded<'a, T: Copy + 'a>(&self, rows: impl Iterator<Item = &'a [T]>, length: usize, pad: T) -> Vec<T> {
-        let mut out = Vec::new();
-        for row in rows {
-            let padding = std::iter::repeat_n(pad, length - row.len());
-            match self.padding_side {
-                PaddingSide::Left => out.extend(padding.chain(row.iter().copied())),
-                PaddingSide::Right => out.extend(row.iter().copied().chain(padding)),
-            }
-        }
-        out
+        rows.flat_map(|row| self.padding_side.pad(row, length, pad)).collect()
     }
 }
 

@@ -42,14 +42,14 @@ pub enum Error {
     /// A dataset has no column of that name.
     #[error(
         "no column {column:?}{}; the columns are {available:?}\n  what to do: use one of these names, or rename the field in the data",
-        at_row(row)
+        optional(row, |row| format!(" in row {row}"))
     )]
     MissingColumn { column: String, row: Option<usize>, available: Vec<String> },
 
     /// A dataset column holds another type than the call asks for.
     #[error(
         "column {column:?}{}: expected {expected}, got {got}\n  what to do: read it with the accessor of its own type, or convert the data",
-        at_row(row)
+        optional(row, |row| format!(" in row {row}"))
     )]
     ColumnType { column: String, row: Option<usize>, expected: String, got: String },
 
@@ -67,7 +67,7 @@ pub enum Error {
     KeyMismatch { path: PathBuf, missing: Vec<String>, unexpected: Vec<String>, remedy: String },
 
     /// A tensor has another shape than its place requires.
-    #[error("{name}{}: expected shape {expected:?}, got {got:?}\n  what to do: {remedy}", in_path(path))]
+    #[error("{name}{}: expected shape {expected:?}, got {got:?}\n  what to do: {remedy}", optional(path, |path| format!(" in {}", path.display())))]
     Shape { name: String, path: Option<PathBuf>, expected: Vec<usize>, got: Vec<usize>, remedy: String },
 
     /// Something that exists elsewhere but not here; `supported` lists what does.
@@ -113,7 +113,7 @@ pub enum Error {
     /// A loss or gradient that is NaN or infinite; training stopped before it was applied.
     #[error(
         "{what} is {value} at step {step}; training stopped before the weights were changed{}\n  what to do: lower learning_rate, keep max_grad_norm at 1.0, compute in f32 or bf16",
-        last_checkpoint(checkpoint)
+        optional(checkpoint, |folder| format!("; the last good checkpoint is {}", folder.display()))
     )]
     NotFinite { what: String, value: f64, step: usize, checkpoint: Option<PathBuf> },
 
@@ -268,12 +268,8 @@ fn io_remedy(e: &io::Error) -> &'static str {
     }
 }
 
-fn at_row(row: &Option<usize>) -> String {
-    row.map(|r| format!(" in row {r}")).unwrap_or_default()
-}
-
-fn in_path(path: &Option<PathBuf>) -> String {
-    path.as_ref().map(|p| format!(" in {}", p.display())).unwrap_or_default()
+fn optional<T>(value: &Option<T>, text: impl FnOnce(&T) -> String) -> String {
+    value.as_ref().map(text).unwrap_or_default()
 }
 
 fn few(names: &[String]) -> &[String] {
@@ -281,21 +277,11 @@ fn few(names: &[String]) -> &[String] {
 }
 
 fn did_you_mean(suggestions: &[String]) -> String {
-    match suggestions {
-        [] => String::new(),
-        some => format!("did you mean {}? ", some.join(" or ")),
-    }
+    if suggestions.is_empty() { String::new() } else { format!("did you mean {}? ", suggestions.join(" or ")) }
 }
 
 fn first_rows(first: &[usize]) -> String {
-    match first {
-        [] => String::new(),
-        some => format!(", the first are {some:?}"),
-    }
-}
-
-fn last_checkpoint(checkpoint: &Option<PathBuf>) -> String {
-    checkpoint.as_ref().map(|p| format!("; the last good checkpoint is {}", p.display())).unwrap_or_default()
+    if first.is_empty() { String::new() } else { format!(", the first are {first:?}") }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -43,24 +43,4 @@ pub(crate) fn read_fields<T: Default + Serialize + DeserializeOwned>(json: &Valu
 pub(crate) fn check_field<T: DeserializeOwned>(key: &str, value: &Value) -> Result<(), String> {
     let alone = Map::from_iter([(key.to_owned(), value.clone())]);
     serde_json::from_value::<T>(alone.into()).map(|_| ()).map_err(|e| e.to_string())
-}
-
-/// A list, or its only item without the list.
-#[derive(Deserialize)]
-#[serde(untagged)]
-pub(crate) enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> IntoIterator for OneOrMany<T> {
-    type Item = T;
-    type IntoIter = std::vec::IntoIter<T>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        match self {
-            Self::One(item) => vec![item].into_iter(),
-            Self::Many(items) => items.into_iter(),
-        }
-    }
 }

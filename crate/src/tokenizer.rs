@@ -30,6 +30,17 @@ pub enum PaddingSide {
 
 named!(PaddingSide { Left => "left", Right => "right" });
 
+impl PaddingSide {
+    /// `row` filled up to `length`, which is not below its own.
+    pub(crate) fn pad<T: Copy>(self, row: &[T], length: usize, with: T) -> Vec<T> {
+        let padding = vec![with; length - row.len()];
+        match self {
+            Self::Left => [&padding, row].concat(),
+            Self::Right => [row, &padding].concat(),
+        }
+    }
+}
+
 /// Loads tokenizers: `AutoTokenizer::from_pretrained("models/poet-bloom-zh")`.
 pub struct AutoTokenizer;
 
@@ -133,20 +144,15 @@ impl Tokenizer {
         let mut rows = texts.iter().map(|text| self.encode(text.as_ref())).collect::<Result<Vec<_>>>()?;
         let length = rows.iter().map(Encoding::len).max().unwrap_or(0);
         for row in &mut rows {
-            let missing = length - row.len();
-            if missing == 0 {
+            if row.len() == length {
                 continue;
             }
             let pad = self.pad_token_id().ok_or_else(|| {
                 let expected = "a padding token: the texts differ in length";
                 Error::argument("pad_token", "none", expected, "give it one: tokenizer.with_pad_token(\"<pad>\")?")
             })?;
-            let at = match self.padding_side() {
-                PaddingSide::Left => 0,
-                PaddingSide::Right => row.len(),
-            };
-            row.input_ids.splice(at..at, std::iter::repeat_n(pad, missing));
-            row.attention_mask.splice(at..at, std::iter::repeat_n(0, missing));
+            row.input_ids = self.padding_side().pad(&row.input_ids, length, pad);
+            row.attention_mask = self.padding_side().pad(&row.attention_mask, length, 0);
         }
         Ok(rows)
     }

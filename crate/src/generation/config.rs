@@ -2,13 +2,9 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{
-    error::{Result, ensure},
-    json_file::OneOrMany,
-};
+use crate::error::{Result, ensure};
 
 /// How text is generated. Names and meanings are those of `transformers`.
 ///
@@ -94,9 +90,13 @@ impl GenerationConfig {
             check(n.is_none_or(|n| n.fract() == 0.0 && (0.0..=1e15).contains(&n)), key, "a count")?;
             Ok(n.map(|n| n as usize))
         };
-        let ids = Option::<OneOrMany<u32>>::deserialize(&defaults["eos_token_id"]);
-        check(ids.is_ok(), "eos_token_id", "a token id or a list of them")?;
-        let eos_token_id = ids.unwrap_or_default().map(|ids| ids.into_iter().collect());
+        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let end = &defaults["eos_token_id"];
+        let eos_token_id = match end {
+            Value::Array(ids) => ids.iter().map(id).collect(),
+            one => id(one).map(|id| vec![id]),
+        };
+        check(end.is_null() || eos_token_id.is_some(), "eos_token_id", "a token id or a list of them")?;
         Ok(Self {
             max_length: count("max_length")?,
             max_new_tokens: count("max_new_tokens")?,
