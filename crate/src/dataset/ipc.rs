@@ -112,12 +112,10 @@ pub(super) fn write_stream(
     })();
     written.map_err(|e| match e {
         ArrowError::IoError(_, source) => Error::io("write", path)(source),
-        other => Error::Malformed {
-            path: path.into(),
-            format: "Arrow IPC stream",
-            detail: other.to_string(),
-            remedy: "report this as a bug of qlora-nb: these columns cannot be written".into(),
-        },
+        other => {
+            let remedy = "report this as a bug of qlora-nb: these columns cannot be written";
+            Error::malformed(path, "Arrow IPC stream", other, remedy)
+        }
     })?;
     let file = out.inner.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
     file.sync_all().map_err(Error::io("write", path))
