@@ -19,7 +19,7 @@ pub fn temporary_sibling(path: &Path) -> PathBuf {
 pub fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let temporary = Removed::at(temporary_sibling(path));
     fill(&temporary.0).map_err(|error| in_final_place(error, &temporary.0, path))?;
-    if !path.is_dir() {
+    if !(path.is_dir() && temporary.0.is_dir()) {
         return fs::rename(&temporary.0, path).map_err(Error::io("write", path));
     }
     // A rename does not replace a folder that has something in it: it steps aside first.
@@ -103,6 +103,7 @@ mod tests {
             write_atomically(&file, text.as_bytes()).unwrap();
             replace(&folder, fill(text)).unwrap();
         }
+        assert!(write_atomically(&folder, b"").is_err(), "a file does not take the place of a folder");
         let full = |place: &Path| Err(Error::io("write", place)(std::io::ErrorKind::StorageFull.into()));
         let error = replace(&file, full).unwrap_err();
         assert!(matches!(&error, Error::Io { path, .. } if *path == file), "{error}");
