@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 
 use crate::{
     batch::Batch,
-    error::{Error, Result},
+    error::{Result, ensure},
     features::{Features, IGNORE_INDEX},
     tokenizer::{PaddingSide, Tokenizer},
 };
@@ -46,29 +46,23 @@ impl DataCollatorForSeq2Seq {
     /// A batch on the CPU: `[B, T]` with T the longest row, rounded up to `pad_to_multiple_of`.
     ///
     /// # Errors
-    /// [`Error::EmptySequence`] and [`Error::UnequalLengths`], with the row's number in `rows`;
-    /// [`Error::InvalidArgument`] for no rows, and for padding without a padding token.
+    /// [`EmptySequence`](crate::error::Error::EmptySequence) and
+    /// [`UnequalLengths`](crate::error::Error::UnequalLengths), with the row's number in `rows`;
+    /// [`InvalidArgument`](crate::error::Error::InvalidArgument) for no rows, and for padding without a padding token.
     pub fn collate(&self, rows: &[&Features]) -> Result<Batch> {
-        if rows.is_empty() {
-            return Err(Error::argument("rows", "none", "at least one row", "check the batch size and the dataset"));
-        }
+        let remedy = "check the batch size and the dataset";
+        ensure(!rows.is_empty(), "rows", "none", "at least one row", remedy)?;
         rows.iter().enumerate().try_for_each(|(i, row)| row.check(i))?;
         let multiple = self.pad_to_multiple_of.unwrap_or(1);
-        if multiple == 0 {
-            return Err(Error::argument("pad_to_multiple_of", 0, "at least 1", "use 8, or None"));
-        }
+        ensure(multiple > 0, "pad_to_multiple_of", multiple, "at least 1", "use 8, or None")?;
         let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
         let length = longest.next_multiple_of(multiple);
-        let pad_id = match self.pad_token_id {
-            Some(id) => id,
-            None if rows.iter().all(|row| row.len() == length) => 0,
-            None => {
-                let remedy = "give the tokenizer one: tokenizer.with_pad_token(\"<pad>\")";
-                return Err(Error::argument("pad_token", "none", "a padding token: the rows differ in length", remedy));
-            }
-        };
+        let can_pad = self.pad_token_id.is_some() || rows.iter().all(|row| row.len() == length);
+        let remedy = "give the tokenizer one: tokenizer.with_pad_token(\"<pad>\")";
+        ensure(can_pad, "pad_token", "none", "a padding token: the rows differ in length", remedy)?;
         let shape = (rows.len(), length); // (B, T)
-        let input_ids = self.padded(rows.iter().map(|row| row.input_ids.as_slice()), length, pad_id);
+        let input_ids =
+            self.padded(rows.iter().map(|row| row.input_ids.as_slice()), length, self.pad_token_id.unwrap_or(0));
         let attention_mask = self.padded(rows.iter().map(|row| row.attention_mask.as_slice()), length, 0);
         let labels = self.padded(rows.iter().map(|row| row.labels.as_slice()), length, self.label_pad_token_id);
         Batch::new(
@@ -79,21 +73,14 @@ impl DataCollatorForSeq2Seq {
     }
 
     fn padded<'a, T: Copy + 'a>(&self, rows: impl Iterator<Item = &'a [T]>, length: usize, pad: T) -> Vec<T> {
-        let mut out = Vec::new();
-        for row in rows {
-            let padding = std::iter::repeat_n(pad, length - row.len());
-            match self.padding_side {
-                PaddingSide::Left => out.extend(padding.chain(row.iter().copied())),
-                PaddingSide::Right => out.extend(row.iter().copied().chain(padding)),
-            }
-        }
-        out
+        rows.flat_map(|row| self.padding_side.pad(row, length, pad)).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     fn collator(padding_side: PaddingSide) -> DataCollatorForSeq2Seq {
         DataCollatorForSeq2Seq {

@@ -25,8 +25,8 @@ pub use self::{dict::DatasetDict, example::Example, features::FeatureTypes, valu
 use self::{features::TokenColumns, table::Table};
 use crate::{
     display::{Progress, notice},
-    error::{Error, Result, near_names},
-    features::{Features, take_cut_note},
+    error::{Error, Result, ensure, near_names},
+    features::{Features, noting_cuts},
     interrupt,
 };
 
@@ -93,12 +93,8 @@ impl Dataset {
         let (names, columns): (Vec<String>, Vec<Vec<Value>>) =
             columns.into_iter().map(|(n, c)| (n.into(), c.into_iter().map(Into::into).collect())).unzip();
         if let Some((i, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
-            return Err(Error::argument(
-                &format!("column {i}"),
-                name,
-                "a name of its own",
-                "rename one of the columns",
-            ));
+            let column = format!("column {i}");
+            return Err(Error::argument(&column, name, "a name of its own", "rename one of the columns"));
         }
         let rows = columns.first().map_or(0, Vec::len);
         if let Some((name, column)) = names.iter().zip(&columns).find(|(_, column)| column.len() != rows) {
@@ -248,10 +244,8 @@ impl Dataset {
     /// [`Error::InvalidArgument`] when a part would be empty.
     pub fn train_test_split(&self, test_size: f64, seed: u64) -> Result<DatasetDict> {
         let tests = (test_size * self.len() as f64).ceil();
-        if !(tests >= 1.0 && tests < self.len() as f64) {
-            let expected = format!("a fraction between 0 and 1 that leaves rows in both parts of {}", self.len());
-            return Err(Error::argument("test_size", test_size, &expected, "use 0.1"));
-        }
+        let expected = format!("a fraction between 0 and 1 that leaves rows in both parts of {}", self.len());
+        ensure(tests >= 1.0 && tests < self.len() as f64, "test_size", test_size, &expected, "use 0.1")?;
         let order = order::permutation(self.len(), seed);
         let (test, train) = order.split_at(tests as usize);
         let part = |rows: &[usize]| self.pick(rows.iter().copied());
@@ -293,14 +287,14 @@ impl Dataset {
         let mut cut = HashSet::new();
         let mut answers_lost = 0;
         self.each_row("Map", |i, example| {
-            take_cut_note();
-            let features = f(example).map_err(|e| e.at_row(i))?;
+            let (features, was_cut) = noting_cuts(|| f(example));
+            let features = features.map_err(|e| e.at_row(i))?;
             features.check(i)?;
-            if take_cut_note() {
+            if was_cut {
                 cut.insert(i);
                 answers_lost += usize::from(!features.has_labels());
             }
-            columns.push(&features, i)
+            columns.push(features, i)
         })?;
         if !cut.is_empty() {
             let lost = match answers_lost {
@@ -369,9 +363,8 @@ impl Dataset {
     pub fn rename_column(&self, from: &str, to: &str) -> Result<Self> {
         let renamed = self.find_column(from)?;
         let mut columns: Vec<(usize, String)> = self.column_names().into_iter().enumerate().collect();
-        if from != to && columns.iter().any(|(_, name)| name == to) {
-            return Err(Error::argument("to", to, "a name that no column has", "remove_columns that one first"));
-        }
+        let is_free = from == to || columns.iter().all(|(_, name)| name != to);
+        ensure(is_free, "to", to, "a name that no column has", "remove_columns that one first")?;
         columns[renamed].1 = to.into();
         self.project(&columns)
     }

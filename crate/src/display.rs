@@ -3,7 +3,7 @@
 //! Results go to stdout; progress and notices go to stderr, so that a program's output can
 //! be piped. Inside a notebook cell both become the cell's output.
 //!
-//! There are three places, and each value has a form for each:
+//! Output goes to one of three places, and each value has a form for each of them:
 //! - our own kernel and runner: outputs in several forms (HTML, SVG, plain text) that change while
 //!   the cell runs ([`Live`], [`Progress`], the loss curve, text as it is generated);
 //! - stock evcxr_jupyter: the same forms at the end of a cell, whole lines before;
@@ -26,6 +26,7 @@ mod rich;
 pub(crate) mod theme;
 
 use std::{
+    collections::BTreeSet,
     io::{self, IsTerminal, Write},
     sync::Mutex,
 };
@@ -33,6 +34,7 @@ use std::{
 pub use input::{input, input_password};
 pub(crate) use live::Pace;
 pub use live::{Live, clear};
+pub use memory::{MemoryReport, MemoryTerm};
 pub use plot::{BarChart, Plot, Series, line_chart};
 pub use progress::Progress;
 #[cfg(test)]
@@ -70,11 +72,19 @@ fn error_line(line: &str) {
 
 /// [`notice`], but a text that this process has shown already is not shown again.
 pub fn notice_once(text: &str) {
-    static SHOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let mut shown = SHOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if !shown.iter().any(|s| s == text) {
-        shown.push(text.into());
-        notice(text);
+    once(text, notice);
+}
+
+/// [`warning`], but once a process: a cell that is run again does not repeat it.
+pub fn warning_once(text: &str) {
+    once(text, warning);
+}
+
+fn once(text: &str, show: fn(&str)) {
+    static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let is_new = SHOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(text.into());
+    if is_new {
+        show(text);
     }
 }
 

@@ -42,14 +42,14 @@ pub enum Error {
     /// A dataset has no column of that name.
     #[error(
         "no column {column:?}{}; the columns are {available:?}\n  what to do: use one of these names, or rename the field in the data",
-        at_row(row)
+        optional(row, |row| format!(" in row {row}"))
     )]
     MissingColumn { column: String, row: Option<usize>, available: Vec<String> },
 
     /// A dataset column holds another type than the call asks for.
     #[error(
         "column {column:?}{}: expected {expected}, got {got}\n  what to do: read it with the accessor of its own type, or convert the data",
-        at_row(row)
+        optional(row, |row| format!(" in row {row}"))
     )]
     ColumnType { column: String, row: Option<usize>, expected: String, got: String },
 
@@ -67,7 +67,7 @@ pub enum Error {
     KeyMismatch { path: PathBuf, missing: Vec<String>, unexpected: Vec<String>, remedy: String },
 
     /// A tensor has another shape than its place requires.
-    #[error("{name}{}: expected shape {expected:?}, got {got:?}\n  what to do: {remedy}", in_path(path))]
+    #[error("{name}{}: expected shape {expected:?}, got {got:?}\n  what to do: {remedy}", optional(path, |path| format!(" in {}", path.display())))]
     Shape { name: String, path: Option<PathBuf>, expected: Vec<usize>, got: Vec<usize>, remedy: String },
 
     /// Something that exists elsewhere but not here; `supported` lists what does.
@@ -113,7 +113,7 @@ pub enum Error {
     /// A loss or gradient that is NaN or infinite; training stopped before it was applied.
     #[error(
         "{what} is {value} at step {step}; training stopped before the weights were changed{}\n  what to do: lower learning_rate, keep max_grad_norm at 1.0, compute in f32 or bf16",
-        last_checkpoint(checkpoint)
+        optional(checkpoint, |folder| format!("; the last good checkpoint is {}", folder.display()))
     )]
     NotFinite { what: String, value: f64, step: usize, checkpoint: Option<PathBuf> },
 
@@ -148,8 +148,41 @@ pub enum Error {
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
+        #[cfg(feature = "cuda")]
+        if lacks_device_memory(&error) {
+            return out_of_device_memory("making a tensor");
+        }
         Error::Tensor(error)
     }
+}
+
+/// Whether candle says that a card has no room.
+#[cfg(feature = "cuda")]
+fn lacks_device_memory(error: &candle_core::Error) -> bool {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } | candle_core::Error::Context { inner, .. } => {
+            lacks_device_memory(inner)
+        }
+        candle_core::Error::Cuda(e) => {
+            let text = e.to_string();
+            text.contains("CUDA_ERROR_OUT_OF_MEMORY") || text.contains("STATUS_ALLOC_FAILED")
+        }
+        _ => false,
+    }
+}
+
+/// The error of a card that has no room for what was being done.
+#[cfg(feature = "cuda")]
+pub(crate) fn out_of_device_memory(doing: &str) -> Error {
+    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+    let room = match candle_core::cuda_backend::cudarc::driver::result::mem_get_info() {
+        Ok((free, total)) => format!(" ({:.2} of its {:.2} GiB are free)", gib(free), gib(total)),
+        Err(_) => String::new(),
+    };
+    let remedy = "gradient_checkpointing: true and a smaller per_device_train_batch_size (with more \
+                  gradient_accumulation_steps) save most; model.memory_report() and trainer.memory_plan() show \
+                  where the memory goes, nvidia-smi who else uses the card";
+    Error::OutOfDeviceMemory { doing: format!("{doing}{room}"), remedy: remedy.into() }
 }
 
 impl fmt::Debug for Error {
@@ -177,6 +210,27 @@ impl Error {
         Error::Row { row, source: Box::new(self) }
     }
 
+    /// A file or folder that is not there: `what` it is, and the remedy.
+    pub fn not_found(what: &str, path: impl Into<PathBuf>, remedy: &str) -> Self {
+        Error::NotFound { what: what.into(), path: path.into(), remedy: remedy.into() }
+    }
+
+    /// A file that is not what its format promises, and why.
+    pub fn malformed(path: impl Into<PathBuf>, format: &'static str, detail: impl fmt::Display, remedy: &str) -> Self {
+        Error::Malformed { path: path.into(), format, detail: detail.to_string(), remedy: remedy.into() }
+    }
+
+    /// Something that is not among what is `supported`.
+    pub fn unsupported<S: Into<String>>(
+        what: &str,
+        got: impl fmt::Display,
+        supported: impl IntoIterator<Item = S>,
+        remedy: &str,
+    ) -> Self {
+        let supported = supported.into_iter().map(Into::into).collect();
+        Error::Unsupported { what: what.into(), got: got.to_string(), supported, remedy: remedy.into() }
+    }
+
     /// A wrong argument: `Error::argument("r", 0, "a rank of at least 1", "use 8")`.
     pub fn argument(name: &str, got: impl fmt::Display, expected: &str, remedy: &str) -> Self {
         Error::InvalidArgument {
@@ -188,29 +242,19 @@ impl Error {
     }
 }
 
+/// [`Error::argument`] unless `fine`: `ensure(r >= 1, "r", r, "a rank of at least 1", "use 8")?`.
+pub(crate) fn ensure(fine: bool, name: &str, got: impl fmt::Display, expected: &str, remedy: &str) -> Result<()> {
+    if fine { Ok(()) } else { Err(Error::argument(name, got, expected, remedy)) }
+}
+
 /// The names among `known` nearest to `name`, for "did you mean": at most three, by
 /// edit distance, none when nothing is near.
 pub fn near_names(name: &str, known: &[String]) -> Vec<String> {
-    let mut scored: Vec<(usize, &String)> = known.iter().map(|k| (edit_distance(name, k), k)).collect();
+    let mut scored: Vec<(usize, &String)> = known.iter().map(|k| (strsim::levenshtein(name, k), k)).collect();
     scored.sort();
     scored.dedup();
     let near = |d: usize, k: &str| d <= 1 + name.len().max(k.len()) / 3 || k.contains(name) || name.contains(k);
     scored.into_iter().filter(|(d, k)| near(*d, k)).take(3).map(|(_, k)| k.clone()).collect()
-}
-
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let substitute = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 fn io_remedy(e: &io::Error) -> &'static str {
@@ -224,12 +268,8 @@ fn io_remedy(e: &io::Error) -> &'static str {
     }
 }
 
-fn at_row(row: &Option<usize>) -> String {
-    row.map(|r| format!(" in row {r}")).unwrap_or_default()
-}
-
-fn in_path(path: &Option<PathBuf>) -> String {
-    path.as_ref().map(|p| format!(" in {}", p.display())).unwrap_or_default()
+fn optional<T>(value: &Option<T>, text: impl FnOnce(&T) -> String) -> String {
+    value.as_ref().map(text).unwrap_or_default()
 }
 
 fn few(names: &[String]) -> &[String] {
@@ -237,21 +277,11 @@ fn few(names: &[String]) -> &[String] {
 }
 
 fn did_you_mean(suggestions: &[String]) -> String {
-    match suggestions {
-        [] => String::new(),
-        some => format!("did you mean {}? ", some.join(" or ")),
-    }
+    if suggestions.is_empty() { String::new() } else { format!("did you mean {}? ", suggestions.join(" or ")) }
 }
 
 fn first_rows(first: &[usize]) -> String {
-    match first {
-        [] => String::new(),
-        some => format!(", the first are {some:?}"),
-    }
-}
-
-fn last_checkpoint(checkpoint: &Option<PathBuf>) -> String {
-    checkpoint.as_ref().map(|p| format!("; the last good checkpoint is {}", p.display())).unwrap_or_default()
+    if first.is_empty() { String::new() } else { format!(", the first are {first:?}") }
 }
 
 #[cfg(test)]

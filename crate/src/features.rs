@@ -54,7 +54,7 @@ impl Features {
         let mut labels = vec![IGNORE_INDEX; prompt.len()];
         labels.extend(answer.input_ids.iter().map(|&id| i64::from(id)));
         if input_ids.len() > max_length {
-            CUT.with(|cut| cut.set(true));
+            WAS_CUT.set(true);
             input_ids.truncate(max_length);
             attention_mask.truncate(max_length);
             labels.truncate(max_length);
@@ -91,12 +91,14 @@ impl Features {
 }
 
 thread_local! {
-    // `Features` is a plain struct that users fill in by hand, so "this row was cut" has no
-    // field of its own: `supervised` leaves the note here and `map` picks it up row by row.
-    static CUT: Cell<bool> = const { Cell::new(false) };
+    /// `Features` is a plain struct that users fill in by hand and their own functions return, so that a row was cut can
+    /// be no field of it and no second value beside it.
+    static WAS_CUT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether `supervised` cut a row on this thread since the last call.
-pub(crate) fn take_cut_note() -> bool {
-    CUT.with(|cut| cut.replace(false))
+/// What `make` gives, and whether [`Features::supervised`] cut a row in it.
+pub(crate) fn noting_cuts<T>(make: impl FnOnce() -> T) -> (T, bool) {
+    WAS_CUT.set(false);
+    let made = make();
+    (made, WAS_CUT.get())
 }

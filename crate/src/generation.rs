@@ -22,7 +22,7 @@ use crate::{
     models::causal_lm::{CausalLM, Draw, Next},
 };
 
-/// The largest `top_k` of a draw that is made where the logits are.
+/// The largest `top_k` with which the model's own device can choose a token.
 const MOST_DRAWN_FROM: usize = 256;
 
 /// New tokens that the cache has room for from the beginning; beyond them it grows.
@@ -118,7 +118,8 @@ struct Sequence {
     ids: Vec<u32>,
     max_new_tokens: usize,
     rng: Rng,
-    /// Where in the cumulative probability the next token is: drawn before the logits are known.
+    /// Uniform in [0, 1): picks the next token from the cumulative probabilities. Drawn before the logits are known, so
+    /// that the device which makes them can choose.
     u: f64,
     /// What a repetition penalty looks at, if there is one.
     seen: Option<SeenTokens>,
@@ -188,8 +189,8 @@ struct Chooser {
 }
 
 impl Chooser {
-    /// How the next token of each sequence is chosen where the logits are. None at all where a processor is wanted that
-    /// only [`Chooser::choose`] has, or more tokens to draw from than [`MOST_DRAWN_FROM`].
+    /// How the model's own device should choose the next token of each sequence. Empty when it cannot: for a processor
+    /// that only [`Chooser::choose`] has, or for more tokens to draw from than [`MOST_DRAWN_FROM`].
     fn draws(&self, active: &[(usize, usize)], sequences: &mut [Sequence]) -> Vec<Draw> {
         let settings = &self.settings;
         if settings.sampling.is_some() {
@@ -198,8 +199,7 @@ impl Chooser {
         self.draws_at(active, sequences, 0, &|sequence| sequence.u)
     }
 
-    /// What [`Chooser::draws`] will give after the next token of each sequence if all of them go on; none if that is known
-    /// not to be so.
+    /// What [`Chooser::draws`] will give after the next token if no sequence ends with it; empty if one certainly does.
     fn draws_after(&self, active: &[(usize, usize)], sequences: &[Sequence]) -> Vec<Draw> {
         if active.iter().any(|&(i, _)| sequences[i].ids.len() + 1 >= sequences[i].max_new_tokens) {
             return Vec::new();

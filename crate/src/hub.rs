@@ -55,7 +55,7 @@ impl Snapshot {
                 "check the path (a relative path starts at the notebook's folder), or give a hub id such as \
                  \"Langboat/bloom-1b4-zh\""
             };
-            return Err(Error::NotFound { what: "model folder".into(), path: path.into(), remedy: remedy.into() });
+            return Err(Error::not_found("model folder", path, remedy));
         };
         Ok(Self { name_or_path: name_or_path.into(), place })
     }
@@ -74,11 +74,10 @@ impl Snapshot {
             return Ok(path);
         }
         Err(match &self.place {
-            Place::Folder(folder) => Error::NotFound {
-                what: format!("{name} of the model"),
-                path: folder.join(name),
-                remedy: "give a folder in Hugging Face layout; copy or download the missing file into it".into(),
-            },
+            Place::Folder(folder) => {
+                let remedy = "give a folder in Hugging Face layout; copy or download the missing file into it";
+                Error::not_found(&format!("{name} of the model"), folder.join(name), remedy)
+            }
             Place::Hub(repository) => repository.lacks(name),
         })
     }

@@ -48,6 +48,7 @@ pub mod interrupt;
 pub mod json_file;
 pub mod layers;
 pub mod models;
+mod names;
 pub mod optim;
 pub mod prelude;
 pub mod py_repr;

@@ -3,6 +3,7 @@
 pub mod config;
 pub mod config_file;
 mod init;
+mod target_modules;
 pub mod targets;
 
 use std::{
@@ -16,7 +17,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::{
-    adapters::LoraAdapter,
+    adapters::{DoraAdapter, LoraAdapter},
     backend::{
         dropout,
         kv_cache::KvCache,
@@ -31,7 +32,7 @@ use crate::{
     },
     error::{Error, Result},
     hub::Snapshot,
-    layers::{Linear, custom_loss::LossFn},
+    layers::{Adapter, Linear, custom_loss::LossFn},
     model::Model,
     models::{
         causal_lm::{CausalLM, Draw, LossScale, Next, Pass, PassOptions, Trainable},
@@ -126,6 +127,18 @@ impl PeftModel {
             let expected = format!("a name without . or / that no adapter has; there are {:?}", self.adapter_names());
             return Err(Error::argument("adapter", format!("{name:?}"), &expected, "choose another name"));
         }
+        if let Some(modules) = config.modules_to_save.as_ref().filter(|modules| !modules.is_empty()) {
+            return Err(Error::unsupported(
+                "modules_to_save",
+                &format!("{modules:?}"),
+                ["none"],
+                "leave it out: adapters are trained, whole modules are not yet",
+            ));
+        }
+        if config.use_dora && config.lora_dropout > 0.0 {
+            let remedy = "set lora_dropout to 0.0, or use_dora to false";
+            return Err(Error::argument("lora_dropout", config.lora_dropout, "0.0 with use_dora", remedy));
+        }
         let names: Vec<String> = inner.decoder.linears().iter().map(|l| l.name.clone()).collect();
         let model_type = inner.base.config()["model_type"].as_str().unwrap_or_default();
         let (config, targets) = config.prepare(model_type, &names)?;
@@ -149,7 +162,12 @@ impl PeftModel {
                 dropout: config.lora_dropout,
                 id: dropout::mix(index as u64),
             };
-            Ok(linear.with_adapter(name, Arc::new(LoraAdapter(lora))))
+            let adapter: Arc<dyn Adapter> = if config.use_dora {
+                Arc::new(DoraAdapter::new(lora, linear.weight(), path("lora_magnitude_vector"))?)
+            } else {
+                Arc::new(LoraAdapter(lora))
+            };
+            Ok(linear.with_adapter(name, adapter))
         })?;
         let mut adapters = inner.adapters.clone();
         adapters.push((name.into(), config));

@@ -9,11 +9,12 @@ use crate::{
         shown_by_forms,
         theme::{FAINT, TEXT},
     },
-    error::{Error, Result},
+    error::{Error, Result, ensure},
     generation::{FinishReason, GenerationConfig, generate},
     models::causal_lm::CausalLM,
-    py_repr::py_str,
-    tokenizer::{DecodeStream, Tokenizer},
+    names::debug_as_display,
+    py_repr::{commas, py_str},
+    tokenizer::Tokenizer,
 };
 
 /// A pipeline for a task, as `transformers.pipeline`. The one task is `"text-generation"`; the
@@ -39,12 +40,8 @@ where
     M: CausalLM + Clone + 'static,
 {
     if task != TASK {
-        return Err(Error::Unsupported {
-            what: "the pipeline task".into(),
-            got: task.into(),
-            supported: vec![TASK.into()],
-            remedy: format!("use pipeline({TASK:?}, &model, &tokenizer)"),
-        });
+        let remedy = format!("use pipeline({TASK:?}, &model, &tokenizer)");
+        return Err(Error::unsupported("the pipeline task", task, [TASK], &remedy));
     }
     Ok(TextGenerationPipeline { model: Arc::new(model.clone()), tokenizer: tokenizer.clone(), live: true })
 }
@@ -83,7 +80,7 @@ impl TextGenerationPipeline {
             let text = self.run_streaming(prompt, &config, &mut |piece| screen.push(piece))?;
             return Ok(Generations { texts: vec![text], live: screen.finish() });
         }
-        let mut out = self.run(&[prompt], &config)?;
+        let mut out = self.run(&[prompt], &config, &mut |_| {})?;
         Ok(out.pop().unwrap_or_default())
     }
 
@@ -94,7 +91,7 @@ impl TextGenerationPipeline {
     }
 
     fn generate_all(&self, prompts: &[&str], config: &GenerationConfig) -> Result<Vec<Generations>> {
-        self.run(prompts, &self.complete(config)?)
+        self.run(prompts, &self.complete(config)?, &mut |_| {})
     }
 
     /// Continues one prompt and hands each piece of new text over as soon as its characters are
@@ -123,10 +120,8 @@ impl TextGenerationPipeline {
         on_text: &mut dyn FnMut(&str),
     ) -> Result<GeneratedText> {
         let config = self.complete(config)?;
-        if let Some(n) = config.num_return_sequences.filter(|n| *n != 1) {
-            let remedy = "leave it out, or use generate";
-            return Err(Error::argument("num_return_sequences", n, "1 when streaming", remedy));
-        }
+        let n = config.num_return_sequences.unwrap_or(1);
+        ensure(n == 1, "num_return_sequences", n, "1 when streaming", "leave it out, or use generate")?;
         self.run_streaming(prompt, &config, on_text)
     }
 
@@ -159,22 +154,27 @@ impl TextGenerationPipeline {
         Ok(config.or(&self.generation_config()?).or(&pipeline_defaults))
     }
 
-    fn run(&self, prompts: &[&str], config: &GenerationConfig) -> Result<Vec<Generations>> {
+    fn run(
+        &self,
+        prompts: &[&str],
+        config: &GenerationConfig,
+        on_token: &mut dyn FnMut(u32),
+    ) -> Result<Vec<Generations>> {
         let ids: Vec<Vec<u32>> =
             prompts.iter().map(|p| Ok(self.tokenizer.encode(p)?.input_ids)).collect::<Result<_>>()?;
-        let out = generate(self.model.as_ref(), &ids, config, &mut |_, _| {})?;
+        let mut out = generate(self.model.as_ref(), &ids, config, &mut |_, id| on_token(id))?.into_iter();
         let copies = config.num_return_sequences.unwrap_or(1).max(1);
-        let mut out = out.into_iter();
         let of_prompt = |prompt: &&str| {
-            let copies = out.by_ref().take(copies);
-            let texts = copies.map(|g| {
+            let texts = out.by_ref().take(copies).map(|g| {
                 let new_text = self.tokenizer.decode(&g.ids, true)?;
                 Ok(GeneratedText { prompt: (*prompt).into(), new_text, ids: g.ids, finish_reason: g.finish_reason })
             });
             Ok(Generations { texts: texts.collect::<Result<_>>()?, live: None })
         };
         let generations = prompts.iter().map(of_prompt).collect::<Result<Vec<_>>>()?;
-        tell_if_interrupted(generations.iter().flat_map(|g| g.iter()));
+        if generations.iter().flat_map(|g| g.iter()).any(|t| t.finish_reason == FinishReason::Interrupted) {
+            display::notice("generation was interrupted; this is the text so far");
+        }
         Ok(generations)
     }
 
@@ -184,39 +184,27 @@ impl TextGenerationPipeline {
         config: &GenerationConfig,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<GeneratedText> {
-        let ids = self.tokenizer.encode(prompt)?.input_ids;
         let mut decoder = self.tokenizer.decode_stream();
-        let (mut new_text, mut fault) = (String::new(), None);
-        let mut take = |piece: Result<Option<String>>| match piece {
-            Ok(Some(piece)) => {
-                new_text.push_str(&piece);
-                on_text(&piece);
-            }
-            Ok(None) => {}
+        let mut fault = None;
+        let mut give = |piece: Result<Option<String>>| match piece {
+            Ok(piece) => piece.iter().for_each(|piece| on_text(piece)),
             Err(e) => fault = Some(e),
         };
-        let out = generate(self.model.as_ref(), &[ids], config, &mut |_, id| take(decoder.push(id)))?;
-        take(DecodeStream::finish(&mut decoder));
-        if let Some(e) = fault {
-            return Err(e);
-        }
-        let (ids, finish_reason) =
-            out.into_iter().next().map_or((Vec::new(), FinishReason::Interrupted), |g| (g.ids, g.finish_reason));
-        let text = GeneratedText { prompt: prompt.into(), new_text, ids, finish_reason };
-        tell_if_interrupted([&text]);
-        Ok(text)
+        let out = self.run(&[prompt], config, &mut |id| give(decoder.push(id)))?;
+        give(decoder.finish());
+        let nothing = || GeneratedText {
+            prompt: prompt.into(),
+            new_text: String::new(),
+            ids: Vec::new(),
+            finish_reason: FinishReason::Interrupted,
+        };
+        fault.map_or_else(|| Ok(out.into_iter().flatten().next().unwrap_or_else(nothing)), Err)
     }
 }
 
 impl fmt::Debug for TextGenerationPipeline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TextGenerationPipeline(tokenizer={})", py_str(self.tokenizer.name_or_path()))
-    }
-}
-
-fn tell_if_interrupted<'a>(texts: impl IntoIterator<Item = &'a GeneratedText>) {
-    if texts.into_iter().any(|t| t.finish_reason == FinishReason::Interrupted) {
-        display::notice("generation was interrupted; this is the text so far");
     }
 }
 
@@ -327,11 +315,7 @@ impl fmt::Display for GeneratedText {
     }
 }
 
-impl fmt::Debug for GeneratedText {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(GeneratedText, Generations);
 
 /// What one prompt became: one text, or `num_return_sequences` of them. It is a slice of
 /// [`GeneratedText`], and has the first one's texts as its own.
@@ -405,17 +389,7 @@ impl IntoIterator for Generations {
 /// As the reference's pipeline prints it: `[{'generated_text': '...'}]`.
 impl fmt::Display for Generations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("[")?;
-        for (i, text) in self.texts.iter().enumerate() {
-            write!(f, "{}{text}", if i == 0 { "" } else { ", " })?;
-        }
-        f.write_str("]")
-    }
-}
-
-impl fmt::Debug for Generations {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
+        write!(f, "[{}]", commas(&self.texts))
     }
 }
 

@@ -1,5 +1,9 @@
 //! Values as Python prints them: what Hugging Face's users see is `repr()`.
 
+use std::fmt::{self, Write};
+
+use serde_json::Value;
+
 /// `'text'` as Python's `repr` quotes it. `\n`, `\\` and control characters are escaped,
 /// letters of every script stand as they are.
 pub fn py_str(text: &str) -> String {
@@ -61,6 +65,34 @@ pub fn py_float(x: f64) -> String {
 /// `True` or `False`.
 pub fn py_bool(b: bool) -> &'static str {
     if b { "True" } else { "False" }
+}
+
+/// Items with `, ` between them: the inside of a list.
+pub fn commas(items: impl IntoIterator<Item = impl fmt::Display>) -> String {
+    let mut text = String::new();
+    for (i, item) in items.into_iter().enumerate() {
+        let _ = write!(text, "{}{item}", if i == 0 { "" } else { ", " });
+    }
+    text
+}
+
+/// `{'name': value, ...}`
+pub fn py_dict<K: AsRef<str>>(entries: impl IntoIterator<Item = (K, impl fmt::Display)>) -> String {
+    let entry = |(name, value): (K, _)| format!("{}: {value}", py_str(name.as_ref()));
+    format!("{{{}}}", commas(entries.into_iter().map(entry)))
+}
+
+/// What `json.loads` makes of it.
+pub fn py_json(value: &Value) -> String {
+    match value {
+        Value::Null => "None".into(),
+        Value::Bool(b) => py_bool(*b).into(),
+        Value::Number(n) if n.is_f64() => py_float(n.as_f64().unwrap_or(f64::NAN)),
+        Value::Number(n) => n.to_string(),
+        Value::String(s) => py_str(s),
+        Value::Array(items) => format!("[{}]", commas(items.iter().map(py_json))),
+        Value::Object(entries) => py_dict(entries.iter().map(|(name, value)| (name, py_json(value)))),
+    }
 }
 
 #[cfg(test)]

@@ -6,12 +6,7 @@ mod gguf;
 mod show;
 mod stream;
 
-use std::{
-    collections::HashSet,
-    fmt,
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use std::{collections::HashSet, path::Path, sync::Arc};
 
 use tokenizers::{AddedToken, ModelWrapper};
 
@@ -20,9 +15,10 @@ pub use self::{chat::Message, show::LabelledTokens, stream::DecodeStream};
 pub use crate::features::Encoding;
 use crate::{
     display,
-    error::{Error, Result},
+    error::{Error, Result, ensure},
     hub::Snapshot,
     models::gguf::Gguf,
+    names::named,
 };
 
 /// The side of a row that padding goes to.
@@ -32,12 +28,16 @@ pub enum PaddingSide {
     Right,
 }
 
-impl fmt::Display for PaddingSide {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            PaddingSide::Left => "left",
-            PaddingSide::Right => "right",
-        })
+named!(PaddingSide { Left => "left", Right => "right" });
+
+impl PaddingSide {
+    /// `row` filled up to `length`, which is not below its own.
+    pub(crate) fn pad<T: Copy>(self, row: &[T], length: usize, with: T) -> Vec<T> {
+        let padding = vec![with; length - row.len()];
+        match self {
+            Self::Left => [&padding, row].concat(),
+            Self::Right => [row, &padding].concat(),
+        }
     }
 }
 
@@ -69,12 +69,8 @@ impl AutoTokenizer {
         }
         let snapshot = Snapshot::open(&name_or_path.to_string_lossy())?;
         let path = snapshot.file("tokenizer.json")?;
-        let malformed = |detail: String| Error::Malformed {
-            path: path.clone(),
-            format: "tokenizer.json",
-            detail,
-            remedy: "copy or download this file again".into(),
-        };
+        let malformed =
+            |detail: String| Error::malformed(&path, "tokenizer.json", detail, "copy or download this file again");
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
         if bytes.is_empty() {
             return Err(malformed("the file is empty".into()));
@@ -85,18 +81,14 @@ impl AutoTokenizer {
         core.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
         let config = Config::read(&snapshot, |id| core.id_to_token(id))?;
         add_special_tokens(&mut core, &config).map_err(malformed)?;
-        let tokenizer = Tokenizer { core: Arc::new(core), config: Arc::new(config) };
-        tokenizer.warn_about_end();
-        Ok(tokenizer)
+        Ok(Tokenizer::new(core, config))
     }
 
     fn from_gguf(file: &Gguf, name_or_path: &str) -> Result<Tokenizer> {
         let (json, config) = gguf::read(file, name_or_path)?;
         let core = tokenizers::Tokenizer::from_bytes(json.to_string().as_bytes());
         let core = core.map_err(|e| file.malformed(format!("tokenizer: {e}")))?;
-        let tokenizer = Tokenizer { core: Arc::new(core), config: Arc::new(config) };
-        tokenizer.warn_about_end();
-        Ok(tokenizer)
+        Ok(Tokenizer::new(core, config))
     }
 }
 
@@ -120,10 +112,27 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
+    fn new(core: tokenizers::Tokenizer, config: Config) -> Self {
+        let tokenizer = Self { core: Arc::new(core), config: Arc::new(config) };
+        tokenizer.warn_about_end();
+        tokenizer
+    }
+
+    /// The same tokenizer with another configuration.
+    fn with(&self, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = (*self.config).clone();
+        change(&mut config);
+        Self { core: self.core.clone(), config: Arc::new(config) }
+    }
+
     /// What `tokenizer(text)` gives in Python: the tokens, with the special tokens that the
     /// tokenizer's own post-processor adds.
     pub fn encode(&self, text: &str) -> Result<Encoding> {
-        let encoding = self.core.encode_fast(text, true).map_err(failed)?;
+        self.encode_text(text, true)
+    }
+
+    fn encode_text(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
+        let encoding = self.core.encode_fast(text, add_special_tokens).map_err(failed)?;
         Ok(Encoding { input_ids: encoding.get_ids().to_vec(), attention_mask: encoding.get_attention_mask().to_vec() })
     }
 
@@ -135,20 +144,15 @@ impl Tokenizer {
         let mut rows = texts.iter().map(|text| self.encode(text.as_ref())).collect::<Result<Vec<_>>>()?;
         let length = rows.iter().map(Encoding::len).max().unwrap_or(0);
         for row in &mut rows {
-            let missing = length - row.len();
-            if missing == 0 {
+            if row.len() == length {
                 continue;
             }
             let pad = self.pad_token_id().ok_or_else(|| {
                 let expected = "a padding token: the texts differ in length";
                 Error::argument("pad_token", "none", expected, "give it one: tokenizer.with_pad_token(\"<pad>\")?")
             })?;
-            let at = match self.padding_side() {
-                PaddingSide::Left => 0,
-                PaddingSide::Right => row.len(),
-            };
-            row.input_ids.splice(at..at, std::iter::repeat_n(pad, missing));
-            row.attention_mask.splice(at..at, std::iter::repeat_n(0, missing));
+            row.input_ids = self.padding_side().pad(&row.input_ids, length, pad);
+            row.attention_mask = self.padding_side().pad(&row.attention_mask, length, 0);
         }
         Ok(rows)
     }
@@ -259,23 +263,20 @@ impl Tokenizer {
 
     /// The same tokenizer, padding on another side.
     pub fn with_padding_side(&self, padding_side: PaddingSide) -> Self {
-        let config = Config { padding_side, ..(*self.config).clone() };
-        Self { core: self.core.clone(), config: Arc::new(config) }
+        self.with(|config| config.padding_side = padding_side)
     }
 
     /// The same tokenizer with another padding token, which must be in the vocabulary: a new one
     /// would have no row in the model's embeddings.
     pub fn with_pad_token(&self, token: &str) -> Result<Self> {
-        if self.core.token_to_id(token).is_none() {
-            let expected = "a token of the vocabulary";
-            return Err(Error::argument("pad_token", format!("{token:?}"), expected, "use e.g. the unk_token"));
-        }
-        let mut config = (*self.config).clone();
-        config.special.retain(|(name, _)| *name != "pad_token");
-        config.special.push(("pad_token", token.into()));
-        let order = |name: &str| config::NAMES.iter().position(|n| *n == name);
-        config.special.sort_by_key(|(name, _)| order(name));
-        let tokenizer = Self { core: self.core.clone(), config: Arc::new(config) };
+        let is_known = self.core.token_to_id(token).is_some();
+        let remedy = "use e.g. the unk_token";
+        ensure(is_known, "pad_token", format!("{token:?}"), "a token of the vocabulary", remedy)?;
+        let tokenizer = self.with(|config| {
+            config.special.retain(|(name, _)| *name != "pad_token");
+            config.special.push(("pad_token", token.into()));
+            config.special.sort_by_key(|(name, _)| config::NAMES.iter().position(|n| n == name));
+        });
         tokenizer.warn_about_end();
         Ok(tokenizer)
     }
@@ -283,25 +284,17 @@ impl Tokenizer {
     fn warn_about_end(&self) {
         let (name, eos) = (self.name_or_path(), self.eos_token());
         if eos.is_empty() {
-            warning_once(&format!("{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"));
+            display::warning_once(&format!(
+                "{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"
+            ));
         } else if eos == self.pad_token() {
             let other = if self.unk_token().is_empty() { "a rare token" } else { self.unk_token() };
-            warning_once(&format!(
+            display::warning_once(&format!(
                 "{name}: pad_token and eos_token are both {eos:?}; what leaves out padding also leaves out the end, \
                  and the model never learns to stop. Give it another padding token: \
                  tokenizer.with_pad_token({other:?})?"
             ));
         }
-    }
-}
-
-/// A cell that is run again does not repeat its warnings.
-fn warning_once(text: &str) {
-    static SHOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let mut shown = SHOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if !shown.iter().any(|s| s == text) {
-        shown.push(text.into());
-        display::warning(text);
     }
 }
 

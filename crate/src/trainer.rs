@@ -4,20 +4,20 @@
 //! and the dropout masks are functions of the seed and that count. So stopping, resuming and
 //! going on are one thing, and give the numbers of an uninterrupted run bit for bit.
 
-mod adapted;
 mod callback;
+mod checked_rows;
 mod checkpoint;
 #[cfg(test)]
 mod double;
 mod evaluate;
 mod memory;
-mod rows;
 mod run;
 mod sampler;
-mod screen;
 mod state;
 #[cfg(test)]
 mod tests;
+mod trained_model;
+mod view;
 
 use std::{
     fmt, fs,
@@ -29,11 +29,11 @@ use candle_core::Tensor;
 use serde_json::{Value, json};
 
 use self::{
-    adapted::Adapted,
+    checked_rows::CheckedRows,
     checkpoint::Progress,
-    rows::Rows,
     sampler::{Plan, Sampler},
-    screen::Screen,
+    trained_model::TrainedModel,
+    view::View,
 };
 use crate::{
     backend::{dropout::mix, param::Param},
@@ -46,9 +46,9 @@ use crate::{
     training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
 };
 
-pub use callback::{TrainerCallback, TrainerControl};
+pub use callback::TrainerCallback;
 pub use sampler::randperm;
-pub use state::{LogEntry, TrainOutput, TrainerState};
+pub use state::{LogEntry, TrainOutput, TrainerControl, TrainerState};
 
 /// The learning rate of update `step` (from 0).
 type Schedule = Box<dyn Fn(usize) -> f64 + Send>;
@@ -69,12 +69,12 @@ type Loss = Box<dyn Fn(&Tensor, &Tensor) -> Result<Tensor> + Send>;
 /// # }
 /// ```
 pub struct Trainer {
-    model: Arc<dyn Adapted>,
+    model: Arc<dyn TrainedModel>,
     params: Vec<Param>,
     args: TrainingArguments,
     collator: DataCollatorForSeq2Seq,
-    train_rows: Rows,
-    eval_rows: Option<Rows>,
+    train_rows: CheckedRows,
+    eval_rows: Option<CheckedRows>,
     plan: Plan,
     sampler: Sampler,
     optimizer: AdamW,
@@ -106,7 +106,7 @@ impl Trainer {
     }
 
     fn on(
-        model: Arc<dyn Adapted>,
+        model: Arc<dyn TrainedModel>,
         args: TrainingArguments,
         train_dataset: &Dataset,
         collator: DataCollatorForSeq2Seq,
@@ -117,7 +117,7 @@ impl Trainer {
             let remedy = "train what get_peft_model returns";
             return Err(Error::argument("model", "no parameter that learns", "a model with adapters", remedy));
         }
-        let train_rows = Rows::check(train_dataset, &collator, model.vocab_size())?;
+        let train_rows = CheckedRows::check(train_dataset, &collator, model.vocab_size())?;
         let Some(plan) = Plan::new(train_rows.len(), &args) else {
             let got =
                 format!("true with {} rows and batches of {}", train_rows.len(), args.per_device_train_batch_size);
@@ -169,7 +169,7 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::new`] checks the training rows.
     pub fn with_eval_dataset(mut self, dataset: &Dataset) -> Result<Self> {
-        self.eval_rows = Some(Rows::check(dataset, &self.collator, self.model.vocab_size())?);
+        self.eval_rows = Some(CheckedRows::check(dataset, &self.collator, self.model.vocab_size())?);
         Ok(self)
     }
 
@@ -279,7 +279,7 @@ impl Trainer {
     /// Without an evaluation dataset; [`Error::Interrupted`]; [`Error::NotFinite`].
     pub fn evaluate(&mut self) -> Result<LogEntry> {
         let _guard = crate::interrupt::Guard::new()?;
-        self.evaluate_and_log(&mut Screen::silent())
+        self.evaluate_and_log(&mut View::silent())
     }
 
     /// Saves a `checkpoint-N` in `output_dir` now, and gives its folder.

@@ -3,15 +3,24 @@
 //! Every field changes something. An argument of Hugging Face's that is missing here is not
 //! honoured here, and naming it is a compile error instead of a silence.
 
-use std::{fmt, path::PathBuf};
-
-use serde_json::{Map, Value, json};
-
-use crate::{
-    error::{Error, Result},
-    optim::{Optim, SchedulerType},
+use std::{
+    fmt,
+    path::{Path, PathBuf},
 };
 
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
+
+use crate::{
+    error::{Result, ensure},
+    names::{named, with_defaults},
+    optim::{
+        Optim,
+        lr_scheduler::{SchedulerType, warmup_steps},
+    },
+};
+
+with_defaults! {
 /// The arguments of a training run, with the names and defaults of transformers 5.
 ///
 /// ```
@@ -28,77 +37,81 @@ use crate::{
 /// assert_eq!(args.learning_rate, 5e-5);
 /// args.validate().unwrap();
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TrainingArguments {
     /// Where `checkpoint-N` folders go; made if need be. A leading `~/` is the home folder.
-    pub output_dir: PathBuf,
+    #[serde(serialize_with = "path_as_text")]
+    pub output_dir: PathBuf = "trainer_output".into(),
     /// Rows a micro-batch.
-    pub per_device_train_batch_size: usize,
+    pub per_device_train_batch_size: usize = 8,
     /// Rows a batch of evaluation.
-    pub per_device_eval_batch_size: usize,
+    pub per_device_eval_batch_size: usize = 8,
     /// Micro-batches an update. The loss is divided by the labels of all of them, so the split
     /// changes memory, not the result.
-    pub gradient_accumulation_steps: usize,
+    pub gradient_accumulation_steps: usize = 1,
     /// The highest learning rate.
-    pub learning_rate: f64,
+    pub learning_rate: f64 = 5e-5,
     /// AdamW's decoupled decay.
-    pub weight_decay: f64,
-    pub adam_beta1: f64,
-    pub adam_beta2: f64,
-    pub adam_epsilon: f64,
+    pub weight_decay: f64 = 0.0,
+    pub adam_beta1: f64 = 0.9,
+    pub adam_beta2: f64 = 0.999,
+    pub adam_epsilon: f64 = 1e-8,
     /// Gradients are scaled down to this norm; 0 leaves them as they are.
-    pub max_grad_norm: f64,
+    pub max_grad_norm: f64 = 1.0,
     /// Whole passes over the data. For a part of a pass set `max_steps`.
-    pub num_train_epochs: usize,
+    pub num_train_epochs: usize = 3,
     /// Updates in all, in place of `num_train_epochs`; -1 leaves it to the epochs.
-    pub max_steps: isize,
+    pub max_steps: isize = -1,
     /// How the learning rate moves after the warm-up.
-    pub lr_scheduler_type: SchedulerType,
+    #[serde(serialize_with = "as_text")]
+    pub lr_scheduler_type: SchedulerType = SchedulerType::default(),
     /// Updates over which the learning rate rises from 0.
-    pub warmup_steps: usize,
+    pub warmup_steps: usize = 0,
     /// The same as a share of all updates, 0 to 1. Set one of the two.
-    pub warmup_ratio: f64,
+    pub warmup_ratio: f64 = 0.0,
     /// When to log.
-    pub logging_strategy: IntervalStrategy,
+    pub logging_strategy: IntervalStrategy = IntervalStrategy::Steps,
     /// Updates between two log entries.
-    pub logging_steps: usize,
+    pub logging_steps: usize = 500,
     /// Also log the first update.
-    pub logging_first_step: bool,
+    pub logging_first_step: bool = false,
     /// When to save a checkpoint. With `Steps` one is saved at the end, too.
-    pub save_strategy: SaveStrategy,
+    pub save_strategy: SaveStrategy = SaveStrategy::Steps,
     /// Updates between two checkpoints.
-    pub save_steps: usize,
+    pub save_steps: usize = 500,
     /// How many checkpoints to keep; older ones are deleted after a newer one is safely
     /// written. None keeps all.
-    pub save_total_limit: Option<usize>,
+    pub save_total_limit: Option<usize> = None,
     /// When to evaluate; needs an evaluation dataset.
-    pub eval_strategy: IntervalStrategy,
+    pub eval_strategy: IntervalStrategy = IntervalStrategy::No,
     /// Updates between two evaluations; None takes `logging_steps`.
-    pub eval_steps: Option<usize>,
+    pub eval_steps: Option<usize> = None,
     /// Also evaluate before the first update.
-    pub eval_on_start: bool,
+    pub eval_on_start: bool = false,
     /// After training, put back the adapters of the checkpoint with the lowest evaluation loss.
-    pub load_best_model_at_end: bool,
+    pub load_best_model_at_end: bool = false,
     /// Of dropout and, unless `data_seed` is set, of the order of the rows.
-    pub seed: u64,
+    pub seed: u64 = 42,
     /// Of the order of the rows alone.
-    pub data_seed: Option<u64>,
+    pub data_seed: Option<u64> = None,
     /// Whether the rows are shuffled.
-    pub train_sampling_strategy: SamplingStrategy,
+    pub train_sampling_strategy: SamplingStrategy = SamplingStrategy::Random,
     /// Leave out the last batch of an epoch if it has fewer rows than the others.
-    pub dataloader_drop_last: bool,
+    pub dataloader_drop_last: bool = false,
     /// Compute in bf16 where the device gains from it. The CPU computes in f32, which is more
     /// exact; there a note says so and nothing else changes.
-    pub bf16: bool,
+    pub bf16: bool = false,
     /// Compute in f16; see `bf16`.
-    pub fp16: bool,
+    pub fp16: bool = false,
     /// Keep only the input of each block and compute its inside again on the way back: less
     /// memory, more time, the same numbers bit for bit.
-    pub gradient_checkpointing: bool,
+    pub gradient_checkpointing: bool = false,
     /// The optimizer.
-    pub optim: Optim,
+    #[serde(serialize_with = "as_text")]
+    pub optim: Optim = Optim::default(),
     /// Show no progress and no log lines.
-    pub disable_tqdm: bool,
+    pub disable_tqdm: bool = false,
+}
 }
 
 /// When something happens.
@@ -112,6 +125,8 @@ pub enum IntervalStrategy {
     /// After each epoch.
     Epoch,
 }
+
+named!(IntervalStrategy { No => "no", Steps => "steps", Epoch => "epoch" });
 
 /// When a checkpoint is saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,6 +142,8 @@ pub enum SaveStrategy {
     Best,
 }
 
+named!(SaveStrategy { No => "no", Steps => "steps", Epoch => "epoch", Best => "best" });
+
 /// The order of the rows in an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SamplingStrategy {
@@ -137,52 +154,13 @@ pub enum SamplingStrategy {
     Sequential,
 }
 
-impl Default for TrainingArguments {
-    fn default() -> Self {
-        Self {
-            output_dir: "trainer_output".into(),
-            per_device_train_batch_size: 8,
-            per_device_eval_batch_size: 8,
-            gradient_accumulation_steps: 1,
-            learning_rate: 5e-5,
-            weight_decay: 0.0,
-            adam_beta1: 0.9,
-            adam_beta2: 0.999,
-            adam_epsilon: 1e-8,
-            max_grad_norm: 1.0,
-            num_train_epochs: 3,
-            max_steps: -1,
-            lr_scheduler_type: SchedulerType::default(),
-            warmup_steps: 0,
-            warmup_ratio: 0.0,
-            logging_strategy: IntervalStrategy::Steps,
-            logging_steps: 500,
-            logging_first_step: false,
-            save_strategy: SaveStrategy::Steps,
-            save_steps: 500,
-            save_total_limit: None,
-            eval_strategy: IntervalStrategy::No,
-            eval_steps: None,
-            eval_on_start: false,
-            load_best_model_at_end: false,
-            seed: 42,
-            data_seed: None,
-            train_sampling_strategy: SamplingStrategy::Random,
-            dataloader_drop_last: false,
-            bf16: false,
-            fp16: false,
-            gradient_checkpointing: false,
-            optim: Optim::default(),
-            disable_tqdm: false,
-        }
-    }
-}
+named!(SamplingStrategy { Random => "random", Sequential => "sequential" });
 
 impl TrainingArguments {
     /// Refuses values outside their domain and combinations that contradict each other.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] with the argument's name.
+    /// [`InvalidArgument`](crate::error::Error::InvalidArgument) with the argument's name.
     pub fn validate(&self) -> Result<()> {
         let at_least_one = [
             ("per_device_train_batch_size", self.per_device_train_batch_size),
@@ -194,7 +172,7 @@ impl TrainingArguments {
             ("save_total_limit", self.save_total_limit.unwrap_or(1)),
         ];
         for (name, value) in at_least_one {
-            check(name, value, value >= 1, "at least 1", "to switch it off use its strategy, or None")?;
+            ensure(value >= 1, name, value, "at least 1", "to switch it off use its strategy, or None")?;
         }
         let not_negative = [
             ("learning_rate", self.learning_rate),
@@ -202,45 +180,45 @@ impl TrainingArguments {
             ("max_grad_norm", self.max_grad_norm),
         ];
         for (name, value) in not_negative {
-            check(name, value, value >= 0.0 && value.is_finite(), "a number of 0 or more", "see its default")?;
+            ensure(value >= 0.0 && value.is_finite(), name, value, "a number of 0 or more", "see its default")?;
         }
         for (name, value) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
-            check(name, value, (0.0..1.0).contains(&value), "0 or more and less than 1", "use 0.9 and 0.999")?;
+            ensure((0.0..1.0).contains(&value), name, value, "0 or more and less than 1", "use 0.9 and 0.999")?;
         }
         let epsilon = self.adam_epsilon;
-        check("adam_epsilon", epsilon, epsilon > 0.0 && epsilon.is_finite(), "more than 0", "use 1e-8")?;
+        ensure(epsilon > 0.0 && epsilon.is_finite(), "adam_epsilon", epsilon, "more than 0", "use 1e-8")?;
         let ratio = self.warmup_ratio;
-        check(
+        ensure(
+            (0.0..=1.0).contains(&ratio),
             "warmup_ratio",
             ratio,
-            (0.0..=1.0).contains(&ratio),
             "a share from 0 to 1",
             "for a count use warmup_steps",
         )?;
         let one_warmup = ratio == 0.0 || self.warmup_steps == 0;
-        check("warmup_ratio", ratio, one_warmup, "0 when warmup_steps is set", "set one of the two")?;
+        ensure(one_warmup, "warmup_ratio", ratio, "0 when warmup_steps is set", "set one of the two")?;
         let constant = self.lr_scheduler_type == SchedulerType::Constant && (ratio > 0.0 || self.warmup_steps > 0);
-        check("lr_scheduler_type", "constant", !constant, "a schedule with a warm-up", "use ConstantWithWarmup")?;
+        ensure(!constant, "lr_scheduler_type", "constant", "a schedule with a warm-up", "use ConstantWithWarmup")?;
         let steps = self.max_steps;
-        check("max_steps", steps, steps == -1 || steps > 0, "-1, or at least 1", "-1 trains for num_train_epochs")?;
+        ensure(steps == -1 || steps > 0, "max_steps", steps, "-1, or at least 1", "-1 trains for num_train_epochs")?;
         let epochs = self.num_train_epochs;
-        check(
+        ensure(
+            epochs > 0 || steps > 0,
             "num_train_epochs",
             epochs,
-            epochs > 0 || steps > 0,
             "at least 1",
             "for a part of an epoch use max_steps",
         )?;
-        check("bf16", true, !(self.bf16 && self.fp16), "false when fp16 is true", "set one of the two")?;
+        ensure(!(self.bf16 && self.fp16), "bf16", true, "false when fp16 is true", "set one of the two")?;
         let no_folder = self.output_dir.as_os_str().is_empty();
-        check("output_dir", "\"\"", !no_folder, "a folder", "name one, e.g. \"out/qlora\"")?;
+        ensure(!no_folder, "output_dir", "\"\"", "a folder", "name one, e.g. \"out/qlora\"")?;
         self.validate_strategies()
     }
 
     fn validate_strategies(&self) -> Result<()> {
         let evaluates = self.eval_strategy != IntervalStrategy::No;
         let best = self.save_strategy == SaveStrategy::Best;
-        check("save_strategy", "Best", !best || evaluates, "an eval_strategy beside it", "set eval_strategy")?;
+        ensure(!best || evaluates, "save_strategy", "Best", "an eval_strategy beside it", "set eval_strategy")?;
         if !self.load_best_model_at_end || best {
             return Ok(());
         }
@@ -250,10 +228,10 @@ impl TrainingArguments {
         );
         let name = "load_best_model_at_end";
         let remedy = "set both to Steps or both to Epoch, or save_strategy to Best";
-        check(name, true, same, "an eval_strategy equal to save_strategy, so that the best is saved", remedy)?;
+        ensure(same, name, true, "an eval_strategy equal to save_strategy, so that the best is saved", remedy)?;
         let multiple =
             self.eval_strategy == IntervalStrategy::Epoch || self.save_steps.is_multiple_of(self.eval_steps());
-        check(name, true, multiple, "save_steps to be a multiple of eval_steps", "set save_steps equal to eval_steps")
+        ensure(multiple, name, true, "save_steps to be a multiple of eval_steps", "set save_steps equal to eval_steps")
     }
 
     /// Updates between two evaluations.
@@ -265,7 +243,7 @@ impl TrainingArguments {
     /// Updates of warm-up in a run of `max_steps`.
     pub fn warmup_steps(&self, max_steps: usize) -> usize {
         match self.warmup_steps {
-            0 => (max_steps as f64 * self.warmup_ratio).ceil() as usize,
+            0 => warmup_steps(self.warmup_ratio, max_steps),
             steps => steps,
         }
     }
@@ -280,123 +258,25 @@ impl TrainingArguments {
 
     /// Every argument by name, as `training_args.json` holds them.
     pub(crate) fn to_json(&self) -> Map<String, Value> {
-        // No `..`: a field that is added and forgotten here does not compile.
-        let Self {
-            output_dir,
-            per_device_train_batch_size,
-            per_device_eval_batch_size,
-            gradient_accumulation_steps,
-            learning_rate,
-            weight_decay,
-            adam_beta1,
-            adam_beta2,
-            adam_epsilon,
-            max_grad_norm,
-            num_train_epochs,
-            max_steps,
-            lr_scheduler_type,
-            warmup_steps,
-            warmup_ratio,
-            logging_strategy,
-            logging_steps,
-            logging_first_step,
-            save_strategy,
-            save_steps,
-            save_total_limit,
-            eval_strategy,
-            eval_steps,
-            eval_on_start,
-            load_best_model_at_end,
-            seed,
-            data_seed,
-            train_sampling_strategy,
-            dataloader_drop_last,
-            bf16,
-            fp16,
-            gradient_checkpointing,
-            optim,
-            disable_tqdm,
-        } = self;
-        let all = json!({
-            "output_dir": output_dir.to_string_lossy(),
-            "per_device_train_batch_size": per_device_train_batch_size,
-            "per_device_eval_batch_size": per_device_eval_batch_size,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "learning_rate": learning_rate,
-            "weight_decay": weight_decay,
-            "adam_beta1": adam_beta1,
-            "adam_beta2": adam_beta2,
-            "adam_epsilon": adam_epsilon,
-            "max_grad_norm": max_grad_norm,
-            "num_train_epochs": num_train_epochs,
-            "max_steps": max_steps,
-            "lr_scheduler_type": lr_scheduler_type.to_string(),
-            "warmup_steps": warmup_steps,
-            "warmup_ratio": warmup_ratio,
-            "logging_strategy": logging_strategy.to_string(),
-            "logging_steps": logging_steps,
-            "logging_first_step": logging_first_step,
-            "save_strategy": save_strategy.to_string(),
-            "save_steps": save_steps,
-            "save_total_limit": save_total_limit,
-            "eval_strategy": eval_strategy.to_string(),
-            "eval_steps": eval_steps,
-            "eval_on_start": eval_on_start,
-            "load_best_model_at_end": load_best_model_at_end,
-            "seed": seed,
-            "data_seed": data_seed,
-            "train_sampling_strategy": train_sampling_strategy.to_string(),
-            "dataloader_drop_last": dataloader_drop_last,
-            "bf16": bf16,
-            "fp16": fp16,
-            "gradient_checkpointing": gradient_checkpointing,
-            "optim": optim.to_string(),
-            "disable_tqdm": disable_tqdm,
-        });
-        match all {
-            Value::Object(map) => map,
+        match serde_json::to_value(self) {
+            Ok(Value::Object(arguments)) => arguments,
             _ => Map::new(),
         }
     }
 }
 
-fn check(name: &str, got: impl fmt::Display, fine: bool, expected: &str, remedy: &str) -> Result<()> {
-    if fine { Ok(()) } else { Err(Error::argument(name, got, expected, remedy)) }
+fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
-impl fmt::Display for IntervalStrategy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::No => "no",
-            Self::Steps => "steps",
-            Self::Epoch => "epoch",
-        })
-    }
-}
-
-impl fmt::Display for SaveStrategy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::No => "no",
-            Self::Steps => "steps",
-            Self::Epoch => "epoch",
-            Self::Best => "best",
-        })
-    }
-}
-
-impl fmt::Display for SamplingStrategy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Random => "random",
-            Self::Sequential => "sequential",
-        })
-    }
+fn path_as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     fn refused(args: TrainingArguments) -> String {
         match args.validate() {

@@ -41,7 +41,7 @@ impl DatasetDict {
         found.ok_or_else(|| {
             let splits = self.splits();
             let remedy = format!("use one of its names{}", did_you_mean(split, &splits));
-            Error::Unsupported { what: "split".into(), got: split.into(), supported: splits, remedy }
+            Error::unsupported("split", split, splits, &remedy)
         })
     }
 

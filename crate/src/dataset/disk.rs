@@ -1,12 +1,7 @@
 //! Folders as `datasets.save_to_disk` writes and `load_from_disk` reads them: `state.json`,
 //! `dataset_info.json` and Arrow IPC stream shards; one such folder a split for a `DatasetDict`.
 
-use std::{
-    collections::HashMap,
-    fs,
-    hash::Hasher,
-    path::{Path, PathBuf},
-};
+use std::{collections::HashMap, fs, hash::Hasher, path::Path};
 
 use arrow::{
     array::RecordBatch,
@@ -22,16 +17,16 @@ use super::{
     value::type_name,
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, ensure},
     json_file::read_json,
-    safe_file::temporary_sibling,
+    safe_file::replace,
 };
 
 /// What `datasets` uses: a shard holds about this many bytes of columns.
 const SHARD_BYTES: usize = 500_000_000;
 
-/// Where a column's own description in dataset_info.json is kept while it is in memory, so that
-/// what we have no use for (the names of a ClassLabel) survives loading and saving.
+/// The key under which a field in memory keeps its description from dataset_info.json: what we do not use (the names
+/// of a ClassLabel) is written again when the dataset is saved.
 const FEATURE_KEY: &str = "dataset_info";
 
 const REDOWNLOAD: &str = "copy or download the folder again; the other files are not needed to tell what is wrong";
@@ -51,31 +46,23 @@ impl Dataset {
         if folder.join("dataset_dict.json").exists() && !folder.join("state.json").exists() {
             let splits = split_names(folder)?;
             let split = splits.first().map_or("train", |s| s.as_str());
-            return Err(Error::Malformed {
-                path: folder.into(),
-                format: "dataset folder",
-                detail: format!("it holds a DatasetDict with the splits {splits:?}"),
-                remedy: format!("DatasetDict::load_from_disk({:?})?.get({split:?})?", folder.display().to_string()),
-            });
+            let remedy = format!("DatasetDict::load_from_disk({:?})?.get({split:?})?", folder.display().to_string());
+            let detail = format!("it holds a DatasetDict with the splits {splits:?}");
+            return Err(Error::malformed(folder, "dataset folder", detail, &remedy));
         }
         let state_path = folder.join("state.json");
         if !state_path.exists() {
-            return Err(Error::NotFound {
-                what: "state.json of a saved dataset".into(),
-                path: state_path,
-                remedy: format!(
-                    "give a folder that save_to_disk wrote; this one holds {:?}. For files of rows use \
-                     Dataset::from_json, from_parquet or from_csv",
-                    few_names(folder)
-                ),
-            });
+            let remedy = format!(
+                "give a folder that save_to_disk wrote; this one holds {:?}. For files of rows use \
+                 Dataset::from_json, from_parquet or from_csv",
+                few_names(folder)
+            );
+            return Err(Error::not_found("state.json of a saved dataset", state_path, &remedy));
         }
         let state = read_json(&state_path)?;
-        let shards = shard_names(&state).ok_or_else(|| Error::Malformed {
-            path: state_path.clone(),
-            format: "dataset state",
-            detail: "expected \"_data_files\": a list of {\"filename\": ...}".into(),
-            remedy: REDOWNLOAD.into(),
+        let shards = shard_names(&state).ok_or_else(|| {
+            let expected = "expected \"_data_files\": a list of {\"filename\": ...}";
+            Error::malformed(&state_path, "dataset state", expected, REDOWNLOAD)
         })?;
         let mut schema: Option<SchemaRef> = None;
         let mut batches = Vec::new();
@@ -84,23 +71,18 @@ impl Dataset {
             let (shard_schema, shard_batches) = read_shard(&path)?;
             let first = schema.get_or_insert(shard_schema.clone());
             if describe(first) != describe(&shard_schema) {
-                return Err(Error::Malformed {
-                    path,
-                    format: "shard of this dataset",
-                    detail: format!(
-                        "its columns are {}, those of the first {}",
-                        describe(&shard_schema),
-                        describe(first)
-                    ),
-                    remedy: "save the dataset again: the shards come from different datasets".into(),
-                });
+                let (here, there) = (describe(&shard_schema), describe(first));
+                let detail = format!("its columns are {here}, those of the first {there}");
+                let remedy = "save the dataset again: the shards come from different datasets";
+                return Err(Error::malformed(path, "shard of this dataset", detail, remedy));
             }
             batches.extend(shard_batches);
         }
         let info = folder.join("dataset_info.json");
         let features = if info.exists() { read_json(&info)?["features"].take() } else { json!(null) };
         let schema = with_features(schema.as_deref().unwrap_or(&Schema::empty()), &features);
-        Ok(Self::of(Table::new(&schema, batches).map_err(damaged(folder))?))
+        let table = Table::new(&schema, batches);
+        Ok(Self::of(table.map_err(|e| Error::malformed(folder, "dataset folder", e, REDOWNLOAD))?))
     }
 
     /// Saves in the form that [`load_from_disk`](Self::load_from_disk) and Python's `datasets`
@@ -169,19 +151,12 @@ impl DatasetDict {
     fn load_from_disk_path(folder: &Path) -> Result<Self> {
         check_folder(folder)?;
         if folder.join("state.json").exists() {
-            return Err(Error::Malformed {
-                path: folder.into(),
-                format: "DatasetDict folder",
-                detail: "it holds one dataset without splits".into(),
-                remedy: format!("Dataset::load_from_disk({:?})", folder.display().to_string()),
-            });
+            let remedy = format!("Dataset::load_from_disk({:?})", folder.display().to_string());
+            let detail = "it holds one dataset without splits";
+            return Err(Error::malformed(folder, "DatasetDict folder", detail, &remedy));
         }
-        let splits = split_names(folder)?.into_iter();
-        Ok(Self::new(
-            splits
-                .map(|split| Ok((split.clone(), Dataset::load_from_disk(folder.join(&split))?)))
-                .collect::<Result<Vec<_>>>()?,
-        ))
+        let load = |split: String| Ok((split.clone(), Dataset::load_from_disk(folder.join(&split))?));
+        Ok(Self::new(split_names(folder)?.into_iter().map(load).collect::<Result<Vec<_>>>()?))
     }
 
     /// Saves all splits: one folder each, and `dataset_dict.json`. As [`Dataset::save_to_disk`].
@@ -202,29 +177,20 @@ impl DatasetDict {
 }
 
 fn check_folder(folder: &Path) -> Result<()> {
-    let not_found = |what: &str, remedy: &str| {
-        Err(Error::NotFound { what: what.into(), path: folder.into(), remedy: remedy.into() })
+    let remedy = if folder.exists() {
+        "this is a file: use Dataset::from_json, from_parquet or from_csv"
+    } else {
+        "check the path; a relative path starts at the notebook's folder"
     };
-    if !folder.exists() {
-        return not_found("dataset folder", "check the path; a relative path starts at the notebook's folder");
-    }
-    if !folder.is_dir() {
-        return not_found("dataset folder", "this is a file: use Dataset::from_json, from_parquet or from_csv");
-    }
-    Ok(())
+    if folder.is_dir() { Ok(()) } else { Err(Error::not_found("dataset folder", folder, remedy)) }
 }
 
 fn split_names(folder: &Path) -> Result<Vec<String>> {
     let path = folder.join("dataset_dict.json");
-    let names = read_json(&path)?["splits"]
-        .as_array()
-        .map(|splits| splits.iter().filter_map(|s| s.as_str().map(String::from)).collect::<Vec<_>>());
-    names.ok_or_else(|| Error::Malformed {
-        path,
-        format: "list of splits",
-        detail: "expected {\"splits\": [names]}".into(),
-        remedy: REDOWNLOAD.into(),
-    })
+    let splits = read_json(&path)?["splits"].take();
+    let wrong = || Error::malformed(path, "list of splits", "expected {\"splits\": [names]}", REDOWNLOAD);
+    let names = splits.as_array().ok_or_else(wrong)?.iter();
+    Ok(names.filter_map(|name| name.as_str().map(String::from)).collect())
 }
 
 fn shard_names(state: &serde_json::Value) -> Option<Vec<String>> {
@@ -295,44 +261,22 @@ fn logical_bytes(batch: &RecordBatch) -> usize {
     batch.columns().iter().map(|c| c.to_data().get_slice_memory_size().unwrap_or(0)).sum()
 }
 
-/// Fills a temporary sibling of `target` and moves it into place when it is whole.
+/// Makes `target` a folder that `fill` writes, in place of nothing, an empty folder or another saved dataset.
 fn replace_folder(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let parent = match target.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    if target.file_name().is_none() {
-        let got = target.display();
-        return Err(Error::argument("path", got, "a folder with a name", "use e.g. \"data/tokenized\""));
-    }
+    let has_name = target.file_name().is_some();
+    ensure(has_name, "path", target.display(), "a folder with a name", "use e.g. \"data/tokenized\"")?;
     let is_dataset = target.join("state.json").exists() || target.join("dataset_dict.json").exists();
     let is_empty = fs::read_dir(target).map(|mut entries| entries.next().is_none()).unwrap_or(false);
-    if target.exists() && !is_dataset && !is_empty {
-        let expected = "a new folder, or one that holds a saved dataset (it would be replaced)";
-        return Err(Error::argument("path", target.display(), expected, "choose another folder"));
+    let expected = "a new folder, or one that holds a saved dataset (it would be replaced)";
+    let fine = !target.exists() || is_dataset || is_empty;
+    ensure(fine, "path", target.display(), expected, "choose another folder")?;
+    if let Some(parent) = target.parent() {
+        fs::create_dir_all(parent).map_err(Error::io("write", parent))?;
     }
-    fs::create_dir_all(parent).map_err(Error::io("write", parent))?;
-    let temporary = Temporary(temporary_sibling(target));
-    let retired = Temporary(temporary.0.with_extension("old"));
-    fs::create_dir(&temporary.0).map_err(Error::io("write", target))?;
-    fill(&temporary.0)?;
-    if target.exists() {
-        fs::rename(target, &retired.0).map_err(Error::io("write", target))?;
-    }
-    if let Err(e) = fs::rename(&temporary.0, target) {
-        let _ = fs::rename(&retired.0, target);
-        return Err(Error::io("write", target)(e));
-    }
-    Ok(())
-}
-
-/// A folder that goes away with this value, if it is still there.
-struct Temporary(PathBuf);
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+    replace(target, |temporary| {
+        fs::create_dir(temporary).map_err(Error::io("write", temporary))?;
+        fill(temporary)
+    })
 }
 
 fn few_names(folder: &Path) -> Vec<String> {
@@ -345,13 +289,4 @@ fn few_names(folder: &Path) -> Vec<String> {
 
 fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
     fs::write(path, format!("{json:#}")).map_err(Error::io("write", path))
-}
-
-fn damaged(path: &Path) -> impl Fn(ArrowError) -> Error {
-    move |e| Error::Malformed {
-        path: path.into(),
-        format: "dataset folder",
-        detail: e.to_string(),
-        remedy: REDOWNLOAD.into(),
-    }
 }

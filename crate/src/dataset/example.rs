@@ -15,6 +15,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     features::Features,
+    py_repr::py_dict,
 };
 
 /// One row of a dataset: columns by name. Cloning is cheap for a row of a dataset.
@@ -132,40 +133,27 @@ impl Example {
 
     /// An integer column of any width.
     pub fn int(&self, column: &str) -> Result<i64> {
-        match self.value(column)? {
-            Value::Int(i) => Ok(i),
-            _ => Err(self.wrong_type(column, "an integer")),
-        }
+        self.value(column)?.as_int().ok_or_else(|| self.wrong_type(column, "an integer"))
     }
 
     /// A column of floats or integers.
     pub fn float(&self, column: &str) -> Result<f64> {
-        match self.value(column)? {
-            Value::Float(x) => Ok(x),
-            Value::Int(i) => Ok(i as f64),
-            _ => Err(self.wrong_type(column, "a number")),
-        }
+        self.value(column)?.as_float().ok_or_else(|| self.wrong_type(column, "a number"))
     }
 
     /// A column of booleans.
     pub fn bool(&self, column: &str) -> Result<bool> {
-        match self.value(column)? {
-            Value::Bool(b) => Ok(b),
-            _ => Err(self.wrong_type(column, "bool")),
-        }
+        self.value(column)?.as_bool().ok_or_else(|| self.wrong_type(column, "bool"))
     }
 
     /// A column of lists of integers of any width, without nulls.
     pub fn ints(&self, column: &str) -> Result<Vec<i64>> {
-        let wrong_type = || self.wrong_type(column, "a list of integers");
-        match self.cell(column)? {
-            Cell::Stored(array, i) => stored_ints(array, i).ok_or_else(wrong_type),
-            Cell::Made(Value::List(items)) => {
-                let as_int = |item: &Value| if let Value::Int(i) = item { Some(*i) } else { None };
-                items.iter().map(as_int).collect::<Option<_>>().ok_or_else(wrong_type)
-            }
-            Cell::Made(_) => Err(wrong_type()),
-        }
+        let ints = match self.cell(column)? {
+            Cell::Stored(array, i) => stored_ints(array, i),
+            Cell::Made(Value::List(items)) => items.iter().map(Value::as_int).collect(),
+            Cell::Made(_) => None,
+        };
+        ints.ok_or_else(|| self.wrong_type(column, "a list of integers"))
     }
 
     /// A row of a tokenized dataset: the columns `input_ids`, `attention_mask` and `labels`.
@@ -248,6 +236,6 @@ fn stored_ints(array: &ArrayRef, i: usize) -> Option<Vec<i64>> {
 /// `{'instruction': '...', 'output': '...'}`, as Python prints `ds[i]`.
 impl fmt::Display for Example {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        value::write_dict(f, self.fields().iter().map(|(name, value)| (name.as_str(), value)))
+        f.write_str(&py_dict(self.fields()))
     }
 }

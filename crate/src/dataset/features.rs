@@ -3,22 +3,23 @@
 use std::{collections::HashSet, fmt, sync::Arc};
 
 use arrow::{
-    array::{ArrayRef, Int8Builder, Int32Builder, Int64Builder, ListBuilder, RecordBatch},
-    datatypes::{DataType, Field, Schema},
+    array::{ArrayRef, ArrowPrimitiveType, ListArray, RecordBatch},
+    datatypes::{DataType, Field, Int8Type, Int32Type, Int64Type, Schema},
     error::ArrowError,
 };
 
 use super::{
     table::{BATCH_ROWS, Table},
-    value::type_name,
+    value::{nested_name, type_name},
 };
 use crate::{
     error::{Error, Result},
     features::Features,
-    py_repr::py_str,
+    py_repr::{py_dict, py_str},
 };
 
-/// The names and types of a dataset's columns; prints as `ds.features` does in Python.
+/// The names and types of a dataset's columns; prints as `ds.features` does in Python:
+/// `{'text': Value('string'), 'ids': List(Value('int32'))}`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FeatureTypes(Vec<(String, DataType)>);
 
@@ -39,61 +40,31 @@ impl FeatureTypes {
 
 impl fmt::Display for FeatureTypes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let columns: Vec<String> = self.0.iter().map(|(name, t)| format!("{}: {}", py_str(name), repr(t))).collect();
-        write!(f, "{{{}}}", columns.join(", "))
-    }
-}
-
-/// `Value('string')`, `List(Value('int32'))`, `{'role': Value('string')}`
-fn repr(dtype: &DataType) -> String {
-    match dtype {
-        DataType::List(f) => format!("List({})", repr(f.data_type())),
-        DataType::LargeList(f) => format!("LargeList({})", repr(f.data_type())),
-        DataType::FixedSizeList(f, n) => format!("List({}, length={n})", repr(f.data_type())),
-        DataType::Struct(fields) => {
-            let fields: Vec<String> =
-                fields.iter().map(|f| format!("{}: {}", py_str(f.name()), repr(f.data_type()))).collect();
-            format!("{{{}}}", fields.join(", "))
-        }
-        other => format!("Value({})", py_str(&type_name(other))),
+        let repr = |dtype: &DataType| nested_name(dtype, &|plain| format!("Value({})", py_str(&type_name(plain))));
+        f.write_str(&py_dict(self.0.iter().map(|(name, dtype)| (name, repr(dtype)))))
     }
 }
 
 /// Collects [`Features`] into Arrow columns of the types that `datasets` gives them.
 #[derive(Default)]
 pub(super) struct TokenColumns {
-    input_ids: ListBuilder<Int32Builder>,
-    attention_mask: ListBuilder<Int8Builder>,
-    labels: ListBuilder<Int64Builder>,
-    pending: usize,
+    pending: Vec<Features>,
     batches: Vec<RecordBatch>,
 }
 
 impl TokenColumns {
     /// `row` is for the error message.
-    pub fn push(&mut self, features: &Features, row: usize) -> Result<()> {
-        for (position, &id) in features.input_ids.iter().enumerate() {
-            let small = i32::try_from(id).map_err(|_| Error::TokenId {
-                row,
-                position,
-                id: id.into(),
-                vocab_size: i32::MAX as usize,
-            })?;
-            self.input_ids.values().append_value(small);
+    pub fn push(&mut self, features: Features, row: usize) -> Result<()> {
+        const LARGEST: u32 = i32::MAX as u32;
+        if let Some((position, &id)) = features.input_ids.iter().enumerate().find(|(_, id)| **id > LARGEST) {
+            return Err(Error::TokenId { row, position, id: id.into(), vocab_size: LARGEST as usize });
         }
-        for &mask in &features.attention_mask {
-            if mask > 1 {
-                let remedy = "1 for a real token, 0 for padding";
-                return Err(Error::argument("attention_mask", mask, "0 or 1", remedy).at_row(row));
-            }
-            self.attention_mask.values().append_value(mask as i8);
+        if let Some(mask) = features.attention_mask.iter().find(|mask| **mask > 1) {
+            let remedy = "1 for a real token, 0 for padding";
+            return Err(Error::argument("attention_mask", mask, "0 or 1", remedy).at_row(row));
         }
-        self.labels.values().append_slice(&features.labels);
-        self.input_ids.append(true);
-        self.attention_mask.append(true);
-        self.labels.append(true);
-        self.pending += 1;
-        if self.pending == BATCH_ROWS { self.flush() } else { Ok(()) }
+        self.pending.push(features);
+        if self.pending.len() == BATCH_ROWS { self.flush() } else { Ok(()) }
     }
 
     /// The table; `cut` are the rows that lost tokens to `max_length`.
@@ -105,15 +76,19 @@ impl TokenColumns {
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.pending = 0;
+        let rows = std::mem::take(&mut self.pending);
         let columns: Vec<ArrayRef> = vec![
-            Arc::new(self.input_ids.finish()),
-            Arc::new(self.attention_mask.finish()),
-            Arc::new(self.labels.finish()),
+            Arc::new(lists::<Int32Type, _>(rows.iter().map(|row| row.input_ids.iter().map(|id| *id as i32)))),
+            Arc::new(lists::<Int8Type, _>(rows.iter().map(|row| row.attention_mask.iter().map(|mask| *mask as i8)))),
+            Arc::new(lists::<Int64Type, _>(rows.iter().map(|row| row.labels.iter().copied()))),
         ];
         self.batches.push(RecordBatch::try_new(Arc::new(schema()), columns).map_err(impossible)?);
         Ok(())
     }
+}
+
+fn lists<T: ArrowPrimitiveType, L: Iterator<Item = T::Native>>(rows: impl Iterator<Item = L>) -> ListArray {
+    ListArray::from_iter_primitive::<T, _, _>(rows.map(|row| Some(row.map(Some))))
 }
 
 fn schema() -> Schema {

@@ -1,6 +1,7 @@
 //! Rows from files of other programs: JSON, JSONL, Parquet and CSV.
 
 use std::{
+    fmt::Display,
     fs::{self, File},
     path::Path,
     sync::Arc,
@@ -35,11 +36,11 @@ impl Dataset {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
         if text.iter().all(u8::is_ascii_whitespace) {
-            return Err(malformed(path, "JSON file", "the file is empty".into()));
+            return Err(malformed(path, "JSON file", "the file is empty"));
         }
         let is_array = text.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
         let rows = if is_array {
-            serde_json::from_slice(text).map_err(|e| malformed(path, "JSON array of rows", e.to_string()))?
+            serde_json::from_slice(text).map_err(|e| malformed(path, "JSON array of rows", e))?
         } else {
             let mut rows: Vec<JsonRow> = Vec::new();
             for row in serde_json::Deserializer::from_slice(text).into_iter() {
@@ -120,11 +121,11 @@ fn from_json_rows(rows: Vec<JsonRow>) -> Result<Dataset, String> {
     Ok(Dataset::of(Table::from_values(&names, &columns).map_err(wrong)?))
 }
 
-fn malformed(path: &Path, format: &'static str, detail: String) -> Error {
+fn malformed(path: &Path, format: &'static str, detail: impl Display) -> Error {
     let remedy = match format {
         "JSON table" => "give every row the same keys and types, with null where a value is missing",
         "CSV file" => "check that line: every line needs as many cells as the header",
         _ => "check the file at that place, or download it again",
     };
-    Error::Malformed { path: path.into(), format, detail, remedy: remedy.into() }
+    Error::malformed(path, format, detail, remedy)
 }

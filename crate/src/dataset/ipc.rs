@@ -21,12 +21,7 @@ use crate::error::{Error, Result};
 pub(super) fn read_shard(path: &Path) -> Result<(SchemaRef, Vec<RecordBatch>)> {
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     let decoded = check(&bytes).and_then(|()| catch(|| decode(bytes)));
-    decoded.map_err(|detail| Error::Malformed {
-        path: path.into(),
-        format: "Arrow IPC stream",
-        detail,
-        remedy: "copy or download this file again".into(),
-    })
+    decoded.map_err(|detail| Error::malformed(path, "Arrow IPC stream", detail, "copy or download this file again"))
 }
 
 fn decode(bytes: Vec<u8>) -> Result<(SchemaRef, Vec<RecordBatch>), String> {
@@ -41,8 +36,8 @@ fn decode(bytes: Vec<u8>) -> Result<(SchemaRef, Vec<RecordBatch>), String> {
     Ok((decoder.schema().ok_or("it has no schema")?, batches))
 }
 
-/// Walks the messages and checks what the decoder takes on trust, by a panic where it is not so:
-/// that every message, and every buffer of a message, lies inside the file.
+/// Checks what the decoder assumes and would panic on: that every message, and every buffer of a message, lies inside
+/// the file.
 fn check(bytes: &[u8]) -> Result<(), String> {
     if bytes.is_empty() {
         return Err("the file is empty".into());
@@ -117,12 +112,10 @@ pub(super) fn write_stream(
     })();
     written.map_err(|e| match e {
         ArrowError::IoError(_, source) => Error::io("write", path)(source),
-        other => Error::Malformed {
-            path: path.into(),
-            format: "Arrow IPC stream",
-            detail: other.to_string(),
-            remedy: "report this as a bug of qlora-nb: these columns cannot be written".into(),
-        },
+        other => {
+            let remedy = "report this as a bug of qlora-nb: these columns cannot be written";
+            Error::malformed(path, "Arrow IPC stream", other, remedy)
+        }
     })?;
     let file = out.inner.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
     file.sync_all().map_err(Error::io("write", path))

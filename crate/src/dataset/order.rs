@@ -4,9 +4,11 @@
 //! `numpy.random.default_rng(seed)`: one seed chooses the same rows here and in Python, so
 //! a split can be checked, or a training run repeated, in either language.
 
+use rand_pcg::rand_core::Rng;
+
 /// `numpy.random.default_rng(seed).permutation(len)`.
 pub(super) fn permutation(len: usize, seed: u64) -> Vec<usize> {
-    let mut rng = Pcg64::new(seed);
+    let mut rng = Numpy::new(seed);
     let mut order: Vec<usize> = (0..len).collect();
     for i in (1..len).rev() {
         order.swap(i, rng.at_most(i as u64) as usize);
@@ -14,39 +16,24 @@ pub(super) fn permutation(len: usize, seed: u64) -> Vec<usize> {
     order
 }
 
-/// PCG XSL-RR 128/64 (O'Neill 2014), numpy's default generator.
-struct Pcg64 {
-    state: u128,
-    increment: u128,
+/// numpy's default generator.
+struct Numpy {
+    rng: rand_pcg::Pcg64,
     /// The upper half of the last 64-bit draw: a 32-bit draw uses one half at a time.
     spare: Option<u32>,
 }
 
-impl Pcg64 {
+impl Numpy {
     fn new(seed: u64) -> Self {
         let [a, b, c, d] = seed_words(seed).map(u128::from);
-        let mut rng = Self { state: 0, increment: (c << 64 | d) << 1 | 1, spare: None };
-        rng.step();
-        rng.state = rng.state.wrapping_add(a << 64 | b);
-        rng.step();
-        rng
-    }
-
-    fn step(&mut self) {
-        const MULTIPLIER: u128 = 0x2360_ed05_1fc6_5da4_4385_df64_9fcc_f645;
-        self.state = self.state.wrapping_mul(MULTIPLIER).wrapping_add(self.increment);
-    }
-
-    fn next_u64(&mut self) -> u64 {
-        self.step();
-        ((self.state >> 64) as u64 ^ self.state as u64).rotate_right((self.state >> 122) as u32)
+        Self { rng: rand_pcg::Pcg64::new(a << 64 | b, c << 64 | d), spare: None }
     }
 
     fn next_u32(&mut self) -> u32 {
         if let Some(half) = self.spare.take() {
             return half;
         }
-        let draw = self.next_u64();
+        let draw = self.rng.next_u64();
         self.spare = Some((draw >> 32) as u32);
         draw as u32
     }
@@ -59,7 +46,7 @@ impl Pcg64 {
         }
         let mask = u64::MAX >> max.leading_zeros();
         loop {
-            let draw = if max <= u64::from(u32::MAX) { u64::from(self.next_u32()) } else { self.next_u64() };
+            let draw = if max <= u64::from(u32::MAX) { u64::from(self.next_u32()) } else { self.rng.next_u64() };
             if draw & mask <= max {
                 return draw & mask;
             }

@@ -10,7 +10,7 @@ use crate::{
         shown_by_forms,
         theme::{CELL, FAINT, TABLE},
     },
-    py_repr::py_str,
+    py_repr::{commas, py_dict, py_str},
 };
 
 /// A table shows so many rows, and so many characters of a cell.
@@ -23,16 +23,9 @@ impl fmt::Display for Dataset {
         if !self.prints_rows {
             return f.write_str(&summary(self));
         }
-        f.write_str("{")?;
-        for (i, name) in self.column_names().iter().enumerate() {
-            write!(f, "{}{}: [", if i == 0 { "" } else { ", " }, py_str(name))?;
-            for (row, example) in self.iter().enumerate() {
-                let value = example.value(name).unwrap_or_default();
-                write!(f, "{}{value}", if row == 0 { "" } else { ", " })?;
-            }
-            f.write_str("]")?;
-        }
-        f.write_str("}")
+        let values = |name: &str| commas(self.iter().map(|example| example.value(name).unwrap_or_default()));
+        let names = self.column_names();
+        f.write_str(&py_dict(names.iter().map(|name| (name, format!("[{}]", values(name))))))
     }
 }
 
@@ -96,6 +89,6 @@ pub(super) fn dict_html(dict: &DatasetDict) -> String {
 }
 
 pub(super) fn summary(dataset: &Dataset) -> String {
-    let names: Vec<String> = dataset.column_names().iter().map(|n| py_str(n)).collect();
-    format!("Dataset({{\n    features: [{}],\n    num_rows: {}\n}})", names.join(", "), dataset.len())
+    let names = commas(dataset.column_names().iter().map(|name| py_str(name)));
+    format!("Dataset({{\n    features: [{names}],\n    num_rows: {}\n}})", dataset.len())
 }

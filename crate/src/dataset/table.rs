@@ -93,8 +93,17 @@ impl Table {
     }
 
     /// The rows `start..end` as they lie in memory, batch by batch.
-    pub fn contiguous(&self, rows: Range<usize>) -> RecordBatches<'_> {
-        RecordBatches { table: self, rows }
+    pub fn contiguous(&self, mut rows: Range<usize>) -> impl Iterator<Item = RecordBatch> + '_ {
+        std::iter::from_fn(move || {
+            if rows.is_empty() {
+                return None;
+            }
+            let (batch, offset) = self.locate(rows.start);
+            let batch = &self.batches[batch];
+            let len = rows.len().min(batch.num_rows() - offset).min(BATCH_ROWS);
+            rows.start += len;
+            Some(batch.slice(offset, len))
+        })
     }
 
     /// The named rows, copied into one batch.
@@ -118,26 +127,6 @@ impl Table {
         };
         let batches = self.batches.iter().map(project).collect::<Result<_, _>>()?;
         Ok(Self { schema, batches, starts: self.starts.clone(), cut: self.cut.clone() })
-    }
-}
-
-pub(super) struct RecordBatches<'a> {
-    table: &'a Table,
-    rows: Range<usize>,
-}
-
-impl Iterator for RecordBatches<'_> {
-    type Item = RecordBatch;
-
-    fn next(&mut self) -> Option<RecordBatch> {
-        if self.rows.is_empty() {
-            return None;
-        }
-        let (batch, offset) = self.table.locate(self.rows.start);
-        let batch = &self.table.batches[batch];
-        let len = self.rows.len().min(batch.num_rows() - offset).min(BATCH_ROWS);
-        self.rows.start += len;
-        Some(batch.slice(offset, len))
     }
 }
 

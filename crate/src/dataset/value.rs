@@ -13,7 +13,7 @@ use arrow::{
     util::display::array_value_to_string,
 };
 
-use crate::py_repr::{py_bool, py_float, py_str};
+use crate::py_repr::{commas, py_bool, py_dict, py_float, py_str};
 
 /// The value of one column in one row.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -41,6 +41,35 @@ impl Value {
             Value::Struct(_) => "struct",
         }
     }
+
+    pub(super) fn as_bool(&self) -> Option<bool> {
+        if let Value::Bool(b) = self { Some(*b) } else { None }
+    }
+
+    pub(super) fn as_int(&self) -> Option<i64> {
+        if let Value::Int(i) = self { Some(*i) } else { None }
+    }
+
+    /// Of a float or an integer.
+    pub(super) fn as_float(&self) -> Option<f64> {
+        if let Value::Float(x) = self { Some(*x) } else { self.as_int().map(|i| i as f64) }
+    }
+
+    fn as_text(&self) -> Option<&str> {
+        if let Value::Text(text) = self { Some(text) } else { None }
+    }
+
+    fn as_list(&self) -> &[Value] {
+        if let Value::List(items) = self { items } else { &[] }
+    }
+
+    /// The value of a struct's field.
+    fn field(&self, name: &str) -> &Value {
+        match self {
+            Value::Struct(fields) => fields.iter().find(|(n, _)| n == name).map_or(&Value::Null, |(_, v)| v),
+            _ => &Value::Null,
+        }
+    }
 }
 
 /// As Python's `repr` prints it.
@@ -52,28 +81,10 @@ impl fmt::Display for Value {
             Value::Int(i) => write!(f, "{i}"),
             Value::Float(x) => f.write_str(&py_float(*x)),
             Value::Text(s) => f.write_str(&py_str(s)),
-            Value::List(items) => {
-                f.write_str("[")?;
-                for (i, item) in items.iter().enumerate() {
-                    write!(f, "{}{item}", if i == 0 { "" } else { ", " })?;
-                }
-                f.write_str("]")
-            }
-            Value::Struct(fields) => write_dict(f, fields.iter().map(|(name, value)| (name.as_str(), value))),
+            Value::List(items) => write!(f, "[{}]", commas(items)),
+            Value::Struct(fields) => f.write_str(&py_dict(fields.iter().map(|(name, value)| (name, value)))),
         }
     }
-}
-
-/// `{'name': value, ...}`
-pub(super) fn write_dict<'a>(
-    f: &mut fmt::Formatter<'_>,
-    fields: impl Iterator<Item = (&'a str, &'a Value)>,
-) -> fmt::Result {
-    f.write_str("{")?;
-    for (i, (name, value)) in fields.enumerate() {
-        write!(f, "{}{}: {value}", if i == 0 { "" } else { ", " }, py_str(name))?;
-    }
-    f.write_str("}")
 }
 
 impl From<serde_json::Value> for Value {
@@ -130,7 +141,6 @@ pub(super) fn read(array: &dyn Array, i: usize) -> Value {
     if array.is_null(i) {
         return Value::Null;
     }
-    let one = || array.slice(i, 1);
     match array.data_type() {
         DataType::Null => Value::Null,
         DataType::Boolean => Value::Bool(array.as_boolean().value(i)),
@@ -142,14 +152,10 @@ pub(super) fn read(array: &dyn Array, i: usize) -> Value {
             let x = array.as_primitive::<UInt64Type>().value(i);
             i64::try_from(x).map_or(Value::Float(x as f64), Value::Int)
         }
-        t if t.is_integer() => match cast(&one(), &DataType::Int64) {
-            Ok(x) => read(&x, 0),
-            Err(_) => as_text(array, i),
-        },
-        t if t.is_floating() => match cast(&one(), &DataType::Float64) {
-            Ok(x) => read(&x, 0),
-            Err(_) => as_text(array, i),
-        },
+        t if t.is_integer() || t.is_floating() => {
+            let widest = if t.is_integer() { DataType::Int64 } else { DataType::Float64 };
+            cast(&array.slice(i, 1), &widest).map_or_else(|_| as_text(array, i), |x| read(&x, 0))
+        }
         DataType::List(_) => read_list(array.as_list::<i32>(), i),
         DataType::LargeList(_) => read_list(array.as_list::<i64>(), i),
         DataType::FixedSizeList(..) => read_all(&array.as_fixed_size_list().value(i)),
@@ -227,29 +233,18 @@ fn list_of(item: DataType) -> DataType {
 /// A column of `dtype`, which must be what `unify` made of all of `values`.
 pub(super) fn build(dtype: &DataType, values: &[&Value]) -> ArrayRef {
     match dtype {
-        DataType::Boolean => {
-            let as_bool = |v: &&Value| if let Value::Bool(b) = v { Some(*b) } else { None };
-            Arc::new(values.iter().map(as_bool).collect::<BooleanArray>())
-        }
-        DataType::Int64 => {
-            let as_int = |v: &&Value| if let Value::Int(i) = v { Some(*i) } else { None };
-            Arc::new(values.iter().map(as_int).collect::<Int64Array>())
-        }
-        DataType::Float64 => Arc::new(values.iter().map(|v| as_float(v)).collect::<Float64Array>()),
-        DataType::Utf8 => {
-            let as_text = |v: &&'_ Value| if let Value::Text(s) = *v { Some(s.clone()) } else { None };
-            Arc::new(values.iter().map(as_text).collect::<StringArray>())
-        }
+        DataType::Boolean => Arc::new(values.iter().map(|v| v.as_bool()).collect::<BooleanArray>()),
+        DataType::Int64 => Arc::new(values.iter().map(|v| v.as_int()).collect::<Int64Array>()),
+        DataType::Float64 => Arc::new(values.iter().map(|v| v.as_float()).collect::<Float64Array>()),
+        DataType::Utf8 => Arc::new(values.iter().map(|v| v.as_text()).collect::<StringArray>()),
         DataType::List(field) => {
-            let items = |v: &&Value| if let Value::List(items) = v { items.len() } else { 0 };
-            let offsets = OffsetBuffer::from_lengths(values.iter().map(items));
-            let flat: Vec<&Value> =
-                values.iter().flat_map(|v| if let Value::List(items) = v { items.as_slice() } else { &[] }).collect();
+            let offsets = OffsetBuffer::from_lengths(values.iter().map(|v| v.as_list().len()));
+            let flat: Vec<&Value> = values.iter().flat_map(|v| v.as_list()).collect();
             Arc::new(ListArray::new(field.clone(), offsets, build(field.data_type(), &flat), not_null(values)))
         }
         DataType::Struct(fields) => {
             let column = |field: &Arc<Field>| {
-                let column: Vec<&Value> = values.iter().map(|v| field_of(v, field.name())).collect();
+                let column: Vec<&Value> = values.iter().map(|v| v.field(field.name())).collect();
                 build(field.data_type(), &column)
             };
             let columns = fields.iter().map(column).collect();
@@ -262,40 +257,29 @@ pub(super) fn build(dtype: &DataType, values: &[&Value]) -> ArrayRef {
     }
 }
 
-fn as_float(value: &Value) -> Option<f64> {
-    match value {
-        Value::Float(x) => Some(*x),
-        Value::Int(i) => Some(*i as f64),
-        _ => None,
-    }
-}
-
-fn field_of<'a>(value: &'a Value, name: &str) -> &'a Value {
-    match value {
-        Value::Struct(fields) => fields.iter().find(|(n, _)| n == name).map_or(&Value::Null, |(_, v)| v),
-        _ => &Value::Null,
-    }
-}
-
 fn not_null(values: &[&Value]) -> Option<NullBuffer> {
     values.contains(&&Value::Null).then(|| values.iter().map(|v| **v != Value::Null).collect())
 }
 
 /// A type's name as `datasets` writes it: `string`, `int64`, `List(int32)`, ...
 pub(super) fn type_name(dtype: &DataType) -> String {
-    match dtype {
+    nested_name(dtype, &|plain| match plain {
         DataType::Utf8 => "string".into(),
         DataType::LargeUtf8 => "large_string".into(),
         DataType::Boolean => "bool".into(),
-        DataType::List(f) => format!("List({})", type_name(f.data_type())),
-        DataType::LargeList(f) => format!("LargeList({})", type_name(f.data_type())),
-        DataType::FixedSizeList(f, n) => format!("List({}, length={n})", type_name(f.data_type())),
-        DataType::Struct(fields) => {
-            let fields: Vec<String> =
-                fields.iter().map(|f| format!("{}: {}", py_str(f.name()), type_name(f.data_type()))).collect();
-            format!("{{{}}}", fields.join(", "))
-        }
         other => other.to_string().to_lowercase(),
+    })
+}
+
+/// The name of a type, where `plain` names what is neither a list nor a struct.
+pub(super) fn nested_name(dtype: &DataType, plain: &dyn Fn(&DataType) -> String) -> String {
+    let of = |field: &Field| nested_name(field.data_type(), plain);
+    match dtype {
+        DataType::List(f) => format!("List({})", of(f)),
+        DataType::LargeList(f) => format!("LargeList({})", of(f)),
+        DataType::FixedSizeList(f, n) => format!("List({}, length={n})", of(f)),
+        DataType::Struct(fields) => py_dict(fields.iter().map(|f| (f.name(), of(f)))),
+        other => plain(other),
     }
 }
 

@@ -35,11 +35,7 @@ impl Bar<'_> {
     /// `Map: 1,000 of 5,000 rows, 1,234 rows/s, 0:03 left`.
     pub fn text(&self) -> String {
         let comma = if self.message.is_empty() { "" } else { ", " };
-        let (what, message) = (self.what, self.message);
-        match self.stage {
-            Stage::Running => format!("{what}: {}{comma}{message}, {}, {}", self.counts(), self.speed(), self.left()),
-            _ => format!("{what}: {}{comma}{message}, {}", self.counts(), self.speed()),
-        }
+        format!("{}: {}{comma}{}, {}", self.what, self.counts(), self.message, self.pace())
     }
 
     /// The same with a bar, for a light and for a dark page.
@@ -52,10 +48,6 @@ impl Bar<'_> {
         };
         let percent =
             if self.total == 0 { 100.0 } else { 100.0 * self.done.min(self.total) as f64 / self.total as f64 };
-        let right = match self.stage {
-            Stage::Running => format!("{}, {}", self.speed(), self.left()),
-            _ => self.speed(),
-        };
         let message = match self.message {
             "" => String::new(),
             message => format!("<div style=\"{FAINT}\">{}</div>", escape_html(message)),
@@ -64,11 +56,13 @@ impl Bar<'_> {
         format!(
             "<div style=\"{TEXT};max-width:640px;padding:.25em 0\">\
              <div style=\"display:flex;justify-content:space-between;gap:1em;font-variant-numeric:tabular-nums\">\
-             <span><b>{what}</b>&ensp;{counts}</span><span style=\"{FAINT}\">{right}</span></div>\
+             <span><b>{what}</b>&ensp;{counts}</span><span style=\"{FAINT}\">{}</span></div>\
              <div role=\"progressbar\" aria-label=\"{what}\" aria-valuemin=\"0\" aria-valuemax=\"{}\" \
              aria-valuenow=\"{}\" style=\"{TRACK};height:8px;margin:4px 0\">\
              <div style=\"width:{percent:.1}%;height:100%;background:{color}\"></div></div>{message}</div>",
-            self.total, self.done,
+            self.pace(),
+            self.total,
+            self.done,
         )
     }
 
@@ -88,15 +82,15 @@ impl Bar<'_> {
         self.done.saturating_sub(self.first) as f64 / self.elapsed.as_secs_f64().max(1e-9)
     }
 
-    fn speed(&self) -> String {
-        format!("{} {}/s", rate(self.per_second()), self.unit)
-    }
-
-    fn left(&self) -> String {
-        match Duration::try_from_secs_f64(self.total.saturating_sub(self.done) as f64 / self.per_second()) {
-            Ok(left) => format!("{} left", duration(left)),
-            Err(_) => "? left".into(),
+    /// `2.00 steps/s`, and while it runs the time left.
+    fn pace(&self) -> String {
+        let speed = format!("{} {}/s", rate(self.per_second()), self.unit);
+        if self.stage != Stage::Running {
+            return speed;
         }
+        let left = self.total.saturating_sub(self.done) as f64 / self.per_second();
+        let left = Duration::try_from_secs_f64(left).map_or("?".into(), duration);
+        format!("{speed}, {left} left")
     }
 }
 

@@ -1,4 +1,6 @@
-//! A memory report as a table with bars.
+//! Named amounts of memory: as text, and as a table with bars.
+
+use std::fmt;
 
 use super::{
     Forms,
@@ -6,14 +8,43 @@ use super::{
     rich::shown_by_forms,
     theme::{BLUE, CELL, FAINT, NUMBER, TABLE, TEXT, TRACK},
 };
-use crate::models::memory::MemoryReport;
+
+/// One term of a report.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemoryTerm {
+    pub name: String,
+    pub bytes: usize,
+}
+
+/// Named amounts of memory that add up.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MemoryReport {
+    pub terms: Vec<MemoryTerm>,
+}
 
 impl MemoryReport {
+    /// Adds a term unless it is nothing.
+    pub fn add(&mut self, name: impl Into<String>, bytes: usize) {
+        if bytes > 0 {
+            self.terms.push(MemoryTerm { name: name.into(), bytes });
+        }
+    }
+
+    /// Appends the terms of another report.
+    pub fn extend(&mut self, other: Self) {
+        self.terms.extend(other.terms);
+    }
+
+    /// The sum of the terms.
+    pub fn total(&self) -> usize {
+        self.terms.iter().map(|t| t.bytes).sum()
+    }
+
     /// The terms as an HTML table, each with its share of the total as a bar.
     pub fn to_html(&self) -> String {
         let total = self.total();
         let row = |name: &str, bytes: usize, style: &str, bar: &str| {
-            let mib = bytes as f64 / (1 << 20) as f64;
+            let mib = mib(bytes);
             format!(
                 "<tr style=\"background:transparent;{style}\"><td style=\"{CELL}\">{}</td>\
                  <td style=\"{NUMBER}\">{mib:.2} MiB</td><td style=\"{CELL};min-width:12em\">{bar}</td></tr>",
@@ -39,6 +70,20 @@ impl MemoryReport {
     pub fn forms(&self) -> Forms {
         vec![("text/html", self.to_html()), ("text/plain", self.to_string())]
     }
+}
+
+impl fmt::Display for MemoryReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.terms.iter().map(|t| t.name.chars().count()).max().unwrap_or(0).max(5);
+        for MemoryTerm { name, bytes } in &self.terms {
+            writeln!(f, "{name:<width$}  {:>9.2} MiB", mib(*bytes))?;
+        }
+        write!(f, "{:<width$}  {:>9.2} MiB", "total", mib(self.total()))
+    }
+}
+
+fn mib(bytes: usize) -> f64 {
+    bytes as f64 / (1 << 20) as f64
 }
 
 shown_by_forms!(MemoryReport);

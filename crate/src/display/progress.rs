@@ -86,10 +86,12 @@ impl Progress {
 
     /// Progress of a call that goes on where an earlier one stopped.
     pub fn starting_at(what: &str, first: usize, total: usize, unit: &'static str) -> Self {
-        let place = match () {
-            () if Live::is_possible() => Place::Cell,
-            () if super::live_terminal() => Place::Terminal(terminal_bar(first, total)),
-            () => Place::Lines,
+        let place = if Live::is_possible() {
+            Place::Cell
+        } else if super::live_terminal() {
+            Place::Terminal(terminal_bar(first, total))
+        } else {
+            Place::Lines
         };
         Self::at(place, what, first, total, unit)
     }

@@ -5,6 +5,7 @@ use std::{fmt, fs, path::Path};
 use super::protocol;
 use crate::{
     error::{Error, Result},
+    names::debug_as_display,
     safe_file::write_atomically,
 };
 
@@ -137,12 +138,7 @@ impl fmt::Display for Html {
     }
 }
 
-impl fmt::Debug for Html {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
+debug_as_display!(Html);
 shown_by_forms!(Svg, Html);
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::error::{Result, ensure};
 
 /// How text is generated. Names and meanings are those of `transformers`.
 ///
@@ -77,27 +77,26 @@ const NOT_HERE: [(&str, f64); 20] = [
 impl GenerationConfig {
     /// What a checkpoint's `generation_config.json` asks for.
     pub fn from_checkpoint(defaults: &Value) -> Result<Self> {
-        let wrong = |key: &str, expected: &str| {
+        let check = |fine: bool, key: &str, expected: &str| {
             let name = format!("{key} in generation_config.json");
-            Err(Error::argument(&name, &defaults[key], expected, "correct the file, or set the argument yourself"))
+            ensure(fine, &name, &defaults[key], expected, "correct the file, or set the argument yourself")
         };
-        let number = |key: &str| match &defaults[key] {
-            Value::Null => Ok(None),
-            value => value.as_f64().map_or_else(|| wrong(key, "a number").map(|()| None), |x| Ok(Some(x))),
+        let number = |key: &str| {
+            let value = &defaults[key];
+            check(value.is_null() || value.is_number(), key, "a number").map(|()| value.as_f64())
         };
-        let count = |key: &str| match number(key)? {
-            Some(x) if x < 0.0 || x.fract() != 0.0 || x > 1e15 => wrong(key, "a count").map(|()| None),
-            x => Ok(x.map(|x| x as usize)),
+        let count = |key: &str| -> Result<Option<usize>> {
+            let n = number(key)?;
+            check(n.is_none_or(|n| n.fract() == 0.0 && (0.0..=1e15).contains(&n)), key, "a count")?;
+            Ok(n.map(|n| n as usize))
         };
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let eos_token_id = match &defaults["eos_token_id"] {
-            Value::Null => None,
-            Value::Array(ids) => ids.iter().map(id).collect::<Option<Vec<u32>>>(),
+        let end = &defaults["eos_token_id"];
+        let eos_token_id = match end {
+            Value::Array(ids) => ids.iter().map(id).collect(),
             one => id(one).map(|id| vec![id]),
         };
-        if eos_token_id.is_none() && !defaults["eos_token_id"].is_null() {
-            wrong("eos_token_id", "a token id or a list of them")?;
-        }
+        check(end.is_null() || eos_token_id.is_some(), "eos_token_id", "a token id or a list of them")?;
         Ok(Self {
             max_length: count("max_length")?,
             max_new_tokens: count("max_new_tokens")?,
@@ -196,11 +195,10 @@ enum Limit {
 impl Settings {
     pub fn new(config: &GenerationConfig, defaults: &Value) -> Result<Self> {
         let config = config.or(&GenerationConfig::from_checkpoint(defaults)?);
+        if let Some(new) = config.max_new_tokens {
+            ensure(new > 0, "max_new_tokens", new, "at least 1", "ask for at least one token, or leave it out")?;
+        }
         let limit = match (config.max_new_tokens, config.max_length) {
-            (Some(0), _) => {
-                let remedy = "ask for at least one token, or leave it out";
-                return Err(Error::argument("max_new_tokens", 0, "at least 1", remedy));
-            }
             (Some(new), _) => Limit::New(new),
             (None, Some(total)) => Limit::Total(total),
             (None, None) => Limit::Default {
@@ -210,29 +208,23 @@ impl Settings {
         let sampling = (config.temperature.unwrap_or(1.0), config.top_k.unwrap_or(50), config.top_p.unwrap_or(1.0));
         if config.do_sample {
             let (temperature, _, top_p) = sampling;
-            if !(temperature > 0.0 && temperature.is_finite()) {
-                let remedy = "for the most likely token at each step set do_sample: false";
-                return Err(Error::argument("temperature", temperature, "a number above 0", remedy));
-            }
-            if !(top_p > 0.0 && top_p <= 1.0) {
-                let remedy = "use e.g. 0.9, or 1.0 for all tokens";
-                return Err(Error::argument("top_p", top_p, "above 0, at most 1", remedy));
-            }
+            let remedy = "for the most likely token at each step set do_sample: false";
+            let fine = temperature > 0.0 && temperature.is_finite();
+            ensure(fine, "temperature", temperature, "a number above 0", remedy)?;
+            let remedy = "use e.g. 0.9, or 1.0 for all tokens";
+            ensure(top_p > 0.0 && top_p <= 1.0, "top_p", top_p, "above 0, at most 1", remedy)?;
         }
-        let repetition_penalty = config.repetition_penalty.unwrap_or(1.0);
-        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
-            let remedy = "use 1.0 for none, e.g. 1.2 against repetition";
-            return Err(Error::argument("repetition_penalty", repetition_penalty, "a number above 0", remedy));
-        }
+        let penalty = config.repetition_penalty.unwrap_or(1.0);
+        let remedy = "use 1.0 for none, e.g. 1.2 against repetition";
+        ensure(penalty > 0.0 && penalty.is_finite(), "repetition_penalty", penalty, "a number above 0", remedy)?;
         let num_return_sequences = config.num_return_sequences.unwrap_or(1);
-        if num_return_sequences == 0 || (num_return_sequences > 1 && !config.do_sample) {
-            let expected = "1, or more with do_sample: true: without chance all would be the same";
-            let remedy = "set do_sample: true, or leave num_return_sequences out";
-            return Err(Error::argument("num_return_sequences", num_return_sequences, expected, remedy));
-        }
+        let fine = num_return_sequences == 1 || (num_return_sequences > 1 && config.do_sample);
+        let expected = "1, or more with do_sample: true: without chance all would be the same";
+        let remedy = "set do_sample: true, or leave num_return_sequences out";
+        ensure(fine, "num_return_sequences", num_return_sequences, expected, remedy)?;
         Ok(Self {
             sampling: config.do_sample.then_some(sampling),
-            repetition_penalty,
+            repetition_penalty: penalty,
             eos_token_id: config.eos_token_id.unwrap_or_default(),
             min_new_tokens: config.min_new_tokens.unwrap_or(0),
             num_return_sequences,
@@ -251,12 +243,9 @@ impl Settings {
                 ("max_position_embeddings", positions.min(prompt_length + 20))
             }
         };
-        match total.checked_sub(prompt_length) {
-            Some(new @ 1..) => Ok(new),
-            _ => {
-                let expected = format!("more than the {prompt_length} tokens of prompt {prompt}: it counts the prompt");
-                Err(Error::argument(name, total, &expected, "raise it, set max_new_tokens, or shorten the prompt"))
-            }
-        }
+        let expected = format!("more than the {prompt_length} tokens of prompt {prompt}: it counts the prompt");
+        let remedy = "raise it, set max_new_tokens, or shorten the prompt";
+        ensure(total > prompt_length, name, total, &expected, remedy)?;
+        Ok(total - prompt_length)
     }
 }

@@ -1,6 +1,7 @@
 //! Choosing a token from processed logits.
 
 use super::processors::{Scratch, highest, sum};
+use crate::backend::dropout::mix;
 
 /// A stream of random numbers: SplitMix64. One draw a token, so that what a sequence becomes
 /// depends on its seed and its own logits, not on the batch that it is in.
@@ -11,23 +12,19 @@ impl Rng {
     /// The stream number `stream` of a seed.
     pub fn new(seed: u64, stream: u64) -> Self {
         // The seed is mixed before the stream is added, or neighbouring seeds would share streams.
-        Self(mix(mix(seed.wrapping_add(GAMMA)) ^ stream.wrapping_mul(GAMMA)))
+        Self(mix((mix(seed) ^ stream.wrapping_mul(GAMMA)).wrapping_sub(GAMMA)))
     }
 
     /// Uniform in [0, 1), 53 bits.
     pub fn uniform(&mut self) -> f64 {
+        let draw = mix(self.0);
         self.0 = self.0.wrapping_add(GAMMA);
-        (mix(self.0) >> 11) as f64 / (1u64 << 53) as f64
+        (draw >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 
+/// SplitMix64's step, which `mix` adds to its argument.
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
-
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
 
 /// The most likely token; of equal ones the first.
 pub fn greedy(logits: &[f32]) -> u32 {

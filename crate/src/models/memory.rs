@@ -1,10 +1,9 @@
 //! Where memory goes, term by term: the weights as they are, a training step before it runs.
 
-use std::fmt;
-
 use candle_core::{DType, Tensor};
 
 use super::decoder::Decoder;
+pub use crate::display::{MemoryReport, MemoryTerm};
 use crate::{
     backend::{self, operands::Weight, run::Saved},
     error::Result,
@@ -41,19 +40,6 @@ pub struct StepShape {
     /// Tokens with a label.
     pub labels: usize,
     pub gradient_checkpointing: bool,
-}
-
-/// One term of a report.
-#[derive(Clone, Debug, PartialEq)]
-pub struct MemoryTerm {
-    pub name: String,
-    pub bytes: usize,
-}
-
-/// Named amounts of memory that add up.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct MemoryReport {
-    pub terms: Vec<MemoryTerm>,
 }
 
 impl MemoryReport {
@@ -132,42 +118,11 @@ impl MemoryReport {
         });
         dense.sum()
     }
-
-    /// Adds a term unless it is nothing.
-    pub fn add(&mut self, name: impl Into<String>, bytes: usize) {
-        if bytes > 0 {
-            self.terms.push(MemoryTerm { name: name.into(), bytes });
-        }
-    }
-
-    /// Appends the terms of another report.
-    pub fn extend(&mut self, other: Self) {
-        self.terms.extend(other.terms);
-    }
-
-    /// The sum of the terms.
-    pub fn total(&self) -> usize {
-        self.terms.iter().map(|t| t.bytes).sum()
-    }
-}
-
-impl fmt::Display for MemoryReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let width = self.terms.iter().map(|t| t.name.chars().count()).max().unwrap_or(0).max(5);
-        for MemoryTerm { name, bytes } in &self.terms {
-            writeln!(f, "{name:<width$}  {:>9.2} MiB", mib(*bytes))?;
-        }
-        write!(f, "{:<width$}  {:>9.2} MiB", "total", mib(self.total()))
-    }
 }
 
 /// Bytes that a tensor's memory has: on a GPU a table may have rows that are padding.
 fn bytes(t: &Tensor) -> usize {
     backend::of(t.device()).map_or(0, |backend| backend.num_bytes(t))
-}
-
-fn mib(bytes: usize) -> f64 {
-    bytes as f64 / (1 << 20) as f64
 }
 
 /// This process's memory in RAM now, bytes (Linux; 0 elsewhere).

@@ -1,20 +1,19 @@
 //! `LoraConfig`: what an adapter looks like.
 
-use std::{collections::BTreeMap, fmt};
+use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{
-    config_file::peft_defaults,
-    targets::{Matcher, TargetModules, compile},
-};
+use super::target_modules::{TargetModules, compile};
 use crate::{
-    error::{Error, Result},
-    py_repr::{py_bool, py_float, py_str},
+    error::{Result, ensure},
+    names::with_defaults,
 };
 
+with_defaults! {
 /// The configuration of a LoRA adapter. Fields and defaults are PEFT's; what PEFT can do and
-/// this crate cannot (DoRA, trained biases, ...) is not a field, and a file that asks for it is refused.
+/// this crate cannot (trained biases, other starts, ...) is not a field, and a file that asks for it is refused.
 ///
 /// ```
 /// use qlora_nb::peft::config::{LoraConfig, TaskType};
@@ -24,75 +23,61 @@ use crate::{
 /// assert_eq!(config.scaling_of("transformer.h.0.self_attention.query_key_value")?, 0.5);
 /// # Ok::<(), qlora_nb::error::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LoraConfig {
     /// What the model is for.
-    pub task_type: TaskType,
+    #[serde(skip_deserializing)]
+    pub task_type: TaskType = TaskType::CausalLm,
     /// Rank of the update: `lora_A` is `[r, in]`, `lora_B` is `[out, r]`.
-    pub r: usize,
+    pub r: usize = 8,
     /// The update is multiplied by `lora_alpha / r`.
-    pub lora_alpha: usize,
+    pub lora_alpha: usize = 8,
     /// Probability of dropping each input element of the adapter in training, 0 to below 1.
-    pub lora_dropout: f64,
+    pub lora_dropout: f64 = 0.0,
     /// The linear layers to adapt: names, `"all-linear"` or a regular expression.
-    pub target_modules: TargetModules,
+    pub target_modules: TargetModules = TargetModules::ModelDefault,
     /// Layers that stay as they are though `target_modules` matches them.
-    pub exclude_modules: Option<TargetModules>,
+    pub exclude_modules: Option<TargetModules> = None,
+    /// Modules that learn as a whole and are saved with the adapter: names, or ends of names.
+    pub modules_to_save: Option<Vec<String>> = None,
     /// Multiply by `lora_alpha / sqrt(r)` instead.
-    pub use_rslora: bool,
+    pub use_rslora: bool = false,
+    /// Learn the length of each row of the adapted weight apart from its direction (DoRA, arXiv:2402.09353).
+    pub use_dora: bool = false,
     /// How `lora_A` and `lora_B` start.
-    pub init_lora_weights: InitLoraWeights,
+    pub init_lora_weights: InitLoraWeights = InitLoraWeights::Default,
     /// Adapt these layers only, counted from 0. Not together with a regular expression.
-    pub layers_to_transform: Option<Vec<usize>>,
+    pub layers_to_transform: Option<Vec<usize>> = None,
     /// The name of the list of layers in the module paths (`h`, `layers`), where it is not plain.
-    pub layers_pattern: Option<Vec<String>>,
+    pub layers_pattern: Option<Vec<String>> = None,
     /// Other ranks for some layers: name or regular expression, rank.
-    pub rank_pattern: BTreeMap<String, usize>,
+    pub rank_pattern: BTreeMap<String, usize> = BTreeMap::new(),
     /// Other alphas for some layers: name or regular expression, alpha.
-    pub alpha_pattern: BTreeMap<String, usize>,
+    pub alpha_pattern: BTreeMap<String, usize> = BTreeMap::new(),
     /// The base model. `get_peft_model` fills it in.
-    pub base_model_name_or_path: Option<String>,
+    pub base_model_name_or_path: Option<String> = None,
     /// The base model's revision on the hub.
-    pub revision: Option<String>,
+    pub revision: Option<String> = None,
     /// The adapter is for use, not for training. Saved adapters say so.
-    pub inference_mode: bool,
+    pub inference_mode: bool = false,
     /// The release of PEFT that wrote the file; by default the one whose format this is.
-    pub peft_version: Option<String>,
+    pub peft_version: Option<String> = None,
 }
-
-impl Default for LoraConfig {
-    fn default() -> Self {
-        Self {
-            task_type: TaskType::CausalLm,
-            r: 8,
-            lora_alpha: 8,
-            lora_dropout: 0.0,
-            target_modules: TargetModules::ModelDefault,
-            exclude_modules: None,
-            use_rslora: false,
-            init_lora_weights: InitLoraWeights::Default,
-            layers_to_transform: None,
-            layers_pattern: None,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
-            base_model_name_or_path: None,
-            revision: None,
-            inference_mode: false,
-            peft_version: None,
-        }
-    }
 }
 
 /// What a model is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum TaskType {
     /// Predicting the next token, `CAUSAL_LM`.
     #[default]
+    #[serde(rename = "CAUSAL_LM")]
     CausalLm,
 }
 
 /// How an adapter starts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Value", try_from = "Value")]
 pub enum InitLoraWeights {
     /// A from `kaiming_uniform(a = sqrt 5)`, B zero: the adapter starts as no change. `True` in PEFT.
     #[default]
@@ -110,104 +95,59 @@ impl From<bool> for InitLoraWeights {
     }
 }
 
+impl From<InitLoraWeights> for Value {
+    fn from(init: InitLoraWeights) -> Self {
+        match init {
+            InitLoraWeights::Default => true.into(),
+            InitLoraWeights::Random => false.into(),
+            InitLoraWeights::Gaussian => "gaussian".into(),
+        }
+    }
+}
+
+impl TryFrom<Value> for InitLoraWeights {
+    type Error = &'static str;
+
+    fn try_from(value: Value) -> Result<Self, &'static str> {
+        match value {
+            Value::Bool(default) => Ok(default.into()),
+            Value::String(name) if name == "gaussian" => Ok(Self::Gaussian),
+            _ => Err("expected true, false or \"gaussian\""),
+        }
+    }
+}
+
 impl LoraConfig {
     /// Refuses values outside their domains.
     pub fn validate(&self) -> Result<()> {
-        let refuse = |name: &str, got: &dyn fmt::Display, expected: &str, remedy: &str| {
-            Err(Error::argument(name, got, expected, remedy))
-        };
-        if self.r == 0 {
-            return refuse("r", &self.r, "a rank of at least 1", "use 8");
-        }
-        if let Some((name, r)) = self.rank_pattern.iter().find(|(_, r)| **r == 0) {
-            return refuse(&format!("rank_pattern[{name:?}]"), r, "a rank of at least 1", "use 8, or exclude_modules");
+        let rank = "a rank of at least 1";
+        ensure(self.r > 0, "r", self.r, rank, "use 8")?;
+        for (name, r) in &self.rank_pattern {
+            ensure(*r > 0, &format!("rank_pattern[{name:?}]"), r, rank, "use 8, or exclude_modules")?;
         }
         for (field, patterns) in [("rank_pattern", &self.rank_pattern), ("alpha_pattern", &self.alpha_pattern)] {
-            for pattern in patterns.keys() {
-                compile(pattern, field)?;
-            }
+            patterns.keys().try_for_each(|pattern| compile(pattern, field).map(drop))?;
         }
-        if !(0.0..1.0).contains(&self.lora_dropout) {
-            return refuse("lora_dropout", &self.lora_dropout, "0 to below 1", "use 0.0, or a small value like 0.05");
-        }
-        if matches!(&self.target_modules, TargetModules::Names(names) if names.is_empty()) {
-            let remedy = "name the layers, e.g. [\"query_key_value\"].into(), or use \"all-linear\".into()";
-            return refuse("target_modules", &"[]", "at least one name", remedy);
-        }
-        if self.layers_to_transform.is_some() && matches!(self.target_modules, TargetModules::Regex(_)) {
-            let expected = "none beside a regular expression in target_modules";
-            return refuse("layers_to_transform", &"set", expected, "name the layers' numbers in the expression");
-        }
-        if self.layers_pattern.as_ref().is_some_and(|p| !p.is_empty()) && self.layers_to_transform.is_none() {
-            let expected = "none without layers_to_transform";
-            return refuse("layers_pattern", &"set", expected, "set layers_to_transform, or leave layers_pattern out");
-        }
-        for (field, modules) in
-            [("target_modules", Some(&self.target_modules)), ("exclude_modules", self.exclude_modules.as_ref())]
-        {
-            match modules {
-                None | Some(TargetModules::ModelDefault) => {}
-                Some(modules) => drop(Matcher::new(modules, field)?),
+        let (p, remedy) = (self.lora_dropout, "use 0.0, or a small value like 0.05");
+        ensure((0.0..1.0).contains(&p), "lora_dropout", p, "0 to below 1", remedy)?;
+        let none_named = matches!(&self.target_modules, TargetModules::Names(names) if names.is_empty());
+        let remedy = "name the layers, e.g. [\"query_key_value\"].into(), or use \"all-linear\".into()";
+        ensure(!none_named, "target_modules", "[]", "at least one name", remedy)?;
+        let by_regex = matches!(self.target_modules, TargetModules::Regex(_));
+        let fine = self.layers_to_transform.is_none() || !by_regex;
+        let expected = "none beside a regular expression in target_modules";
+        ensure(fine, "layers_to_transform", "set", expected, "name the layers' numbers in the expression")?;
+        let fine = self.layers_to_transform.is_some() || self.layers_pattern.as_ref().is_none_or(|p| p.is_empty());
+        let remedy = "set layers_to_transform, or leave layers_pattern out";
+        ensure(fine, "layers_pattern", "set", "none without layers_to_transform", remedy)?;
+        let modules =
+            [("target_modules", Some(&self.target_modules)), ("exclude_modules", self.exclude_modules.as_ref())];
+        for (field, modules) in modules {
+            if let Some(modules) = modules.filter(|modules| **modules != TargetModules::ModelDefault) {
+                drop(modules.matcher(field)?);
             }
         }
         Ok(())
-    }
-}
-
-/// As PEFT's `repr`.
-impl fmt::Display for LoraConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("LoraConfig(")?;
-        for (i, (key, default)) in peft_defaults().iter().enumerate() {
-            let separator = if i == 0 { "" } else { ", " };
-            let value = match key.as_str() {
-                "task_type" => "<TaskType.CAUSAL_LM: 'CAUSAL_LM'>".into(),
-                "peft_type" => "<PeftType.LORA: 'LORA'>".into(),
-                "target_modules" => self.target_modules.to_string(),
-                "exclude_modules" => self.exclude_modules.as_ref().map_or("None".into(), TargetModules::to_string),
-                // The one field that is printed and never saved stands before `lora_bias`.
-                "lora_bias" => {
-                    format!("{separator}runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=False), {key}=False")
-                }
-                _ => py_value(&self.field(key).unwrap_or_else(|| default.clone())),
-            };
-            match key.as_str() {
-                "lora_bias" => f.write_str(&value)?,
-                _ => write!(f, "{separator}{key}={value}")?,
-            }
-        }
-        f.write_str(")")
-    }
-}
-
-/// Names as the set that PEFT makes of them, in the order given.
-impl fmt::Display for TargetModules {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::ModelDefault => f.write_str("None"),
-            Self::AllLinear => f.write_str("'all-linear'"),
-            Self::Regex(pattern) => f.write_str(&py_str(pattern)),
-            Self::Names(names) if names.is_empty() => f.write_str("set()"),
-            Self::Names(names) => {
-                let names: Vec<String> = names.iter().map(|name| py_str(name)).collect();
-                write!(f, "{{{}}}", names.join(", "))
-            }
-        }
-    }
-}
-
-fn py_value(value: &Value) -> String {
-    match value {
-        Value::Null => "None".into(),
-        Value::Bool(b) => py_bool(*b).into(),
-        Value::Number(n) if n.is_f64() => py_float(n.as_f64().unwrap_or(f64::NAN)),
-        Value::Number(n) => n.to_string(),
-        Value::String(s) => py_str(s),
-        Value::Array(items) => format!("[{}]", items.iter().map(py_value).collect::<Vec<_>>().join(", ")),
-        Value::Object(map) => {
-            let entries: Vec<String> = map.iter().map(|(k, v)| format!("{}: {}", py_str(k), py_value(v))).collect();
-            format!("{{{}}}", entries.join(", "))
-        }
     }
 }
 
@@ -216,6 +156,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::error::Error;
 
     #[test]
     fn a_configuration_prints_as_in_peft() {

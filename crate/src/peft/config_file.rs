@@ -1,15 +1,14 @@
 //! `adapter_config.json`, key for key as PEFT writes it.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fmt, fs, path::Path};
 
 use serde_json::{Map, Value, json};
 
-use super::{
-    config::{InitLoraWeights, LoraConfig},
-    targets::TargetModules,
-};
+use super::{config::LoraConfig, target_modules::TargetModules};
 use crate::{
     error::{Error, Result},
+    json_file::check_field,
+    py_repr::{commas, py_json},
     safe_file::write_atomically,
 };
 
@@ -32,41 +31,21 @@ impl LoraConfig {
 
     /// The text of `adapter_config.json`: keys sorted, two spaces, as `json.dumps(..., indent=2, sort_keys=True)`.
     pub fn to_json_string(&self) -> String {
-        let mut fields: Vec<(String, Value)> = peft_defaults().into_iter().collect();
-        for (key, value) in &mut fields {
-            if let Some(ours) = self.field(key) {
-                *value = ours;
-            }
-        }
-        fields.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let sorted: Map<String, Value> = fields.into_iter().collect();
+        let sorted: BTreeMap<String, Value> = self.fields().into_iter().collect();
         serde_json::to_string_pretty(&sorted).unwrap_or_default()
     }
 
-    /// The value of the field `key`, or nothing where this crate has no such field.
-    pub(super) fn field(&self, key: &str) -> Option<Value> {
-        Some(match key {
-            "r" => json!(self.r),
-            "lora_alpha" => json!(self.lora_alpha),
-            "lora_dropout" => json!(self.lora_dropout),
-            "target_modules" => modules_to_json(&self.target_modules),
-            "exclude_modules" => self.exclude_modules.as_ref().map_or(Value::Null, modules_to_json),
-            "use_rslora" => json!(self.use_rslora),
-            "init_lora_weights" => match self.init_lora_weights {
-                InitLoraWeights::Default => json!(true),
-                InitLoraWeights::Random => json!(false),
-                InitLoraWeights::Gaussian => json!("gaussian"),
-            },
-            "layers_to_transform" => json!(self.layers_to_transform),
-            "layers_pattern" => json!(self.layers_pattern),
-            "rank_pattern" => json!(self.rank_pattern),
-            "alpha_pattern" => json!(self.alpha_pattern),
-            "base_model_name_or_path" => json!(self.base_model_name_or_path),
-            "revision" => json!(self.revision),
-            "inference_mode" => json!(self.inference_mode),
-            "peft_version" => json!(self.peft_version.as_deref().unwrap_or(PEFT_VERSION)),
-            _ => return None,
-        })
+    /// All of PEFT's fields in its order, with the values of this configuration.
+    fn fields(&self) -> Map<String, Value> {
+        let ours = json!(self);
+        let mut fields = peft_defaults();
+        for (key, value) in &mut fields {
+            // What is null here is null there by default, too, but for the version.
+            if ours.get(key).is_some_and(|ours| !ours.is_null()) {
+                *value = ours[key].clone();
+            }
+        }
+        fields
     }
 
     /// Reads `adapter_config.json` from the folder `dir`.
@@ -82,11 +61,8 @@ impl LoraConfig {
     fn from_pretrained_path(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG_NAME);
         if !path.exists() {
-            return Err(Error::NotFound {
-                what: CONFIG_NAME.into(),
-                path,
-                remedy: "name the folder of an adapter, e.g. output_dir/checkpoint-500".into(),
-            });
+            let remedy = "name the folder of an adapter, e.g. output_dir/checkpoint-500";
+            return Err(Error::not_found(CONFIG_NAME, path, remedy));
         }
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         Self::from_json_str(&text, &path)
@@ -94,132 +70,89 @@ impl LoraConfig {
 
     /// Reads the text of an `adapter_config.json`; `path` is for messages.
     pub fn from_json_str(text: &str, path: &Path) -> Result<Self> {
-        let malformed = |detail: String| Error::Malformed {
-            path: path.into(),
-            format: CONFIG_NAME,
-            detail,
-            remedy: "save the adapter again, or correct the file by hand".into(),
+        let malformed = |detail: String| {
+            Error::malformed(path, CONFIG_NAME, detail, "save the adapter again, or correct the file by hand")
+        };
+        let unsupported = |key: &str, value: &dyn fmt::Display, supported: &str, remedy: &str| {
+            Err(Error::unsupported(&format!("{}: {key} =", path.display()), value, [supported], remedy))
         };
         let json: Map<String, Value> = serde_json::from_str(text).map_err(|e| malformed(e.to_string()))?;
-        if json.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        if json.get("peft_type").is_none_or(|kind| kind != "LORA") {
             let got = json.get("peft_type").map_or("none".into(), Value::to_string);
-            return Err(unsupported(path, "peft_type", got, "\"LORA\"", "use an adapter made by LoRA"));
+            return unsupported("peft_type", &got, "\"LORA\"", "use an adapter made by LoRA");
         }
-        let mut config = Self::default();
-        let defaults = peft_defaults();
+        let (ours, defaults, mut fields) = (json!(Self::default()), peft_defaults(), Map::new());
         for (key, value) in &json {
-            let field = Reader { key, value };
             match key.as_str() {
-                "peft_type" | "auto_mapping" | "runtime_config" | "qalora_group_size" | "megatron_core" => Ok(()),
-                "task_type" => match value.as_str() {
-                    Some("CAUSAL_LM") => Ok(()),
-                    None if value.is_null() => Ok(()),
-                    _ => {
-                        let remedy = "use an adapter of a causal language model";
-                        return Err(unsupported(path, key, value.to_string(), "\"CAUSAL_LM\"", remedy));
-                    }
-                },
-                "init_lora_weights" => match value {
-                    Value::Bool(default) => field.set(&mut config.init_lora_weights, Some((*default).into())),
-                    Value::String(s) if s == "gaussian" => {
-                        field.set(&mut config.init_lora_weights, Some(InitLoraWeights::Gaussian))
-                    }
-                    _ => {
-                        let remedy =
-                            "convert the adapter to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)";
-                        return Err(unsupported(path, key, value.to_string(), "true, false, \"gaussian\"", remedy));
-                    }
-                },
-                "r" => field.set(&mut config.r, field.count()),
-                "lora_alpha" => field.set(&mut config.lora_alpha, field.count()),
-                "lora_dropout" => field.set(&mut config.lora_dropout, value.as_f64()),
-                "target_modules" => field.set(&mut config.target_modules, field.modules()),
-                "exclude_modules" => field.set(&mut config.exclude_modules, field.optional(Reader::modules)),
-                "use_rslora" => field.set(&mut config.use_rslora, value.as_bool()),
-                "layers_to_transform" => field.set(&mut config.layers_to_transform, field.optional(Reader::counts)),
-                "layers_pattern" => field.set(&mut config.layers_pattern, field.optional(Reader::texts)),
-                "rank_pattern" => field.set(&mut config.rank_pattern, field.pattern()),
-                "alpha_pattern" => field.set(&mut config.alpha_pattern, field.pattern()),
-                "base_model_name_or_path" => {
-                    field.set(&mut config.base_model_name_or_path, field.optional(Reader::text))
+                "peft_type" | "auto_mapping" | "runtime_config" | "qalora_group_size" | "megatron_core" => {}
+                "task_type" if value.is_null() || value == "CAUSAL_LM" => {}
+                "task_type" => {
+                    return unsupported(key, value, "\"CAUSAL_LM\"", "use an adapter of a causal language model");
                 }
-                "revision" => field.set(&mut config.revision, field.optional(Reader::text)),
-                "inference_mode" => field.set(&mut config.inference_mode, value.as_bool()),
-                "peft_version" => field.set(&mut config.peft_version, field.optional(Reader::text)),
-                _ if is_off(value) || defaults.get(key) == Some(value) => Ok(()),
+                "init_lora_weights" if check_field::<Self>(key, value).is_err() => {
+                    let remedy =
+                        "convert the adapter to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)";
+                    return unsupported(key, value, "true, false, \"gaussian\"", remedy);
+                }
+                _ if ours.get(key).is_some() => {
+                    let value = plain(key, value);
+                    let wrong = |_| malformed(format!("{key} is {value}, which is of another type"));
+                    check_field::<Self>(key, &value).map_err(wrong)?;
+                    fields.insert(key.clone(), value);
+                }
+                _ if is_off(value) || defaults.get(key) == Some(value) => {}
                 _ => {
                     let expected = defaults.get(key).unwrap_or(&Value::Null).to_string();
-                    let remedy = "make the adapter without this feature";
-                    return Err(unsupported(path, key, value.to_string(), &expected, remedy));
+                    return unsupported(key, value, &expected, "make the adapter without this feature");
                 }
             }
-            .map_err(malformed)?;
         }
+        let config: Self = serde_json::from_value(fields.into()).map_err(|e| malformed(e.to_string()))?;
         config.validate()?;
         Ok(config)
     }
 }
 
-/// One entry of the file on its way into a field.
-struct Reader<'a> {
-    key: &'a str,
-    value: &'a Value,
-}
-
-impl Reader<'_> {
-    fn set<T>(&self, field: &mut T, value: Option<T>) -> Result<(), String> {
-        *field = value.ok_or_else(|| format!("{} is {}, which is of another type", self.key, self.value))?;
-        Ok(())
-    }
-
-    /// `null`, or what `read` makes of the value.
-    fn optional<T>(&self, read: impl Fn(&Self) -> Option<T>) -> Option<Option<T>> {
-        if self.value.is_null() { Some(None) } else { read(self).map(Some) }
-    }
-
-    fn text(&self) -> Option<String> {
-        self.value.as_str().map(String::from)
-    }
-
-    /// A whole number; some files write one as `16.0`.
-    fn count(&self) -> Option<usize> {
-        count(self.value)
-    }
-
-    fn counts(&self) -> Option<Vec<usize>> {
-        match self.value {
-            Value::Array(items) => items.iter().map(count).collect(),
-            one => Some(vec![count(one)?]),
-        }
-    }
-
-    fn texts(&self) -> Option<Vec<String>> {
-        match self.value {
-            Value::Array(items) => items.iter().map(|item| item.as_str().map(String::from)).collect(),
-            one => Some(vec![one.as_str()?.into()]),
-        }
-    }
-
-    fn modules(&self) -> Option<TargetModules> {
-        match self.value {
-            Value::Null => Some(TargetModules::ModelDefault),
-            Value::String(text) => Some(text.as_str().into()),
-            _ => self.texts().map(TargetModules::Names),
-        }
-    }
-
-    fn pattern(&self) -> Option<BTreeMap<String, usize>> {
-        match self.value {
-            Value::Null => Some(BTreeMap::new()),
-            Value::Object(map) => map.iter().map(|(name, n)| Some((name.clone(), count(n)?))).collect(),
-            _ => None,
-        }
+/// As PEFT's `repr`.
+impl fmt::Display for LoraConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let one = |(key, value): (&String, &Value)| match key.as_str() {
+            "task_type" => format!("{key}=<TaskType.CAUSAL_LM: 'CAUSAL_LM'>"),
+            "peft_type" => format!("{key}=<PeftType.LORA: 'LORA'>"),
+            "target_modules" => format!("{key}={}", self.target_modules),
+            "exclude_modules" => {
+                format!("{key}={}", self.exclude_modules.as_ref().unwrap_or(&TargetModules::default()))
+            }
+            // The one field that is printed and never saved stands before this one.
+            "lora_bias" => format!("runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=False), {key}=False"),
+            _ => format!("{key}={}", py_json(value)),
+        };
+        write!(f, "LoraConfig({})", commas(self.fields().iter().map(one)))
     }
 }
 
-fn count(value: &Value) -> Option<usize> {
-    let n = value.as_f64().filter(|n| n.fract() == 0.0 && *n >= 0.0 && *n < 1e9)?;
-    Some(n as usize)
+/// A field's value in the one form that we write of those that PEFT reads.
+fn plain(key: &str, value: &Value) -> Value {
+    match (key, value) {
+        ("layers_to_transform" | "layers_pattern", Value::Number(_) | Value::String(_)) => {
+            json!([whole_numbers(value)])
+        }
+        ("rank_pattern" | "alpha_pattern", Value::Null) => json!({}),
+        _ => whole_numbers(value),
+    }
+}
+
+/// Some files write a whole number as `16.0`.
+fn whole_numbers(value: &Value) -> Value {
+    match value {
+        Value::Number(number) => match number.as_f64() {
+            Some(n) if n.fract() == 0.0 && (0.0..1e9).contains(&n) => json!(n as u64),
+            _ => value.clone(),
+        },
+        Value::Array(items) => items.iter().map(whole_numbers).collect(),
+        Value::Object(entries) => entries.iter().map(|(key, value)| (key.clone(), whole_numbers(value))).collect(),
+        other => other.clone(),
+    }
 }
 
 /// A feature that is not asked for, whatever its name.
@@ -232,26 +165,8 @@ fn is_off(value: &Value) -> bool {
     }
 }
 
-fn unsupported(path: &Path, key: &str, got: String, supported: &str, remedy: &str) -> Error {
-    Error::Unsupported {
-        what: format!("{}: {key} =", path.display()),
-        got,
-        supported: vec![supported.into()],
-        remedy: remedy.into(),
-    }
-}
-
-fn modules_to_json(modules: &TargetModules) -> Value {
-    match modules {
-        TargetModules::ModelDefault => Value::Null,
-        TargetModules::AllLinear => json!("all-linear"),
-        TargetModules::Names(names) => json!(names),
-        TargetModules::Regex(pattern) => json!(pattern),
-    }
-}
-
 /// The keys that PEFT 0.21 writes, in the order of its `repr`, with its defaults.
-pub(super) fn peft_defaults() -> Map<String, Value> {
+fn peft_defaults() -> Map<String, Value> {
     let fields = json!({
         "task_type": "CAUSAL_LM", "peft_type": "LORA", "auto_mapping": null, "peft_version": PEFT_VERSION,
         "base_model_name_or_path": null, "revision": null, "inference_mode": false, "r": 8,
@@ -321,8 +236,6 @@ mod tests {
     #[test]
     fn a_feature_that_is_not_here_is_refused_by_name() {
         for (fields, name) in [
-            ("\"use_dora\": true", "use_dora"),
-            ("\"modules_to_save\": [\"lm_head\"]", "modules_to_save"),
             ("\"fan_in_fan_out\": true", "fan_in_fan_out"),
             ("\"bias\": \"all\"", "bias"),
             ("\"lora_bias\": true", "lora_bias"),

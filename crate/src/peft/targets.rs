@@ -1,61 +1,13 @@
 //! Which linear layers get an adapter: PEFT's rules of matching names.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use regex::Regex;
-
-use super::config::LoraConfig;
+pub use super::target_modules::TargetModules;
+use super::{
+    config::LoraConfig,
+    target_modules::{compile, is_output_head, is_suffix},
+};
 use crate::error::{Error, Result, near_names};
-
-/// The layers to adapt, as PEFT's `target_modules`.
-///
-/// ```
-/// use qlora_nb::peft::targets::TargetModules;
-/// let by_name: TargetModules = ["query_key_value"].into();
-/// let all: TargetModules = "all-linear".into();
-/// let by_regex: TargetModules = r".*\.h\.[0-3]\..*dense".into();
-/// assert_eq!((all, by_name.to_string()), (TargetModules::AllLinear, "{'query_key_value'}".into()));
-/// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum TargetModules {
-    /// PEFT's choice for the architecture: `query_key_value` of BLOOM, `q_proj` and `v_proj` of Llama.
-    #[default]
-    ModelDefault,
-    /// Every linear layer but the output head.
-    AllLinear,
-    /// The layers whose name is one of these, or ends in a dot and one of these.
-    Names(Vec<String>),
-    /// The layers whose whole name this regular expression matches.
-    Regex(String),
-}
-
-impl From<&str> for TargetModules {
-    /// `"all-linear"`, or a regular expression.
-    fn from(text: &str) -> Self {
-        match text.eq_ignore_ascii_case("all-linear") {
-            true => Self::AllLinear,
-            false => Self::Regex(text.into()),
-        }
-    }
-}
-
-impl From<String> for TargetModules {
-    fn from(text: String) -> Self {
-        text.as_str().into()
-    }
-}
-
-impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
-    fn from(names: [S; N]) -> Self {
-        Vec::from(names).into()
-    }
-}
-
-impl<S: Into<String>> From<Vec<S>> for TargetModules {
-    fn from(names: Vec<S>) -> Self {
-        Self::Names(names.into_iter().map(Into::into).collect())
-    }
-}
 
 /// What PEFT adapts when nothing is named, for the architectures that it knows and we may load.
 fn model_default(model_type: &str) -> Option<&'static [&'static str]> {
@@ -108,59 +60,47 @@ impl LoraConfig {
     /// `UnknownTargetModules` when a name matches no layer or nothing is left to adapt,
     /// `InvalidArgument` for a regular expression that does not parse.
     pub fn resolve_targets(&self, linear_names: &[String]) -> Result<Vec<usize>> {
-        let matcher = Matcher::new(&self.target_modules, "target_modules")?;
-        let excluded = self.exclude_modules.as_ref().map(|e| Matcher::new(e, "exclude_modules")).transpose()?;
-        self.refuse_unknown(&matcher, linear_names)?;
+        let is_target = self.target_modules.matcher("target_modules")?;
+        let excluded = self.exclude_modules.as_ref().map(|e| e.matcher("exclude_modules")).transpose()?;
+        self.refuse_unknown(&is_target, linear_names)?;
         let layers = self.layers_to_transform.as_ref().filter(|layers| !layers.is_empty());
-        let layer_index = LayerIndex::new(self.layers_pattern.as_deref().unwrap_or_default())?;
-        let mut targets = Vec::new();
-        for (i, name) in linear_names.iter().enumerate() {
-            if excluded.as_ref().is_some_and(|e| e.matches(name)) || !matcher.matches(name) {
-                continue;
-            }
+        let layer_of = layer_index(self.layers_pattern.as_deref().unwrap_or_default())?;
+        let is_chosen = |name: &String| {
             // A whole name is adapted whatever layers_to_transform says: so does PEFT.
-            let chosen = match layers {
-                Some(layers) if !matcher.is_whole_name(name) => {
-                    layer_index.of(name).is_some_and(|index| layers.contains(&index))
-                }
-                _ => true,
-            };
-            if chosen {
-                targets.push(i);
-            }
-        }
+            let is_whole_name = matches!(&self.target_modules, TargetModules::Names(names) if names.contains(name));
+            is_target(name)
+                && !excluded.as_ref().is_some_and(|is_excluded| is_excluded(name))
+                && (is_whole_name || layers.is_none_or(|l| layer_of(name).is_some_and(|index| l.contains(&index))))
+        };
+        let targets: Vec<usize> = (0..linear_names.len()).filter(|&i| is_chosen(&linear_names[i])).collect();
         if targets.is_empty() {
-            return Err(Error::argument(
-                "target_modules",
-                &self.target_modules,
-                "at least one layer to adapt; exclude_modules and layers_to_transform leave none",
-                "exclude fewer layers, or name other ones",
-            ));
+            let expected = "at least one layer to adapt; exclude_modules and layers_to_transform leave none";
+            let remedy = "exclude fewer layers, or name other ones";
+            return Err(Error::argument("target_modules", &self.target_modules, expected, remedy));
         }
         Ok(targets)
     }
 
-    fn refuse_unknown(&self, matcher: &Matcher, linear_names: &[String]) -> Result<()> {
+    fn refuse_unknown(&self, is_target: &dyn Fn(&str) -> bool, linear_names: &[String]) -> Result<()> {
         let available = short_names(linear_names);
-        let (unknown, suggestions) = match matcher {
-            Matcher::AllLinear => return Ok(()),
-            Matcher::Names(names) => {
-                let unknown: Vec<String> =
-                    names.iter().filter(|t| !linear_names.iter().any(|name| is_suffix(t, name))).cloned().collect();
+        let (unknown, suggestions) = match &self.target_modules {
+            TargetModules::Names(names) => {
+                let is_known = |target: &str| linear_names.iter().any(|name| is_suffix(target, name));
+                let unknown: Vec<String> = names.iter().filter(|target| !is_known(target)).cloned().collect();
                 let suggestions = unknown.iter().flat_map(|t| near_names(t, &available)).collect::<BTreeSet<_>>();
                 (unknown, suggestions.into_iter().collect())
             }
-            Matcher::Regex(regex, _) if linear_names.iter().any(|name| regex.is_match(name)) => return Ok(()),
-            Matcher::Regex(_, pattern) => {
+            TargetModules::Regex(pattern) if !linear_names.iter().any(|name| is_target(name)) => {
                 let near = near_names(pattern, &available);
                 let quote = |n: &String| format!("[{n:?}].into() (a single string is a regex for the whole name)");
                 (vec![pattern.clone()], near.iter().take(1).map(quote).collect())
             }
+            _ => return Ok(()),
         };
-        match unknown.is_empty() {
-            true => Ok(()),
-            false => Err(Error::UnknownTargetModules { unknown, suggestions, available }),
+        if unknown.is_empty() {
+            return Ok(());
         }
+        Err(Error::UnknownTargetModules { unknown, suggestions, available })
     }
 
     /// The rank of the adapter on the layer `name`: `r`, or what `rank_pattern` says.
@@ -177,94 +117,24 @@ impl LoraConfig {
     }
 }
 
-/// `target_modules` or `exclude_modules`, ready to match.
-pub(super) enum Matcher {
-    AllLinear,
-    Names(Vec<String>),
-    Regex(Regex, String),
-}
-
-impl Matcher {
-    pub(super) fn new(modules: &TargetModules, field: &str) -> Result<Self> {
-        Ok(match modules {
-            TargetModules::AllLinear => Self::AllLinear,
-            TargetModules::Names(names) => Self::Names(names.clone()),
-            TargetModules::Regex(pattern) => Self::Regex(whole(pattern, field)?, pattern.clone()),
-            TargetModules::ModelDefault => {
-                return Err(Error::argument(
-                    field,
-                    "none",
-                    "names, a regular expression or \"all-linear\"",
-                    "name the layers, e.g. [\"query_key_value\"].into()",
-                ));
-            }
-        })
-    }
-
-    fn matches(&self, name: &str) -> bool {
-        match self {
-            Self::AllLinear => !is_output_head(name),
-            Self::Names(names) => names.iter().any(|t| is_suffix(t, name)),
-            Self::Regex(regex, _) => regex.is_match(name),
-        }
-    }
-
-    fn is_whole_name(&self, name: &str) -> bool {
-        matches!(self, Self::Names(names) if names.iter().any(|t| t == name))
-    }
-}
-
-/// Finds the number of a layer in its path.
-struct LayerIndex(Vec<Regex>);
-
-impl LayerIndex {
-    /// `patterns` name the list of layers (`h`, `layers`); without them it is the first number
-    /// that follows two names.
-    fn new(patterns: &[String]) -> Result<Self> {
-        if patterns.is_empty() {
-            return Ok(Self(vec![compile(r"^.*?\.[^.]*\.(?P<idx>\d+)\.", "layers_pattern")?]));
-        }
-        let compiled = patterns.iter().map(|p| compile(&format!(r"^(?:.*?\.)?{p}\.(?P<idx>\d+)\."), "layers_pattern"));
-        Ok(Self(compiled.collect::<Result<_>>()?))
-    }
-
-    fn of(&self, name: &str) -> Option<usize> {
-        self.0.iter().find_map(|regex| regex.captures(name))?.name("idx")?.as_str().parse().ok()
-    }
+/// Finds the number of a layer in its path. `patterns` name the list of layers (`h`, `layers`); without them it is the
+/// first number that follows two names.
+fn layer_index(patterns: &[String]) -> Result<impl Fn(&str) -> Option<usize>> {
+    let first_number = [r"^.*?\.[^.]*\.(?P<idx>\d+)\.".to_owned()];
+    let in_list: Vec<String> = patterns.iter().map(|list| format!(r"^(?:.*?\.)?{list}\.(?P<idx>\d+)\.")).collect();
+    let all = if patterns.is_empty() { &first_number[..] } else { &in_list };
+    let all = all.iter().map(|pattern| compile(pattern, "layers_pattern")).collect::<Result<Vec<_>>>()?;
+    Ok(move |name: &str| all.iter().find_map(|regex| regex.captures(name))?.name("idx")?.as_str().parse().ok())
 }
 
 /// The value of the first key that matches the end of `name`, from a dot or the start on.
-fn pattern_value(
-    patterns: &std::collections::BTreeMap<String, usize>,
-    field: &str,
-    name: &str,
-) -> Result<Option<usize>> {
+fn pattern_value(patterns: &BTreeMap<String, usize>, field: &str, name: &str) -> Result<Option<usize>> {
     for (key, value) in patterns {
         if compile(&format!(r"^(?:.*\.)?(?:{key})$"), field)?.is_match(name) {
             return Ok(Some(*value));
         }
     }
     Ok(None)
-}
-
-pub(super) fn whole(pattern: &str, field: &str) -> Result<Regex> {
-    compile(&format!("^(?:{pattern})$"), field)
-}
-
-pub(super) fn compile(pattern: &str, field: &str) -> Result<Regex> {
-    Regex::new(pattern).map_err(|e| {
-        let expected = format!("a regular expression ({})", e.to_string().replace('\n', " "));
-        Error::argument(field, pattern, &expected, "correct it; look-around and back-references are not supported")
-    })
-}
-
-fn is_suffix(target: &str, name: &str) -> bool {
-    name.strip_suffix(target).is_some_and(|head| head.is_empty() || head.ends_with('.'))
-}
-
-/// The names under which architectures keep the layer that makes the logits.
-fn is_output_head(name: &str) -> bool {
-    ["lm_head", "embed_out"].iter().any(|head| is_suffix(head, name))
 }
 
 /// The last part of each path, once each, in order of appearance.

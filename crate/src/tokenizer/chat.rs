@@ -4,13 +4,13 @@
 //! `apply_chat_template` renders it: `trim_blocks` and `lstrip_blocks`, Python's string methods,
 //! `raise_exception`, `strftime_now`, `tojson`, and the special tokens by their names.
 
-use std::{ffi::CString, sync::LazyLock};
+use std::{fmt::Write, sync::LazyLock};
 
 use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use super::{Encoding, Tokenizer, failed};
+use super::{Encoding, Tokenizer};
 use crate::error::{Error, Result};
 
 /// One turn of a conversation.
@@ -60,8 +60,7 @@ impl Tokenizer {
     /// [`Error::InvalidArgument`] with the line that is no Jinja.
     pub fn with_chat_template(&self, template: &str) -> Result<Self> {
         environment(template)?;
-        let config = super::Config { chat_template: Some(template.into()), ..(*self.config).clone() };
-        Ok(Self { core: self.core.clone(), config: config.into() })
+        Ok(self.with(|config| config.chat_template = Some(template.into())))
     }
 
     /// The conversation as the text that the model knows, as `apply_chat_template(messages,
@@ -88,16 +87,13 @@ impl Tokenizer {
             Error::argument("chat_template", "none", "a tokenizer with a chat template", remedy)
         })?;
         let environment = environment(template)?;
-        let mut context = serde_json::Map::new();
+        // transformers passes tools and documents, as None: templates ask for them by "is not none".
+        let mut context = serde_json::json!({
+            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": null, "documents": null,
+        });
         for (name, token) in &self.config.special {
-            context.insert(name.to_string(), token.as_str().into());
+            context[*name] = token.as_str().into();
         }
-        let messages = serde_json::json!(messages);
-        context.insert("messages".into(), messages);
-        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        // transformers passes both, as None: templates ask for them by "is not none".
-        context.insert("tools".into(), serde_json::Value::Null);
-        context.insert("documents".into(), serde_json::Value::Null);
         let rendered = environment.get_template(NAME).and_then(|t| t.render(Value::from(Serde(context))));
         rendered.map_err(|e| match refusal(&e) {
             Some(words) => {
@@ -121,8 +117,7 @@ impl Tokenizer {
     /// What `tokenizer(text, add_special_tokens=False)` gives in Python: special tokens that the
     /// text spells are tokens, none is added.
     pub fn encode_without_special_tokens(&self, text: &str) -> Result<Encoding> {
-        let encoding = self.core.encode_fast(text, false).map_err(failed)?;
-        Ok(Encoding { input_ids: encoding.get_ids().to_vec(), attention_mask: encoding.get_attention_mask().to_vec() })
+        self.encode_text(text, false)
     }
 }
 
@@ -169,21 +164,14 @@ fn environment(template: &str) -> Result<Environment<'static>> {
     Ok(environment)
 }
 
-/// The time now as strftime(3) formats it.
+/// The local time now, as strftime(3) formats it.
 fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
-    let bad = |why: &str| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {why}"));
-    let format = CString::new(format).map_err(|_| bad("a zero byte in the format"))?;
-    let mut text = [0u8; 256];
-    // SAFETY: plain calls with valid pointers; strftime writes at most the buffer's length.
-    let written = unsafe {
-        let now = libc::time(std::ptr::null_mut());
-        let mut local: libc::tm = std::mem::zeroed();
-        if libc::localtime_r(&now, &mut local).is_null() {
-            return Err(bad("there is no local time"));
-        }
-        libc::strftime(text.as_mut_ptr().cast(), text.len(), format.as_ptr(), &local)
-    };
-    Ok(String::from_utf8_lossy(&text[..written]).into_owned())
+    let mut text = String::new();
+    write!(text, "{}", chrono::Local::now().format(&format)).map_err(|_| {
+        let why = format!("strftime_now: {format:?} is no format of a time");
+        minijinja::Error::new(ErrorKind::InvalidOperation, why)
+    })?;
+    Ok(text)
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.

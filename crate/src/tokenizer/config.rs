@@ -54,12 +54,10 @@ impl Config {
         let model_type = model["model_type"].as_str().unwrap_or("");
         let class = class_name(config["tokenizer_class"].as_str(), model_type);
         let padding_side = match config["padding_side"].as_str() {
-            Some("left") => PaddingSide::Left,
-            Some("right") => PaddingSide::Right,
-            Some(other) => {
+            Some(side) => PaddingSide::from_name(side).ok_or_else(|| {
                 let remedy = "correct padding_side in tokenizer_config.json";
-                return Err(Error::argument("padding_side", format!("{other:?}"), "\"left\" or \"right\"", remedy));
-            }
+                Error::argument("padding_side", format!("{side:?}"), "\"left\" or \"right\"", remedy)
+            })?,
             None => default_padding_side(&class),
         };
         Ok(Self {

@@ -120,10 +120,7 @@ fn post_processor(gguf: &Gguf, token: impl Fn(&str) -> Option<(usize, String)>) 
 }
 
 fn unsupported(gguf: &Gguf, what: &str, got: &str, supported: &[&str]) -> Error {
-    Error::Unsupported {
-        what: format!("{what} of {}", gguf.path().display()),
-        got: got.into(),
-        supported: supported.iter().map(|s| s.to_string()).collect(),
-        remedy: "load the tokenizer from the model's folder in Hugging Face layout (tokenizer.json)".into(),
-    }
+    let what = format!("{what} of {}", gguf.path().display());
+    let remedy = "load the tokenizer from the model's folder in Hugging Face layout (tokenizer.json)";
+    Error::unsupported(&what, got, supported.iter().copied(), remedy)
 }

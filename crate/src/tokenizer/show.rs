@@ -11,7 +11,8 @@ use crate::{
         theme::{FAINT, LEARNED},
     },
     features::{Features, IGNORE_INDEX},
-    py_repr::{py_bool, py_str},
+    names::debug_as_display,
+    py_repr::{py_bool, py_dict, py_str},
 };
 
 /// As `repr(tokenizer)` prints it in Python.
@@ -22,27 +23,21 @@ impl fmt::Display for Tokenizer {
             // transformers' VERY_LARGE_INTEGER, int(1e30)
             None => "1000000000000000019884624838656".into(),
         };
-        let special: Vec<String> =
-            self.config.special.iter().map(|(name, token)| format!("'{name}': {}", py_str(token))).collect();
+        let special = py_dict(self.config.special.iter().map(|(name, token)| (name, py_str(token))));
         write!(
             f,
             "{}(name_or_path={}, vocab_size={}, model_max_length={max_length}, is_fast=True, padding_side='{}', \
-             truncation_side='right', special_tokens={{{}}}, clean_up_tokenization_spaces={})",
+             truncation_side='right', special_tokens={special}, clean_up_tokenization_spaces={})",
             self.config.class,
             py_str(self.name_or_path()),
             self.vocab_size(),
             self.padding_side(),
-            special.join(", "),
             py_bool(self.clean_up_tokenization_spaces()),
         )
     }
 }
 
-impl fmt::Debug for Tokenizer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(Tokenizer);
 
 impl Tokenizer {
     /// What a notebook shows.

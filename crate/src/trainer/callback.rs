@@ -2,22 +2,8 @@
 
 use std::path::Path;
 
-use super::state::{LogEntry, TrainerState};
+use super::state::{LogEntry, TrainerControl, TrainerState};
 use crate::training_args::{IntervalStrategy, SaveStrategy, TrainingArguments};
-
-/// What the trainer does next. A callback may set these; the trainer clears the last three
-/// once it has done them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TrainerControl {
-    /// Stop after this update; `train` again goes on.
-    pub should_training_stop: bool,
-    /// Log after this update.
-    pub should_log: bool,
-    /// Evaluate after this update.
-    pub should_evaluate: bool,
-    /// Save a checkpoint after this update.
-    pub should_save: bool,
-}
 
 /// A user's hooks into training. All are optional.
 ///

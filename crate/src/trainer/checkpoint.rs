@@ -12,18 +12,19 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
-    io::Write,
+    fs,
     path::{Path, PathBuf},
 };
 
 use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::state::TrainerState;
 use crate::{
     error::{Error, Result},
-    safe_file::temporary_sibling,
+    json_file::{read_fields, read_json_or},
+    safe_file::{replace, temporary_sibling, write_to_disk},
 };
 
 pub(super) const PREFIX: &str = "checkpoint-";
@@ -36,7 +37,8 @@ const PROGRESS: &str = "progress.json";
 const ARGUMENTS: &str = "training_args.json";
 
 /// What the log needs and `trainer_state.json` has no place for.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub(super) struct Progress {
     /// Sum of the updates' losses since the last entry of the log.
     pub loss_since_log: f64,
@@ -50,30 +52,6 @@ pub(super) struct Progress {
     pub learning_rate: f64,
     /// `global_step` at the last end of an epoch whose logging, evaluating and saving is done.
     pub epoch_end_step: usize,
-}
-
-impl Progress {
-    fn to_json(&self) -> Value {
-        json!({
-            "loss_since_log": self.loss_since_log,
-            "step_logged": self.step_logged,
-            "loss_of_run": self.loss_of_run,
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-            "epoch_end_step": self.epoch_end_step,
-        })
-    }
-
-    fn from_json(value: &Value) -> Option<Self> {
-        Some(Self {
-            loss_since_log: value["loss_since_log"].as_f64()?,
-            step_logged: value["step_logged"].as_u64()? as usize,
-            loss_of_run: value["loss_of_run"].as_f64()?,
-            grad_norm: value["grad_norm"].as_f64()?,
-            learning_rate: value["learning_rate"].as_f64()?,
-            epoch_end_step: value["epoch_end_step"].as_u64()? as usize,
-        })
-    }
 }
 
 /// What goes into a checkpoint's own files.
@@ -91,15 +69,7 @@ pub(super) struct Content<'a> {
 /// Writes the folder beside its place, then renames it. On failure nothing is left behind, and
 /// a folder that was there before is untouched.
 pub(super) fn save(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
-    let temporary = temporary_sibling(folder);
-    // Left over from a process of this id that was killed while saving.
-    let _ = fs::remove_dir_all(&temporary);
-    let written = write_all(&temporary, save_adapter, content).and_then(|()| put_in_place(&temporary, folder));
-    written.map_err(|error| {
-        // Best effort: the error that counts is the one being reported.
-        let _ = fs::remove_dir_all(&temporary);
-        in_final_place(error, &temporary, folder)
-    })
+    replace(folder, |temporary| write_all(temporary, save_adapter, content))
 }
 
 fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
@@ -108,8 +78,9 @@ fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, cont
     let path = folder.join(OPTIMIZER);
     let mut tensors: Vec<_> = content.optimizer.iter().collect();
     tensors.sort_by_key(|(name, _)| *name);
-    let bytes = safetensors::serialize(tensors, None).map_err(|e| malformed(&path, "safetensors file", e))?;
-    write(&path, &bytes)?;
+    let bytes =
+        safetensors::serialize(tensors, None).map_err(|e| Error::malformed(&path, "safetensors file", e, DAMAGED))?;
+    write_to_disk(&path, &bytes)?;
     let arguments = json!({
         "arguments": content.arguments,
         "run": content.identity.iter().cloned().collect::<Map<_, _>>(),
@@ -118,51 +89,12 @@ fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, cont
         (SCHEDULER, &content.scheduler),
         (RNG, &content.rng),
         (STATE, &content.state),
-        (PROGRESS, &content.progress.to_json()),
+        (PROGRESS, &json!(content.progress)),
         (ARGUMENTS, &arguments),
     ] {
-        let text = serde_json::to_string_pretty(value).map_err(|e| malformed(&folder.join(name), "JSON file", e))?;
-        write(&folder.join(name), format!("{text}\n").as_bytes())?;
+        write_to_disk(&folder.join(name), format!("{value:#}\n").as_bytes())?;
     }
     Ok(())
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let written = File::create(path).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all() // a full disk may only show here
-    });
-    written.map_err(Error::io("write", path))
-}
-
-/// Renames `temporary` to `folder`; a folder of that name steps aside first and comes back if
-/// the rename fails.
-fn put_in_place(temporary: &Path, folder: &Path) -> Result<()> {
-    let aside = temporary.with_extension("old");
-    let _ = fs::remove_dir_all(&aside);
-    let replaces = folder.exists();
-    if replaces {
-        fs::rename(folder, &aside).map_err(Error::io("write", folder))?;
-    }
-    if let Err(e) = fs::rename(temporary, folder) {
-        if replaces {
-            let _ = fs::rename(&aside, folder);
-        }
-        return Err(Error::io("write", folder)(e));
-    }
-    let _ = fs::remove_dir_all(&aside);
-    Ok(())
-}
-
-/// The user knows the checkpoint by its own name, not by that of its temporary folder.
-fn in_final_place(error: Error, temporary: &Path, folder: &Path) -> Error {
-    match error {
-        Error::Io { action, path, source } => {
-            let path = path.strip_prefix(temporary).map(|rest| folder.join(rest)).unwrap_or(path);
-            Error::Io { action, path, source }
-        }
-        other => other,
-    }
 }
 
 /// What a checkpoint holds beside the adapter.
@@ -184,9 +116,10 @@ pub(super) fn load(folder: &Path, identity: &[(String, Value)]) -> Result<Loaded
             Some(last) => format!("name a checkpoint folder; the last one there is {}", last.display()),
             None => "name a checkpoint-N folder that the trainer wrote".into(),
         };
-        return Err(Error::NotFound { what: "checkpoint".into(), path: folder.into(), remedy });
+        return Err(Error::not_found("checkpoint", folder, &remedy));
     }
-    let saved = read_json(&folder.join(ARGUMENTS))?;
+    let read = |name: &str| read_json_or(&folder.join(name), DAMAGED);
+    let saved = read(ARGUMENTS)?;
     for (field, here) in identity {
         let there = &saved["run"][field];
         if there != here {
@@ -194,28 +127,18 @@ pub(super) fn load(folder: &Path, identity: &[(String, Value)]) -> Result<Loaded
             return Err(Error::CheckpointMismatch { path: folder.into(), field: field.clone(), expected, got });
         }
     }
-    let path = folder.join(STATE);
-    let state = TrainerState::from_json(&read_json(&path)?).map_err(|e| malformed(&path, "trainer state", e))?;
-    let path = folder.join(PROGRESS);
-    let progress = Progress::from_json(&read_json(&path)?);
-    let progress =
-        progress.ok_or_else(|| malformed(&path, "progress file", "a field is missing or of another type"))?;
+    let state = TrainerState::from_json(&read(STATE)?);
+    let state = state.map_err(|e| Error::malformed(folder.join(STATE), "trainer state", e, DAMAGED))?;
+    let progress = read_fields(&read(PROGRESS)?);
+    let progress = progress.map_err(|e| Error::malformed(folder.join(PROGRESS), "progress file", e, DAMAGED))?;
     let path = folder.join(OPTIMIZER);
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
     let optimizer = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
-        .map_err(|e| malformed(&path, "safetensors file", e))?;
+        .map_err(|e| Error::malformed(&path, "safetensors file", e, DAMAGED))?;
     Ok(Loaded { state, progress, optimizer })
 }
 
-fn read_json(path: &Path) -> Result<Value> {
-    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    serde_json::from_str(&text).map_err(|e| malformed(path, "JSON file", e))
-}
-
-fn malformed(path: &Path, format: &'static str, detail: impl ToString) -> Error {
-    let remedy = "the checkpoint is damaged: resume from an earlier one".into();
-    Error::Malformed { path: path.into(), format, detail: detail.to_string(), remedy }
-}
+const DAMAGED: &str = "the checkpoint is damaged: resume from an earlier one";
 
 /// The checkpoints in `output_dir`, the oldest first: by the time of writing, as transformers
 /// sorts them, so that those of an earlier run count as old whatever their number.
@@ -253,7 +176,7 @@ pub(super) fn rotate(output_dir: &Path, limit: usize, keep: &[&Path]) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trainer::callback::TrainerControl;
+    use crate::trainer::state::TrainerControl;
 
     fn content(progress: &Progress) -> Content<'_> {
         Content {
@@ -268,7 +191,7 @@ mod tests {
     }
 
     fn adapter(folder: &Path) -> Result<()> {
-        write(&folder.join(ADAPTER), b"adapter")
+        write_to_disk(&folder.join(ADAPTER), b"adapter")
     }
 
     fn names(folder: &Path) -> Vec<String> {

@@ -12,7 +12,7 @@ use std::{
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
-use super::adapted::Adapted;
+use super::trained_model::TrainedModel;
 use crate::{
     backend::{
         dropout::mix,
@@ -185,7 +185,7 @@ impl Trainable for Double {
     }
 }
 
-impl Adapted for Double {
+impl TrainedModel for Double {
     fn save_adapter(&self, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         let tensors = HashMap::from([("a", self.a.value().clone()), ("b", self.b.value().clone())]);

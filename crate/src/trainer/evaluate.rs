@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Trainer, run::speed_metrics, screen::Screen, state::LogEntry};
+use super::{Trainer, run::speed_metrics, state::LogEntry, view::View};
 use crate::{
     error::{Error, Result},
     interrupt,
@@ -12,7 +12,7 @@ use crate::{
 impl Trainer {
     /// `eval_loss` is transformers': each batch's mean loss a token, weighted by its rows.
     /// Batches without a label have no mean and are left out.
-    pub(super) fn evaluate_and_log(&mut self, screen: &mut Screen) -> Result<LogEntry> {
+    pub(super) fn evaluate_and_log(&mut self, view: &mut View) -> Result<LogEntry> {
         let Some(rows) = &self.eval_rows else {
             let remedy = "add .with_eval_dataset(&ds)? to the trainer";
             return Err(Error::argument("eval_dataset", "none", "a dataset to evaluate on", remedy));
@@ -40,17 +40,15 @@ impl Trainer {
         for (name, value) in speed_metrics("eval", begin, rows.len() as f64, steps as f64).iter() {
             metrics.push(name, value);
         }
-        self.log(metrics.clone(), screen);
+        self.log(metrics.clone(), view);
         metrics.push("epoch", self.state.epoch);
-        for c in &mut self.callbacks {
-            c.on_evaluate(&self.args, &self.state, &mut self.control, &metrics);
-        }
+        self.tell(|c, args, state, control| c.on_evaluate(args, state, control, &metrics));
         Ok(metrics)
     }
 
     /// Evaluates, and says whether the loss is the lowest so far where the arguments ask for the best.
-    pub(super) fn evaluate_and_compare(&mut self, screen: &mut Screen) -> Result<bool> {
-        let metrics = self.evaluate_and_log(screen)?;
+    pub(super) fn evaluate_and_compare(&mut self, view: &mut View) -> Result<bool> {
+        let metrics = self.evaluate_and_log(view)?;
         if !self.args.load_best_model_at_end && self.args.save_strategy != SaveStrategy::Best {
             return Ok(false);
         }

@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use super::{
-    Trainer, callback,
-    screen::{End, Screen},
-    state::{LogEntry, TrainOutput},
+    Trainer,
+    callback::{TrainerCallback, after_epoch, after_step},
+    state::{LogEntry, TrainOutput, TrainerControl, TrainerState},
+    view::{End, View},
 };
 use crate::{
     backend::dropout::mix,
@@ -14,18 +15,8 @@ use crate::{
     interrupt,
     models::causal_lm::PassOptions,
     optim::clip_grad_norm,
-    training_args::SaveStrategy,
+    training_args::{SaveStrategy, TrainingArguments},
 };
-
-/// Why the loop ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
-    /// The last update is done, or a callback asked.
-    Complete,
-    /// `train_steps` has made its updates.
-    Limit,
-    Interrupted,
-}
 
 /// Where a call began: throughput is the call's own.
 struct Begin {
@@ -52,63 +43,55 @@ impl Trainer {
             loss_of_run: self.progress.loss_of_run,
         };
         self.control.should_training_stop = false;
-        for c in &mut self.callbacks {
-            c.on_train_begin(&self.args, &self.state, &mut self.control);
-        }
+        self.tell(|c, args, state, control| c.on_train_begin(args, state, control));
         let never_evaluated = self.state.global_step == 0 && self.state.curve("eval_loss").is_empty();
         self.control.should_evaluate |= self.args.eval_on_start && never_evaluated;
-        let mut screen = match self.args.disable_tqdm {
-            true => Screen::silent(),
-            false => Screen::new(&self.state),
-        };
-        let stop = match self.advance(limit, &begin, &mut screen) {
-            Err(Error::Interrupted { .. }) => Ok(Stop::Interrupted),
+        let mut view = if self.args.disable_tqdm { View::silent() } else { View::new(&self.state) };
+        let end = match self.advance(limit, &begin, &mut view) {
+            Err(Error::Interrupted { .. }) => Ok(End::Interrupted),
             other => other,
         };
-        let end = match stop {
-            Ok(Stop::Complete | Stop::Limit) => End::Done,
-            Ok(Stop::Interrupted) => End::Interrupted,
-            Err(_) => End::Failed,
-        };
-        screen.end(end, &self.state);
-        let mut output = self.conclude(stop?, limit.is_none(), &begin)?;
-        output.curve_is_above = screen.has_curve();
-        for c in &mut self.callbacks {
-            c.on_train_end(&self.args, &self.state, &mut self.control);
-        }
+        view.end(*end.as_ref().unwrap_or(&End::Failed), &self.state);
+        let mut output = self.conclude(end?, limit.is_none(), &begin)?;
+        output.curve_is_above = view.has_curve();
+        self.tell(|c, args, state, control| c.on_train_end(args, state, control));
         Ok(output)
     }
 
-    fn advance(&mut self, limit: Option<usize>, begin: &Begin, screen: &mut Screen) -> Result<Stop> {
+    /// Calls a hook of every callback.
+    pub(super) fn tell(
+        &mut self,
+        hook: impl Fn(&mut dyn TrainerCallback, &TrainingArguments, &TrainerState, &mut TrainerControl),
+    ) {
+        for callback in &mut self.callbacks {
+            hook(callback.as_mut(), &self.args, &self.state, &mut self.control);
+        }
+    }
+
+    fn advance(&mut self, limit: Option<usize>, begin: &Begin, view: &mut View) -> Result<End> {
         loop {
             // First what an earlier call may have left undone: a save that found the disk full,
             // an evaluation that was interrupted.
-            self.settle(screen)?;
+            self.settle(view)?;
             let done = self.state.global_step;
             let stopping = self.control.should_training_stop || done >= self.state.max_steps;
             // A stop ends the epoch, too, as in transformers.
             if (self.plan.ends_epoch(done) || stopping) && self.progress.epoch_end_step != done {
                 self.progress.epoch_end_step = done;
-                callback::after_epoch(&self.args, &mut self.control);
-                for c in &mut self.callbacks {
-                    c.on_epoch_end(&self.args, &self.state, &mut self.control);
-                }
+                after_epoch(&self.args, &mut self.control);
+                self.tell(|c, args, state, control| c.on_epoch_end(args, state, control));
                 continue;
             }
             if stopping {
-                return Ok(Stop::Complete);
+                return Ok(End::Complete);
             }
             if limit.is_some_and(|n| done - begin.step >= n) {
-                return Ok(Stop::Limit);
+                return Ok(End::Limit);
             }
-            if !self.update(screen)? {
-                return Ok(Stop::Interrupted);
-            }
-            callback::after_step(&self.args, &self.state, &mut self.control);
-            for c in &mut self.callbacks {
-                c.on_step_end(&self.args, &self.state, &mut self.control);
-            }
-            screen.step(self.state.global_step, self.message(begin));
+            self.update(view)?;
+            after_step(&self.args, &self.state, &mut self.control);
+            self.tell(|c, args, state, control| c.on_step_end(args, state, control));
+            view.bar.set(self.state.global_step, self.message(begin));
         }
     }
 
@@ -124,17 +107,17 @@ impl Trainer {
         format!("loss {recent:.4}, {} tokens/s", rate(per_second))
     }
 
-    /// One update. False if an interrupt came first: then nothing has changed.
-    fn update(&mut self, screen: &Screen) -> Result<bool> {
-        let result = self.accumulate_and_step(screen).map_err(|e| self.explain_memory(e));
-        if !matches!(result, Ok(true)) {
+    /// One update, or an error, an interrupt among them, that leaves everything as it was.
+    fn update(&mut self, view: &View) -> Result<()> {
+        let result = self.accumulate_and_step(view).map_err(|e| self.explain_memory(e));
+        if result.is_err() {
             // Gradients of a window that is not finished would be counted twice.
             self.params.iter().try_for_each(|p| p.zero_grad())?;
         }
         result
     }
 
-    fn accumulate_and_step(&mut self, screen: &Screen) -> Result<bool> {
+    fn accumulate_and_step(&mut self, view: &View) -> Result<()> {
         let step = self.state.global_step;
         let learning_rate = self.learning_rate(step)?;
         let window = self.sampler.update(&self.plan, step);
@@ -144,7 +127,7 @@ impl Trainer {
         let mut loss = 0.0;
         for (micro, batch) in window.iter().zip(&batches) {
             if interrupt::requested() {
-                return Ok(false);
+                return Err(Error::Interrupted { what: "training".into() });
             }
             let options = PassOptions {
                 num_items: num_items.max(1) as f64,
@@ -157,7 +140,7 @@ impl Trainer {
             };
             loss += pass.loss_sum / options.num_items;
             self.check_finite("the loss", loss)?;
-            screen.tick();
+            view.bar.tick();
         }
         let max_norm = if self.args.max_grad_norm > 0.0 { self.args.max_grad_norm } else { f64::INFINITY };
         let norm = clip_grad_norm(&self.params, max_norm)?;
@@ -175,7 +158,7 @@ impl Trainer {
         self.progress.loss_of_run += loss;
         self.progress.grad_norm = norm.total;
         self.progress.learning_rate = learning_rate;
-        Ok(true)
+        Ok(())
     }
 
     fn check_finite(&self, what: &str, value: f64) -> Result<()> {
@@ -187,13 +170,13 @@ impl Trainer {
     }
 
     /// Logs, evaluates and saves if asked; each request is cleared when it is done.
-    fn settle(&mut self, screen: &mut Screen) -> Result<()> {
+    fn settle(&mut self, view: &mut View) -> Result<()> {
         if self.control.should_log {
             self.control.should_log = false;
-            self.log_training_loss(screen);
+            self.log_training_loss(view);
         }
         if self.control.should_evaluate {
-            let is_best = self.evaluate_and_compare(screen)?;
+            let is_best = self.evaluate_and_compare(view)?;
             self.control.should_evaluate = false;
             if self.args.save_strategy == SaveStrategy::Best {
                 self.control.should_save = is_best;
@@ -202,14 +185,12 @@ impl Trainer {
         if self.control.should_save {
             let folder = self.save_checkpoint()?;
             self.control.should_save = false;
-            for c in &mut self.callbacks {
-                c.on_save(&self.args, &self.state, &mut self.control, &folder);
-            }
+            self.tell(|c, args, state, control| c.on_save(args, state, control, &folder));
         }
         Ok(())
     }
 
-    fn log_training_loss(&mut self, screen: &mut Screen) {
+    fn log_training_loss(&mut self, view: &mut View) {
         let updates = self.state.global_step - self.progress.step_logged;
         if updates == 0 {
             return;
@@ -221,38 +202,37 @@ impl Trainer {
         ]);
         self.progress.loss_since_log = 0.0;
         self.progress.step_logged = self.state.global_step;
-        self.log(entry, screen);
+        self.log(entry, view);
     }
 
     /// Adds epoch and step to `entry` and the whole to the history.
-    pub(super) fn log(&mut self, mut entry: LogEntry, screen: &mut Screen) {
+    pub(super) fn log(&mut self, mut entry: LogEntry, view: &mut View) {
         entry.push("epoch", self.state.epoch);
-        screen.line(&entry.brief());
+        view.bar.line(&entry.brief());
         entry.push("step", self.state.global_step as f64);
         self.state.log_history.push(entry.clone());
-        screen.logged(&self.state);
-        for c in &mut self.callbacks {
-            c.on_log(&self.args, &self.state, &mut self.control, &entry);
-        }
+        view.logged(&self.state);
+        self.tell(|c, args, state, control| c.on_log(args, state, control, &entry));
     }
 
     /// The output of the call and, if the run is over, its last log entry.
-    fn conclude(&mut self, stop: Stop, whole_run: bool, begin: &Begin) -> Result<TrainOutput> {
+    fn conclude(&mut self, end: End, whole_run: bool, begin: &Begin) -> Result<TrainOutput> {
         let updates = self.state.global_step - begin.step;
         let per = |total: f64, n: usize| if n == 0 { 0.0 } else { total / n as f64 };
-        let training_loss = match whole_run {
-            true => per(self.progress.loss_of_run, self.state.global_step),
-            false => per(self.progress.loss_of_run - begin.loss_of_run, updates),
+        let training_loss = if whole_run {
+            per(self.progress.loss_of_run, self.state.global_step)
+        } else {
+            per(self.progress.loss_of_run - begin.loss_of_run, updates)
         };
         let samples = self.plan.total_samples(&self.args) as f64 * updates as f64 / self.state.max_steps as f64;
         let mut metrics = speed_metrics("train", begin.at, samples, updates as f64);
         metrics.push("train_loss", training_loss);
-        if stop == Stop::Complete {
+        if end == End::Complete {
             // The summary is for the reader of the returned value; no second copy on the screen.
-            self.log(metrics.clone(), &mut Screen::silent());
+            self.log(metrics.clone(), &mut View::silent());
         }
         metrics.push("epoch", self.state.epoch);
-        let finished = self.state.global_step >= self.state.max_steps && stop == Stop::Complete;
+        let finished = self.state.global_step >= self.state.max_steps && end == End::Complete;
         if finished {
             self.load_best()?;
         }
@@ -260,7 +240,7 @@ impl Trainer {
             global_step: self.state.global_step,
             training_loss,
             metrics,
-            interrupted: stop == Stop::Interrupted,
+            interrupted: end == End::Interrupted,
             finished,
             curve: self.state.loss_curve(),
             curve_is_above: false,

@@ -1,7 +1,7 @@
 //! Which rows come when: the order in which transformers' Trainer would feed them.
 //!
-//! Nothing here has a state. The rows of an update follow from the seed and the number of
-//! the update, so a resumed run needs no fast-forward and cannot lose its place.
+//! The rows of an update follow from the seed and the number of the update alone, so a resumed
+//! run needs no fast-forward and cannot lose its place.
 
 use std::ops::Range;
 
@@ -84,7 +84,7 @@ impl Plan {
         self.epoch_of(step) * self.batches_per_epoch + self.batches_of(step).start
     }
 
-    /// Rows that a whole run takes, as the Trainer counts them for its throughput.
+    /// CheckedRows that a whole run takes, as the Trainer counts them for its throughput.
     pub fn total_samples(&self, args: &TrainingArguments) -> usize {
         match args.max_steps {
             1.. => self.max_steps * self.batch_size * self.accumulation,

@@ -1,10 +1,10 @@
 //! What a run has done so far, in the form of transformers' `trainer_state.json`.
 
-use std::fmt;
+use std::{collections::BTreeMap, fmt};
 
-use serde_json::{Map, Value, json};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Value, json};
 
-use super::callback::TrainerControl;
 use crate::{
     display::{
         self, Forms,
@@ -12,11 +12,28 @@ use crate::{
         shown_by_forms,
         theme::{CELL, FAINT, NUMBER, TABLE, TEXT},
     },
-    py_repr::py_float,
+    json_file::read_fields,
+    names::debug_as_display,
+    py_repr::{py_dict, py_float},
 };
 
+/// What the trainer does next. A callback may set these; the trainer clears the last three
+/// once it has done them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TrainerControl {
+    /// Stop after this update; `train` again goes on.
+    pub should_training_stop: bool,
+    /// Log after this update.
+    pub should_log: bool,
+    /// Evaluate after this update.
+    pub should_evaluate: bool,
+    /// Save a checkpoint after this update.
+    pub should_save: bool,
+}
+
 /// Where a training run stands.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct TrainerState {
     /// Epochs done, the current one as a fraction.
     pub epoch: f64,
@@ -44,61 +61,31 @@ pub struct TrainerState {
 impl TrainerState {
     /// The file's content: transformers' keys in its order, which its own loader reads.
     pub(super) fn to_json(&self, control: &TrainerControl) -> Value {
-        json!({
-            "best_global_step": self.best_global_step,
-            "best_metric": self.best_metric,
-            "best_model_checkpoint": self.best_model_checkpoint,
-            "epoch": self.epoch,
-            "eval_steps": self.eval_steps,
-            "global_step": self.global_step,
-            "is_hyper_param_search": false,
-            "is_local_process_zero": true,
-            "is_world_process_zero": true,
-            "log_history": self.log_history.iter().map(LogEntry::to_json).collect::<Vec<_>>(),
-            "logging_steps": self.logging_steps,
-            "max_steps": self.max_steps,
-            "num_input_tokens_seen": self.num_input_tokens_seen,
-            "num_train_epochs": self.num_train_epochs,
-            "save_steps": self.save_steps,
-            "stateful_callbacks": {
-                "TrainerControl": {
-                    "args": {
-                        "should_epoch_stop": false,
-                        "should_evaluate": control.should_evaluate,
-                        "should_log": control.should_log,
-                        "should_save": control.should_save,
-                        "should_training_stop": control.should_training_stop,
-                    },
-                    "attributes": {},
-                }
-            },
+        let mut sorted: BTreeMap<String, Value> = serde_json::from_value(json!(self)).unwrap_or_default();
+        let control = json!({
+            "should_epoch_stop": false,
+            "should_evaluate": control.should_evaluate,
+            "should_log": control.should_log,
+            "should_save": control.should_save,
+            "should_training_stop": control.should_training_stop,
+        });
+        let constants = [
+            ("is_hyper_param_search", json!(false)),
+            ("is_local_process_zero", json!(true)),
+            ("is_world_process_zero", json!(true)),
+            ("stateful_callbacks", json!({ "TrainerControl": { "args": control, "attributes": {} } })),
             // transformers' word for "not known".
-            "total_flos": 0.0,
-            "train_batch_size": self.train_batch_size,
-            "trial_name": null,
-            "trial_params": null,
-        })
+            ("total_flos", json!(0.0)),
+            ("trial_name", Value::Null),
+            ("trial_params", Value::Null),
+        ];
+        sorted.extend(constants.map(|(key, value)| (key.to_owned(), value)));
+        json!(sorted)
     }
 
     /// Reads back what [`to_json`](Self::to_json) wrote; the error names the key.
     pub(super) fn from_json(value: &Value) -> Result<Self, String> {
-        let count = |key: &str| value[key].as_u64().map(|n| n as usize).ok_or(format!("{key} is not a count"));
-        let history = value["log_history"].as_array().ok_or("log_history is not a list")?;
-        Ok(Self {
-            epoch: value["epoch"].as_f64().ok_or("epoch is not a number")?,
-            global_step: count("global_step")?,
-            max_steps: count("max_steps")?,
-            num_train_epochs: count("num_train_epochs")?,
-            logging_steps: count("logging_steps")?,
-            eval_steps: count("eval_steps")?,
-            save_steps: count("save_steps")?,
-            train_batch_size: count("train_batch_size")?,
-            num_input_tokens_seen: count("num_input_tokens_seen")?,
-            log_history: history.iter().map(LogEntry::from_json).collect::<Result<_, _>>()?,
-            best_metric: value["best_metric"].as_f64(),
-            best_global_step: value["best_global_step"].as_u64().map(|n| n as usize),
-            best_model_checkpoint: value["best_model_checkpoint"].as_str().map(str::to_owned),
-        })
+        read_fields(value)
     }
 
     /// `(step, value)` of every entry that has `key`: `curve("loss")`, `curve("eval_loss")`.
@@ -151,44 +138,38 @@ impl LogEntry {
         let short = |x: f64| format!("{x:.3e}").parse().unwrap_or(x);
         Self(self.iter().map(|(name, value)| (name.to_owned(), short(value))).collect()).to_string()
     }
+}
 
-    fn to_json(&self) -> Value {
-        let mut sorted: Vec<_> = self.iter().collect();
-        sorted.sort_by_key(|(name, _)| *name);
+/// In `trainer_state.json` the names are sorted.
+impl Serialize for LogEntry {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let number = |name: &str, value: f64| if name == "step" { json!(value as u64) } else { json!(value) };
-        Value::Object(sorted.into_iter().map(|(name, value)| (name.to_owned(), number(name, value))).collect())
+        let sorted: BTreeMap<_, _> = self.iter().map(|(name, value)| (name, number(name, value))).collect();
+        sorted.serialize(serializer)
     }
+}
 
-    fn from_json(value: &Value) -> Result<Self, String> {
-        let map: &Map<_, _> = value.as_object().ok_or("an entry of log_history is not an object")?;
-        let mut entry = Self::default();
-        for (name, value) in map {
-            entry.push(name, value.as_f64().ok_or(format!("{name} in log_history is not a number"))?);
-        }
-        // The file has its keys sorted; here they are in the order of logging, as they were.
+/// In memory they are in the order of logging again.
+impl<'de> Deserialize<'de> for LogEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        const FIRST: [&str; 3] = ["loss", "grad_norm", "learning_rate"];
         let rank = |name: &str| match name {
-            "loss" | "grad_norm" | "learning_rate" => {
-                ["loss", "grad_norm", "learning_rate"].iter().position(|n| *n == name)
-            }
-            "epoch" => Some(8),
-            "step" => Some(9),
-            _ => Some(if name.ends_with("_loss") && name.starts_with("train") { 7 } else { 3 }),
+            "epoch" => 8,
+            "step" => 9,
+            "train_loss" => 7,
+            _ => FIRST.iter().position(|first| *first == name).unwrap_or(3),
         };
-        entry.0.sort_by_key(|(name, _)| rank(name));
-        Ok(entry)
+        let mut entry: Vec<(String, f64)> = BTreeMap::deserialize(deserializer)?.into_iter().collect();
+        entry.sort_by_key(|(name, _)| rank(name));
+        Ok(Self(entry))
     }
 }
 
 impl fmt::Display for LogEntry {
     /// As Python prints a dict.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("{")?;
-        for (i, (name, value)) in self.iter().enumerate() {
-            let comma = if i == 0 { "" } else { ", " };
-            let value = if name == "step" { format!("{value}") } else { py_float(value) };
-            write!(f, "{comma}'{name}': {value}")?;
-        }
-        f.write_str("}")
+        let value = |name: &str, x: f64| if name == "step" { x.to_string() } else { py_float(x) };
+        f.write_str(&py_dict(self.iter().map(|(name, x)| (name, value(name, x)))))
     }
 }
 
@@ -233,9 +214,10 @@ impl TrainOutput {
             _ => "the run goes on with trainer.train()",
         };
         let metrics: String = self.metrics.iter().map(|(name, value)| row(name, py_float(value))).collect();
-        let curve = match self.curve_is_above {
-            true => format!("<details><summary>loss curve</summary>{}</details>", self.curve.source()),
-            false => self.curve.source().to_owned(),
+        let curve = if self.curve_is_above {
+            format!("<details><summary>loss curve</summary>{}</details>", self.curve.source())
+        } else {
+            self.curve.source().to_owned()
         };
         format!(
             "<div style=\"{TEXT}\"><div><b>TrainOutput</b>&ensp;<span style=\"{FAINT}\">{heading}</span></div>\
@@ -259,18 +241,11 @@ impl fmt::Display for TrainOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (step, loss, metrics) = (self.global_step, py_float(self.training_loss), &self.metrics);
         write!(f, "TrainOutput(global_step={step}, training_loss={loss}, metrics={metrics})")?;
-        match self.interrupted {
-            true => write!(f, "\n{INTERRUPTED}"),
-            false => Ok(()),
-        }
+        if self.interrupted { write!(f, "\n{INTERRUPTED}") } else { Ok(()) }
     }
 }
 
-impl fmt::Debug for TrainOutput {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(TrainOutput);
 
 #[cfg(test)]
 mod tests {

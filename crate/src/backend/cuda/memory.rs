@@ -3,26 +3,13 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaSlice, DriverError, result,
+    CudaContext, CudaSlice, DriverError,
     sys::{self, CUmemPool_attribute_enum as Attribute},
 };
 
 use super::{Gpu, driver_error};
-use crate::error::{Error, Result};
-
-const REMEDY: &str = "gradient_checkpointing: true and a smaller per_device_train_batch_size (with more \
-                      gradient_accumulation_steps) save most; model.memory_report() and trainer.memory_plan() show \
-                      where the memory goes, nvidia-smi who else uses the card";
-
-/// The error of a card that has no room for what was being done.
-pub(super) fn out_of_memory(doing: &str) -> Error {
-    let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
-    let room = match result::mem_get_info() {
-        Ok((free, total)) => format!(" ({:.2} of its {:.2} GiB are free)", gib(free), gib(total)),
-        Err(_) => String::new(),
-    };
-    Error::OutOfDeviceMemory { doing: format!("{doing}{room}"), remedy: REMEDY.into() }
-}
+use crate::error::Result;
+pub(super) use crate::error::out_of_device_memory as out_of_memory;
 
 pub(super) fn is_out_of_memory(e: &DriverError) -> bool {
     e.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY

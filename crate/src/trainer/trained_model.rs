@@ -13,7 +13,7 @@ use crate::{
     peft::PeftModel,
 };
 
-pub(super) trait Adapted: Trainable {
+pub(super) trait TrainedModel: Trainable {
     /// Writes the adapter's files into `folder`.
     fn save_adapter(&self, folder: &Path) -> Result<()>;
 
@@ -48,9 +48,9 @@ const LORA_FIELDS: [&str; 9] = [
     "use_rslora",
 ];
 
-impl Adapted for PeftModel {
+impl TrainedModel for PeftModel {
     fn save_adapter(&self, folder: &Path) -> Result<()> {
-        self.save_pretrained(folder)
+        self.save_active_adapter(folder)
     }
 
     fn load_adapter(&self, folder: &Path) -> Result<()> {

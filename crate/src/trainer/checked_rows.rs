@@ -6,13 +6,13 @@ use crate::{
     collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
     display,
-    error::{Error, Result},
+    error::{Error, Result, ensure},
     features::{Features, IGNORE_INDEX},
 };
 
 /// A dataset that a model can be trained or evaluated on.
 #[derive(Clone, Debug)]
-pub(super) struct Rows {
+pub(super) struct CheckedRows {
     dataset: Dataset,
     collator: DataCollatorForSeq2Seq,
     /// Names the content: equal for equal rows in the same order.
@@ -21,23 +21,16 @@ pub(super) struct Rows {
     sizes: Vec<(usize, usize)>,
 }
 
-impl Rows {
+impl CheckedRows {
     /// Reads every row once, so that what is wrong with row 20,000 is said before row 0 is trained on.
     ///
     /// # Errors
     /// No rows; a missing column; a row of length 0 or with fields of different lengths; a
     /// token id or label beyond the vocabulary; no label at all.
     pub fn check(dataset: &Dataset, collator: &DataCollatorForSeq2Seq, vocab_size: usize) -> Result<Self> {
-        if dataset.is_empty() {
-            return Err(Error::argument(
-                "dataset",
-                "0 rows",
-                "at least one row",
-                "check the filter or slice that made it",
-            ));
-        }
+        let remedy = "check the filter or slice that made it";
+        ensure(!dataset.is_empty(), "dataset", "0 rows", "at least one row", remedy)?;
         let (mut hash, mut without_labels) = (0, Vec::new());
-        let mut longest = 0..0;
         let mut sizes = Vec::with_capacity(dataset.len());
         for row in 0..dataset.len() {
             let features = dataset.get(row)?.features()?;
@@ -46,10 +39,6 @@ impl Rows {
             if !features.has_labels() {
                 without_labels.push(row);
             }
-            longest = match longest.end {
-                0 => features.len()..features.len(),
-                _ => longest.start.min(features.len())..longest.end.max(features.len()),
-            };
             sizes.push((features.len(), features.labels.iter().filter(|&&l| l != IGNORE_INDEX).count()));
             hash = fold(hash, &features);
         }
@@ -66,10 +55,11 @@ impl Rows {
             ));
         }
         // A batch of unequal rows needs a padding token: found here, not in the middle of training.
-        if longest.start != longest.end {
+        let lengths = sizes.iter().map(|(tokens, _)| *tokens);
+        let (shortest, longest) = (lengths.clone().min().unwrap_or(0), lengths.max().unwrap_or(0));
+        if shortest != longest {
             let row = |n: usize| Features { input_ids: vec![0; n], attention_mask: vec![1; n], labels: vec![0; n] };
-            let (a, b) = (row(longest.start), row(longest.end));
-            collator.collate(&[&a, &b])?;
+            collator.collate(&[&row(shortest), &row(longest)])?;
         }
         let fingerprint = format!("{total} rows, content {hash:016x}");
         Ok(Self { dataset: dataset.clone(), collator: collator.clone(), fingerprint, sizes })
@@ -97,13 +87,10 @@ impl Rows {
 }
 
 fn check_ids(features: &Features, row: usize, vocab_size: usize) -> Result<()> {
-    let beyond = |id: i64| id < 0 || id as usize >= vocab_size;
-    let error = |position: usize, id: i64| Err(Error::TokenId { row, position, id, vocab_size });
-    if let Some(position) = features.input_ids.iter().position(|&id| beyond(i64::from(id))) {
-        return error(position, i64::from(features.input_ids[position]));
-    }
-    match features.labels.iter().position(|&id| id != IGNORE_INDEX && beyond(id)) {
-        Some(position) => error(position, features.labels[position]),
+    let ids = features.input_ids.iter().map(|&id| i64::from(id)).enumerate();
+    let labels = features.labels.iter().copied().enumerate().filter(|(_, label)| *label != IGNORE_INDEX);
+    match ids.chain(labels).find(|(_, id)| *id < 0 || *id as usize >= vocab_size) {
+        Some((position, id)) => Err(Error::TokenId { row, position, id, vocab_size }),
         None => Ok(()),
     }
 }

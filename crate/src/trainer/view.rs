@@ -8,9 +8,12 @@ const CURVES_PER_SECOND: u32 = 2;
 /// How a call of `train` ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
-    /// All that was asked for is done.
-    Done,
+    /// The last update is done, or a callback asked to stop.
+    Complete,
+    /// `train_steps` has made its updates.
+    Limit,
     Interrupted,
+    /// By an error.
     Failed,
 }
 
@@ -18,14 +21,14 @@ pub(super) enum End {
 ///
 /// The curve appears with the first loss, whatever the clock says, and its last state depends on
 /// the losses alone: two runs of a notebook store the same picture.
-pub(super) struct Screen {
-    bar: Progress,
+pub(super) struct View {
+    pub bar: Progress,
     curve: Option<Live>,
     pace: Pace,
     on: bool,
 }
 
-impl Screen {
+impl View {
     pub fn new(state: &TrainerState) -> Self {
         let bar = Progress::starting_at("Training", state.global_step, state.max_steps, "steps");
         Self { bar, curve: None, pace: Pace::per_second(CURVES_PER_SECOND), on: Live::is_possible() }
@@ -34,21 +37,6 @@ impl Screen {
     /// Shows nothing.
     pub fn silent() -> Self {
         Self { bar: Progress::silent(), curve: None, pace: Pace::per_second(CURVES_PER_SECOND), on: false }
-    }
-
-    /// An update was made; `message` says what is worth a look.
-    pub fn step(&self, done: usize, message: String) {
-        self.bar.set(done, message);
-    }
-
-    /// A micro-batch was made.
-    pub fn tick(&self) {
-        self.bar.tick();
-    }
-
-    /// A line for places that have no curve.
-    pub fn line(&self, text: &str) {
-        self.bar.line(text);
     }
 
     /// Something was logged: the curve grows.
@@ -61,7 +49,7 @@ impl Screen {
     /// Leaves bar and curve in the state in which the call ends.
     pub fn end(&mut self, end: End, state: &TrainerState) {
         match end {
-            End::Done => self.bar.finish(),
+            End::Complete | End::Limit => self.bar.finish(),
             End::Interrupted => self.bar.interrupted(),
             // The bar says so itself when it goes.
             End::Failed => {}
@@ -69,7 +57,7 @@ impl Screen {
         if self.curve.is_some() {
             let at = format!("at {} of {} steps", state.global_step, state.max_steps);
             let title = match end {
-                End::Done => "Loss".into(),
+                End::Complete | End::Limit => "Loss".into(),
                 End::Interrupted => format!("Loss, interrupted {at}"),
                 End::Failed => format!("Loss, stopped by an error {at}"),
             };
