@@ -56,5 +56,22 @@ pub mod quant;
 pub mod quantized;
 pub mod safe_file;
 
+/// What lies beneath the steps, for this repository's own checks, tests and benchmarks; it may change at any time.
+#[doc(hidden)]
+pub mod internals {
+    pub mod adapters {
+        pub use crate::adapters::*;
+    }
+    pub mod backend {
+        pub use crate::backend::*;
+    }
+    pub mod layers {
+        pub use crate::layers::*;
+    }
+    pub mod models {
+        pub use crate::models::*;
+    }
+}
+
 // Users must never depend on candle beside us: two copies of it would count tensor ids apart.
 pub use candle_core;

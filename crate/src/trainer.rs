@@ -127,11 +127,8 @@ impl Trainer {
         if args.save_strategy != SaveStrategy::No {
             check_writable(&args.output_dir())?;
         }
-        for (name, set) in [("bf16", args.bf16), ("fp16", args.fp16)] {
-            if set && params.iter().all(|p| p.value().device().is_cpu()) {
-                display::notice_once(&format!("{name}: the CPU computes in f32, which is at least as exact"));
-            }
-        }
+        // Another run's search for a scale is no part of this one.
+        model.set_loss_scale(None);
         let betas = (args.adam_beta1, args.adam_beta2);
         let optimizer = AdamW::new(args.optim, &params, betas, args.adam_epsilon, args.weight_decay)?;
         let state = TrainerState {
@@ -265,6 +262,7 @@ impl Trainer {
         let (logging_steps, eval_steps, save_steps) =
             (self.state.logging_steps, self.state.eval_steps, self.state.save_steps);
         self.state = TrainerState { logging_steps, eval_steps, save_steps, ..loaded.state };
+        self.model.set_loss_scale(loaded.progress.loss_scale);
         self.progress = loaded.progress;
         self.control = TrainerControl::default();
         self.last_checkpoint = Some(folder.to_owned());
@@ -294,7 +292,7 @@ impl Trainer {
         }
         let content = checkpoint::Content {
             state: state.to_json(&self.control),
-            progress: &self.progress,
+            progress: &Progress { loss_scale: self.model.loss_scale(), ..self.progress.clone() },
             optimizer: self.optimizer.state_dict()?,
             scheduler: json!({
                 "last_epoch": self.state.global_step,
@@ -375,7 +373,7 @@ impl Trainer {
 
     /// What two runs must agree on for a checkpoint of one to be resumed by the other.
     fn identity(&self) -> Result<Vec<(String, Value)>> {
-        const FIELDS: [&str; 12] = [
+        const FIELDS: [&str; 10] = [
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "weight_decay",
@@ -386,8 +384,6 @@ impl Trainer {
             "seed",
             "train_sampling_strategy",
             "dataloader_drop_last",
-            "bf16",
-            "fp16",
         ];
         let args = self.args.to_json();
         let mut identity = self.model.identity();

@@ -98,11 +98,6 @@ pub struct TrainingArguments {
     pub train_sampling_strategy: SamplingStrategy = SamplingStrategy::Random,
     /// Leave out the last batch of an epoch if it has fewer rows than the others.
     pub dataloader_drop_last: bool = false,
-    /// Compute in bf16 where the device gains from it. The CPU computes in f32, which is more
-    /// exact; there a note says so and nothing else changes.
-    pub bf16: bool = false,
-    /// Compute in f16; see `bf16`.
-    pub fp16: bool = false,
     /// Keep only the input of each block and compute its inside again on the way back: less
     /// memory, more time, the same numbers bit for bit.
     pub gradient_checkpointing: bool = false,
@@ -209,7 +204,6 @@ impl TrainingArguments {
             "at least 1",
             "for a part of an epoch use max_steps",
         )?;
-        ensure(!(self.bf16 && self.fp16), "bf16", true, "false when fp16 is true", "set one of the two")?;
         let no_folder = self.output_dir.as_os_str().is_empty();
         ensure(!no_folder, "output_dir", "\"\"", "a folder", "name one, e.g. \"out/qlora\"")?;
         self.validate_strategies()
@@ -323,7 +317,6 @@ mod tests {
             (TrainingArguments { max_steps: 0, ..d() }, "max_steps"),
             (TrainingArguments { max_steps: -2, ..d() }, "max_steps"),
             (TrainingArguments { num_train_epochs: 0, ..d() }, "num_train_epochs"),
-            (TrainingArguments { bf16: true, fp16: true, ..d() }, "bf16"),
             (TrainingArguments { output_dir: "".into(), ..d() }, "output_dir"),
             (TrainingArguments { save_strategy: SaveStrategy::Best, ..d() }, "save_strategy"),
             (TrainingArguments { load_best_model_at_end: true, ..d() }, "load_best_model_at_end"),

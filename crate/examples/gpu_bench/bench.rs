@@ -1,11 +1,11 @@
 //! Measuring: by the card's events around several launches, or by the host's clock until all is done.
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use qlora_nb::{
     candle_core::{Device, Error as TensorError, cuda_backend::cudarc::driver::sys::CUevent_flags},
-    cuda::{self, Gpu},
     error::Result,
+    internals::backend::cuda::{self, Gpu},
 };
 
 const SAMPLES: usize = 31;
@@ -13,7 +13,7 @@ const SAMPLES: usize = 31;
 const LAUNCHES: usize = 20;
 
 pub struct Bench {
-    pub gpu: Arc<Gpu>,
+    pub gpu: &'static Gpu,
     pub device: Device,
 }
 

@@ -9,8 +9,8 @@ use std::{
 
 use qlora_nb::{
     candle_core::DType,
-    cuda::Staging,
     error::{Error, Result},
+    internals::backend::cuda::Staging,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, DeviceMap, ModelOptions},
 };
 
@@ -31,7 +31,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |m| m.len() as usize);
     let bytes: usize = files.iter().map(size).sum();
     let one = time("read by one thread", bytes, || files.iter().try_for_each(|path| read(path)))?;
-    let staging = Staging::new(&bench.gpu)?;
+    let staging = Staging::new(bench.gpu)?;
     time("read by many threads", bytes, || {
         files.iter().try_for_each(|path| staging.read(path, 0, size(path), false, &|_| Ok(())))
     })?;

@@ -1,9 +1,9 @@
 //! The optimizer's step and the norm of the gradients, for the adapters of BLOOM-1b4: rank 8 on query_key_value.
 
 use qlora_nb::{
-    backend::param::{Param, modify_f32},
     candle_core::Tensor,
     error::Result,
+    internals::backend::param::{Param, modify_f32},
     optim::{AdamW, Optim, clip_grad_norm},
 };
 

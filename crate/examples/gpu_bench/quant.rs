@@ -2,9 +2,9 @@
 
 use qlora_nb::{
     candle_core::{DType, Error as TensorError, Tensor, cuda_backend::cudarc::driver::result},
-    cuda::{address, uninit},
     error::Result,
-    quant::{QuantType, QuantizedTensor, dequantize_into},
+    internals::backend::cuda::{address, dequantize_into, uninit},
+    quant::{QuantType, QuantizedTensor},
 };
 
 use crate::bench::Bench;
@@ -63,9 +63,9 @@ fn dequantize(bench: &Bench, rows: usize, columns: usize, dtype: DType, nested: 
             QuantizedTensor::new(&packed, q.state())
         })
         .collect::<Result<Vec<_>>>()?;
-    let outs = (0..sets).map(|_| uninit(&bench.gpu, n, dtype)).collect::<Result<Vec<_>>>()?;
+    let outs = (0..sets).map(|_| uninit(bench.gpu, n, dtype)).collect::<Result<Vec<_>>>()?;
     let time = bench.card(|i| {
-        dequantize_into(&bench.gpu, bench.gpu.stream(), &weights[i % sets], address(&outs[i % sets])?, dtype)
+        dequantize_into(bench.gpu, bench.gpu.stream(), &weights[i % sets], address(&outs[i % sets])?, dtype)
     })?;
     let what = format!("dequantize {rows} x {columns} {}{}", dtype.as_str(), if nested { " double" } else { "" });
     time.print(&what, n * dtype.size_in_bytes() + quantized_bytes(n, nested));

@@ -1,15 +1,13 @@
 //! What the checks share: random numbers, poison, and the comparison that prints a line.
 
-use std::sync::Arc;
-
 use qlora_nb::{
     candle_core::{DType, Device, Tensor},
-    cuda::{self, Gpu},
     error::Result,
+    internals::backend::cuda::{self, Gpu},
 };
 
 pub struct Checks {
-    pub gpu: Arc<Gpu>,
+    pub gpu: &'static Gpu,
     pub device: Device,
     pub rng: Rng,
     pub count: usize,

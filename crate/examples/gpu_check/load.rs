@@ -3,12 +3,13 @@
 use std::{collections::HashMap, path::Path, path::PathBuf};
 
 use qlora_nb::{
-    backend::operands::Weight,
     candle_core::{DType, Device, Tensor, safetensors},
-    cuda,
     error::Result,
+    internals::{
+        backend::{cuda, operands::Weight},
+        models::weights::Weights,
+    },
     model::BitsAndBytesConfig,
-    models::weights::Weights,
     quant::QuantizedTensor,
 };
 
@@ -28,8 +29,8 @@ pub fn run(checks: &mut Checks) -> Result<()> {
     done
 }
 
-/// Any finite f32, in the dtype: denormals, the largest numbers, both zeros.
-fn any(checks: &mut Checks, n: usize, dtype: DType) -> Result<Tensor> {
+/// Any finite f32, in the dtype, that `to` can hold: denormals, the largest numbers, both zeros.
+fn any(checks: &mut Checks, n: usize, dtype: DType, to: DType) -> Result<Tensor> {
     let rng = &mut checks.rng;
     let values: Vec<f32> = (0..n)
         .map(|_| match rng.below(4) {
@@ -41,11 +42,12 @@ fn any(checks: &mut Checks, n: usize, dtype: DType) -> Result<Tensor> {
         .collect();
     let x = Tensor::from_vec(values, n, &Device::Cpu)?.to_dtype(dtype)?;
     // What is too large for the dtype has become infinite.
-    if dtype == DType::F32 {
-        return Ok(x);
-    }
-    let wide = x.to_dtype(DType::F32)?.clamp(-60000f32, 60000f32)?;
-    Ok(wide.to_dtype(dtype)?)
+    let largest = match (dtype, to) {
+        (DType::F16, _) | (_, DType::F16) => 60000f32,
+        (DType::BF16, _) | (_, DType::BF16) => 3.3e38,
+        _ => return Ok(x),
+    };
+    Ok(x.to_dtype(DType::F32)?.clamp(-largest, largest)?.to_dtype(dtype)?)
 }
 
 fn save(folder: &Path, name: &str, tensors: &HashMap<String, Tensor>) -> Result<PathBuf> {
@@ -64,12 +66,12 @@ fn tensors(checks: &mut Checks, folder: &Path) -> Result<()> {
         let random = 1 + checks.rng.below(3_000_000);
         // The second is the largest that the CPU converts; a piece has 2 MiB.
         let sizes = [1, 16_384, 16_385, 32_769, 100_003, 1 << 20, (1 << 20) + 1, random, 20_000_003];
-        let mut file = HashMap::new();
-        for (i, n) in sizes.into_iter().enumerate() {
-            file.insert(format!("t{i}"), any(checks, n, from)?);
-        }
-        let path = save(folder, "tensors.safetensors", &file)?;
         for to in DTYPES {
+            let mut file = HashMap::new();
+            for (i, n) in sizes.into_iter().enumerate() {
+                file.insert(format!("t{i}"), any(checks, n, from, to)?);
+            }
+            let path = save(folder, "tensors.safetensors", &file)?;
             let (mut cpu, mut gpu) = both(checks, &path)?;
             let mut cases = Vec::new();
             for (i, n) in sizes.into_iter().enumerate() {
@@ -90,9 +92,9 @@ fn tables(checks: &mut Checks, folder: &Path) -> Result<()> {
     let mut cases = Vec::new();
     for from in DTYPES {
         let (rows, width) = (1 + checks.rng.below(3000), 8 * (1 + checks.rng.below(64)));
-        let table = any(checks, rows * width, from)?.reshape((rows, width))?;
-        let path = save(folder, "table.safetensors", &HashMap::from([("table".to_string(), table)]))?;
         for to in DTYPES {
+            let table = any(checks, rows * width, from, to)?.reshape((rows, width))?;
+            let path = save(folder, "table.safetensors", &HashMap::from([("table".to_string(), table)]))?;
             let (mut cpu, mut gpu) = both(checks, &path)?;
             let expected = cpu.table("table", &[rows, width], to)?;
             let padded = rows.next_multiple_of(64);
@@ -104,7 +106,7 @@ fn tables(checks: &mut Checks, folder: &Path) -> Result<()> {
                 found = found.or(Some(format!("its memory has {elements} elements, expected {}", padded * width)));
             } else {
                 let mut raw = vec![0xffu8; padded * width * to.size_in_bytes()];
-                cuda::copy_to_host(&checks.gpu, at, &mut raw)?;
+                cuda::copy_to_host(checks.gpu, at, &mut raw)?;
                 let own = rows * width * to.size_in_bytes();
                 found = found.or((raw[..own] != bytes(&expected)?).then(|| "its memory is another's".into()));
                 found = found.or(raw[own..].iter().any(|b| *b != 0).then(|| "the padding is not zero".into()));
@@ -174,9 +176,22 @@ fn damaged(checks: &mut Checks, folder: &Path) -> Result<()> {
             }
         }
     }
+    // A number that is finite in the file and not in the dtype.
+    let n = 2_000_000;
+    let mut values: Vec<f32> = (0..n).map(|_| checks.rng.normal()).collect();
+    values[checks.rng.below(n)] = 1e6;
+    let large = Tensor::from_vec(values, n, &Device::Cpu)?;
+    let path = save(folder, "large.safetensors", &HashMap::from([("w".to_string(), large)]))?;
+    let (mut cpu, mut gpu) = both(checks, &path)?;
+    let message = |r: Result<Tensor>| r.map_or_else(|e| e.to_string(), |_| "no error".into());
+    let (got, expected) = (message(gpu.tensor("w", &[n], DType::F16)), message(cpu.tensor("w", &[n], DType::F16)));
+    cases.push((got != expected || !got.contains("BF16")).then(|| format!("too large: {got}, expected {expected}")));
     // A file that ends while it is read.
-    let path =
-        save(folder, "short.safetensors", &HashMap::from([("w".to_string(), any(checks, 4 << 20, DType::F32)?)]))?;
+    let path = save(
+        folder,
+        "short.safetensors",
+        &HashMap::from([("w".to_string(), any(checks, 4 << 20, DType::F32, DType::F16)?)]),
+    )?;
     let (_, mut gpu) = both(checks, &path)?;
     let file =
         std::fs::OpenOptions::new().write(true).open(&path).map_err(qlora_nb::error::Error::io("write", &path))?;

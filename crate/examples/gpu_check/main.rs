@@ -1,4 +1,4 @@
-//! Every kernel of `kernels/cuda` against its CPU oracle, on a card:
+//! Every kernel of `backend/cuda/kernels` against its CPU oracle, on a card:
 //! `cargo run --release --features cuda --example gpu_check -- [seed] [quant ...]`.
 //!
 //! Inputs are drawn anew from a seed, which is printed; outputs are poisoned first. One line a

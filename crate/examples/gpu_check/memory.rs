@@ -8,7 +8,7 @@ use std::{
 
 use qlora_nb::{
     candle_core::{Device, Tensor},
-    cuda::{self, check_capability, check_driver},
+    internals::backend::cuda::{self, check_capability, check_driver},
     prelude::*,
 };
 
@@ -244,7 +244,7 @@ fn ballast(checks: &Checks, leave: usize) -> Result<Vec<Tensor>> {
     let mut pieces = Vec::new();
     let mut size = checks.gpu.available()?.saturating_sub(leave);
     while size >= 1 << 20 && checks.gpu.available()? > leave {
-        match cuda::uninit(&checks.gpu, size.min(checks.gpu.available()? - leave), DType::U8) {
+        match cuda::uninit(checks.gpu, size.min(checks.gpu.available()? - leave), DType::U8) {
             Ok(piece) => pieces.push(piece),
             Err(_) => size /= 2,
         }
@@ -265,7 +265,7 @@ fn no_room_to_load(checks: &mut Checks, folder: &Path) -> Result<()> {
         // Other tensors.
         let other = Tensor::zeros(1 << 28, DType::F32, &checks.device).map_err(qlora_nb::error::Error::from);
         cases.push(lacks(&text(other), &["the GPU is out of memory", "what to do"]));
-        let other = cuda::zeros(&checks.gpu, 1 << 28, DType::F32);
+        let other = cuda::zeros(checks.gpu, 1 << 28, DType::F32);
         cases.push(lacks(&text(other), &["the GPU is out of memory", "1024.0 MiB", "are free"]));
     }
     checks.gpu.trim()?;

@@ -1,9 +1,9 @@
 //! The optimizer on the card against the CPU's, bit for bit; the norm of the gradients; paging.
 
 use qlora_nb::{
-    backend::param::{Param, modify_f32, read_f32},
     candle_core::{DType, Device, Tensor},
     error::Result,
+    internals::backend::param::{Param, modify_f32, read_f32},
     optim::{AdamW, GradNorm, Optim, clip_grad_norm},
 };
 

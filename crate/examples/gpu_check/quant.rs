@@ -2,11 +2,11 @@
 
 use qlora_nb::{
     candle_core::{DType, Device, Tensor},
-    cuda,
     error::Result,
+    internals::backend::cuda::{self, dequantize_into},
     quant::{
-        BlockwiseState, QuantType, QuantizedTensor, dequantize_4bit, dequantize_blockwise, dequantize_into,
-        quantize_4bit, quantize_blockwise,
+        BlockwiseState, QuantType, QuantizedTensor, dequantize_4bit, dequantize_blockwise, quantize_4bit,
+        quantize_blockwise,
     },
 };
 
@@ -120,7 +120,7 @@ fn dequantize(checks: &mut Checks, quant_type: QuantType, dtype: DType, nested: 
             let poison = Tensor::full(f32::NAN, size + 2 * MARGIN, &Device::Cpu)?.to_dtype(out)?;
             let memory = poison.to_device(&checks.device)?;
             let at = cuda::address(&memory.narrow(0, start, size)?)?;
-            dequantize_into(&checks.gpu, checks.gpu.stream(), &on_card, at, out)?;
+            dequantize_into(checks.gpu, checks.gpu.stream(), &on_card, at, out)?;
             let end = 2 * MARGIN - start;
             let parts = [poison.narrow(0, 0, start)?, expected.to_dtype(out)?, poison.narrow(0, 0, end)?];
             let what = format!("into {} at {start}", out.as_str());

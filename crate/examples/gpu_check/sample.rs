@@ -2,13 +2,15 @@
 
 use qlora_nb::{
     candle_core::{DType, Device, Tensor},
-    cuda::{self, HostInputs, InputDraw, Inputs, Scalars},
     error::Result,
     generation::{
         processors::{self, Scratch},
         sampling,
     },
-    layers::{cuda::sample, sequences::Sequences},
+    internals::backend::{
+        cuda::{self, HostInputs, InputDraw, Inputs, Scalars, ops::sample},
+        sequences::Sequences,
+    },
 };
 
 use crate::check::Checks;
@@ -30,9 +32,9 @@ fn on_card(checks: &Checks, logits: &Tensor, draws: &[InputDraw]) -> Result<Vec<
     let ids = vec![0u32; logits.dims()[0]];
     let host =
         HostInputs { ids: &ids, targets: &[], sequences: &sequences, cache: None, scalars: Scalars::default(), draws };
-    let inputs = Inputs::new(&checks.gpu, host.shape(false))?;
-    inputs.fill(&checks.gpu, &host)?;
-    let chosen = cuda::uninit(&checks.gpu, draws.len(), DType::I32)?;
+    let inputs = Inputs::new(checks.gpu, host.shape(false))?;
+    inputs.fill(checks.gpu, &host)?;
+    let chosen = cuda::uninit(checks.gpu, draws.len(), DType::I32)?;
     sample(&logits.to_device(&checks.device)?, &inputs, &chosen, false)?;
     Ok(chosen.to_vec1()?)
 }

@@ -97,7 +97,7 @@ impl std::fmt::Debug for Kept {
 
 /// What the loss is multiplied by so that small gradients survive f16; as `torch.amp.GradScaler`, but a pass whose
 /// gradients overflow is made again at a quarter of the scale instead of being skipped.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LossScale {
     pub scale: f32,
     /// Passes without an overflow since the scale last changed.
@@ -168,9 +168,9 @@ pub struct FileTensor<'a> {
 
 /// Reads tensors from files straight to a device, and converts and looks through them there.
 pub trait DeviceReader {
-    /// A tensor in `dtype`, in memory of at least `elements` elements: those behind its own are zeros. `Err(index)`: one
-    /// near that index is not finite.
-    fn read(&self, from: &FileTensor, dtype: DType, elements: usize) -> Result<std::result::Result<Tensor, usize>>;
+    /// A tensor in `dtype`, in memory of at least `elements` elements: those behind its own are zeros. `None`: a number is
+    /// not finite, in the file or in `dtype`.
+    fn read(&self, from: &FileTensor, dtype: DType, elements: usize) -> Result<Option<Tensor>>;
 }
 
 /// The work of a pass.

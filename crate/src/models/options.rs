@@ -52,8 +52,10 @@ pub struct BitsAndBytesConfig {
     pub bnb_4bit_quant_type: QuantType,
     /// Quantize the blocks' scales too: 4.127 bits a parameter instead of 4.5.
     pub bnb_4bit_use_double_quant: bool,
-    /// The dtype of products with a dequantized weight. A GPU honours it; the CPU computes in
-    /// f32, see [`ModelOptions::torch_dtype`].
+    /// The dtype of products with a dequantized weight, on a GPU, as bitsandbytes' `Linear4bit` has it: the input is
+    /// cast to it, the result back to the activations' dtype, which is `torch_dtype`. F32, the default here as there, is
+    /// slow beside a `torch_dtype` of 16 bits: then name that. The CPU computes in f32, see
+    /// [`ModelOptions::torch_dtype`].
     pub bnb_4bit_compute_dtype: DType,
 }
 

@@ -214,10 +214,10 @@ impl Weights {
                 dtype: file_dtype(path, key, entry.dtype, dtype)?,
                 shape: &entry.shape,
             };
-            return match reader.read(&source, dtype, elements)? {
-                Ok(tensor) => Ok(tensor),
-                Err(index) => Err(finite_error(path, key, index, entry.shape.iter().product())),
-            };
+            if let Some(tensor) = reader.read(&source, dtype, elements)? {
+                return Ok(tensor);
+            }
+            // Read once more here, which says what is wrong with which number.
         }
         Ok(read(path, key, entry, dtype)?.to_device(&self.device)?)
     }

@@ -22,6 +22,7 @@ use serde_json::{Map, Value, json};
 
 use super::state::TrainerState;
 use crate::{
+    backend::LossScale,
     error::{Error, Result},
     json_file::{read_fields, read_json_or},
     safe_file::{replace, temporary_sibling, write_to_disk},
@@ -52,6 +53,9 @@ pub(super) struct Progress {
     pub learning_rate: f64,
     /// `global_step` at the last end of an epoch whose logging, evaluating and saving is done.
     pub epoch_end_step: usize,
+    /// What the loss of an f16 model is multiplied by on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 /// What goes into a checkpoint's own files.

@@ -14,7 +14,7 @@ const CONVERTED: usize = 8 * 256;
 pub(super) struct Reader {
     gpu: &'static Gpu,
     staging: Staging,
-    /// i64: `!index` of the first element that is not finite.
+    /// i64: `!index` of the first element that is not finite, in the file or in the dtype asked for; else 0.
     bad: Tensor,
 }
 
@@ -25,7 +25,7 @@ impl Reader {
 }
 
 impl DeviceReader for Reader {
-    fn read(&self, file: &FileTensor, dtype: DType, elements: usize) -> Result<std::result::Result<Tensor, usize>> {
+    fn read(&self, file: &FileTensor, dtype: DType, elements: usize) -> Result<Option<Tensor>> {
         let (gpu, from) = (self.gpu, file.dtype);
         let count: usize = file.shape.iter().product();
         let out = cuda::uninit(gpu, elements.max(count), dtype)?;
@@ -52,9 +52,9 @@ impl DeviceReader for Reader {
             cuda::copy_to_host(gpu, bad, &mut found)?;
             if found[0] != 0 {
                 cuda::fill_zero(&self.bad)?;
-                return Ok(Err(!found[0] as usize));
+                return Ok(None);
             }
         }
-        Ok(Ok(out.narrow(0, 0, count)?.reshape(file.shape)?))
+        Ok(Some(out.narrow(0, 0, count)?.reshape(file.shape)?))
     }
 }

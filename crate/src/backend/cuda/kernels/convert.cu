@@ -21,7 +21,7 @@ __device__ __forceinline__ void convert(const From *from, To *to, long long n, l
     }
 #pragma unroll
     for (int i = EACH - 1; i >= 0; i--)
-        if (!isfinite(x[i])) atomicMax(bad, ~static_cast<unsigned long long>(first + at + i));
+        if (!isfinite(to_f32(from_f32<To>(x[i])))) atomicMax(bad, ~static_cast<unsigned long long>(first + at + i));
     if (to == nullptr) return;
     if (vectors) {
         store<EACH>(to + at, x);
