@@ -6,6 +6,7 @@
 mod adamw;
 mod bloom;
 mod engine;
+mod families;
 mod generation;
 mod gguf;
 mod llama;
