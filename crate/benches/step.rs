@@ -19,16 +19,17 @@ use std::{path::PathBuf, time::Instant};
 
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
-    batch::Batch,
+    collator::Batch,
     collator::DataCollatorForSeq2Seq,
     dataset::{Dataset, Example},
     error::Result,
-    features::Features,
+    model::CausalLM,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, ModelOptions},
-    models::causal_lm::{CausalLM, PassOptions, Trainable},
     optim::{AdamW, Optim, clip_grad_norm},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    tokenizer::Features,
     tokenizer::{AutoTokenizer, Tokenizer},
+    trainer::{PassOptions, Trainable},
 };
 
 const NEW_TOKENS: usize = 120;

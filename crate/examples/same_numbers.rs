@@ -6,8 +6,8 @@
 use std::{error::Error, hash::Hasher, path::Path};
 
 use qlora_nb::{
-    models::causal_lm::{PassOptions, Trainable},
     prelude::*,
+    trainer::{PassOptions, Trainable},
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -121,7 +121,7 @@ fn one_model(folder: &Path, name: &str, options: ModelOptions) -> Result<(), Box
             },
         ),
     ] {
-        let made = qlora_nb::generation::generate(&model, &prompts, &config, &mut |_, _| {})?;
+        let made = qlora_nb::pipeline::generate(&model, &prompts, &config, &mut |_, _| {})?;
         say(&format!("{name}: {how} tokens"), format!("{made:?}").into_bytes());
     }
     let out = tempfile::tempdir()?;

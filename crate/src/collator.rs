@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 
+pub use crate::batch::Batch;
 use crate::{
-    batch::Batch,
     error::{Result, ensure},
     features::{Features, IGNORE_INDEX},
     tokenizer::{PaddingSide, Tokenizer},

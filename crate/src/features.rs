@@ -28,7 +28,7 @@ impl Encoding {
 /// One training row: three fields with one entry a token.
 ///
 /// ```
-/// use qlora_nb::features::{Encoding, Features};
+/// use qlora_nb::tokenizer::{Encoding, Features};
 /// let prompt = Encoding { input_ids: vec![5, 6], attention_mask: vec![1, 1] };
 /// let answer = Encoding { input_ids: vec![7, 8, 2], attention_mask: vec![1, 1, 1] };
 /// let features = Features::supervised(&prompt, &answer, 4);

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// A folder or a hub repository that files are taken from by name.
 ///
 /// ```no_run
-/// use qlora_nb::hub::Snapshot;
+/// use qlora_nb::internals::hub::Snapshot;
 /// let files = Snapshot::open("Langboat/bloom-1b4-zh")?;
 /// let config = files.file("config.json")?; // a path, after a download if need be
 /// let generation_config = files.optional_file("generation_config.json")?; // None if there is none

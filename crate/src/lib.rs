@@ -6,16 +6,25 @@
 //!
 //! 1. `use qlora_nb::prelude::*;`
 //! 2. [`dataset`]: load the data
-//! 3. [`tokenizer`], [`features`]: turn text into ids and labels
+//! 3. [`tokenizer`]: turn text into ids and labels
 //! 4. [`model`], [`peft`]: load the model in 4 bits, put adapters on it
 //! 5. [`training_args`]: choose the training's arguments
 //! 6. [`collator`], [`trainer`]: make the trainer
 //! 7. [`Trainer::train`](trainer::Trainer::train): train
 //! 8. [`pipeline`](mod@pipeline): generate text
 //!
-//! Beneath them: [`quant`] (NF4 and its relatives), [`models`] (one file an architecture),
-//! [`layers`] (each with a forward and a backward), [`optim`], [`generation`] and, at the bottom,
-//! [`error`]. What lies beneath never imports what lies above.
+//! The modules from the ground up; each imports those before it alone, which a test holds:
+//!
+//! - the ground: `error`, `py_repr`, `json_file`, `safe_file`, `names`, `interrupt`;
+//! - what people look at, and where files come from: `display`, `hub`;
+//! - quantized weights as data: `quantized`;
+//! - the only place that knows of devices: `backend`, a CPU and a GPU behind one trait;
+//! - what learns, and how: `optim`, `layers`, `adapters`;
+//! - models, described by families and run once for all devices: `quant`, `batch`, `models`;
+//! - steps 2 and 3: `features`, `dataset`, `tokenizer`;
+//! - steps 4 and 5: `model`, `peft`, `training_args`;
+//! - steps 6 to 8: `collator`, `generation`, `pipeline`, `trainer`;
+//! - everything: `prelude`.
 //!
 //! A notebook's cell compiles anew whatever is generic. So public functions that take `impl AsRef<Path>` or a closure
 //! hand over to one that is not, at once: a cell that loads a tokenizer took 9 seconds without that, and 0.8 with it.
@@ -23,7 +32,7 @@
 // 2
 pub mod dataset;
 // 3
-pub mod features;
+mod features;
 pub mod tokenizer;
 // 4
 pub mod model;
@@ -36,25 +45,27 @@ pub mod trainer;
 // 8
 pub mod pipeline;
 
-// Beneath the steps.
-pub mod adapters;
-pub mod backend;
-pub mod batch;
+// What notebooks use besides.
 pub mod display;
 pub mod error;
-pub mod generation;
-pub mod hub;
 pub mod interrupt;
-pub mod json_file;
-pub mod layers;
-pub mod models;
-mod names;
 pub mod optim;
 pub mod prelude;
-pub mod py_repr;
 pub mod quant;
-pub mod quantized;
-pub mod safe_file;
+
+// Beneath the steps.
+mod adapters;
+mod backend;
+mod batch;
+mod generation;
+mod hub;
+mod json_file;
+mod layers;
+mod models;
+mod names;
+mod py_repr;
+mod quantized;
+mod safe_file;
 
 /// What lies beneath the steps, for this repository's own checks, tests and benchmarks; it may change at any time.
 #[doc(hidden)]
@@ -64,6 +75,12 @@ pub mod internals {
     }
     pub mod backend {
         pub use crate::backend::*;
+    }
+    pub mod generation {
+        pub use crate::generation::*;
+    }
+    pub mod hub {
+        pub use crate::hub::*;
     }
     pub mod layers {
         pub use crate::layers::*;

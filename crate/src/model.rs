@@ -14,18 +14,22 @@ use crate::{
     json_file::read_json,
     models::{
         self,
-        causal_lm::{CausalLM, Draw, Next, Pass},
-        decoder::Decoder,
+        causal_lm::Pass,
         gguf::{self, Gguf},
-        memory::MemoryReport,
-        parameter::{Parameter, ParameterDType},
         weights::Weights,
     },
     quantized::QuantizedTensor,
     safe_file::{temporary_sibling, write_atomically},
 };
 
-pub use crate::models::options::{BitsAndBytesConfig, DeviceMap, ModelOptions};
+pub use crate::models::{
+    causal_lm::{CausalLM, Draw, Next},
+    decoder::Decoder,
+    memory::{MemoryReport, MemoryTerm, peak_resident_bytes, release_freed_memory, reset_peak, resident_bytes},
+    options::{BitsAndBytesConfig, DeviceMap, ModelOptions},
+    parameter::{Parameter, ParameterDType},
+    perplexity,
+};
 
 /// Loads any supported causal language model.
 pub struct AutoModelForCausalLM;

@@ -17,13 +17,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::{
-    adapters::{DoraAdapter, LoraAdapter},
-    backend::{
-        dropout,
-        kv_cache::KvCache,
-        operands::{Lora, Weight},
-        param::Param,
-    },
+    backend::{dropout, kv_cache::KvCache},
     batch::Batch,
     display::{
         Forms,
@@ -32,7 +26,7 @@ use crate::{
     },
     error::{Error, Result},
     hub::Snapshot,
-    layers::{Adapter, Linear, custom_loss::LossFn},
+    layers::custom_loss::LossFn,
     model::Model,
     models::{
         causal_lm::{CausalLM, Draw, LossScale, Next, Pass, PassOptions, Trainable},
@@ -43,6 +37,14 @@ use crate::{
     safe_file::write_atomically,
 };
 
+pub use crate::{
+    adapters::{DoraAdapter, LoraAdapter},
+    backend::{
+        operands::{Lora, Weight},
+        param::Param,
+    },
+    layers::{Adapter, Linear},
+};
 pub use config::{InitLoraWeights, LoraConfig, TaskType};
 pub use targets::TargetModules;
 

@@ -2,6 +2,7 @@
 
 use std::{fmt, ops::Deref, sync::Arc};
 
+pub use crate::generation::{FinishReason, Generated, GenerationConfig, generate};
 use crate::{
     display::{
         self, Forms, Live, Pace,
@@ -10,7 +11,6 @@ use crate::{
         theme::{FAINT, TEXT},
     },
     error::{Error, Result, ensure},
-    generation::{FinishReason, GenerationConfig, generate},
     models::causal_lm::CausalLM,
     names::debug_as_display,
     py_repr::{commas, py_str},

@@ -10,13 +10,15 @@ pub use crate::{
     error::{Error, Result},
     features::{Encoding, Features},
     generation::{FinishReason, GenerationConfig},
-    model::{AutoModelForCausalLM, BitsAndBytesConfig, DeviceMap, Model, ModelOptions},
-    models::causal_lm::{CausalLM, Trainable},
+    model::{
+        AutoModelForCausalLM, BitsAndBytesConfig, CausalLM, DeviceMap, Model, ModelOptions, peak_resident_bytes,
+        reset_peak,
+    },
     optim::{Optim, lr_scheduler::SchedulerType},
     peft::{LoraConfig, PeftModel, TargetModules, TaskType, get_peft_model},
     pipeline::{GeneratedText, TextGenerationPipeline, pipeline},
     quant::{QuantState, QuantType, dequantize_4bit, quantize_4bit},
     tokenizer::{AutoTokenizer, Message, PaddingSide, Tokenizer},
-    trainer::{TrainOutput, Trainer, TrainerCallback, TrainerControl, TrainerState},
+    trainer::{PassOptions, TrainOutput, Trainable, Trainer, TrainerCallback, TrainerControl, TrainerState},
     training_args::{IntervalStrategy, SamplingStrategy, SaveStrategy, TrainingArguments},
 };

@@ -12,7 +12,7 @@ use tokenizers::{AddedToken, ModelWrapper};
 
 use self::config::Config;
 pub use self::{chat::Message, show::LabelledTokens, stream::DecodeStream};
-pub use crate::features::Encoding;
+pub use crate::features::{Encoding, Features};
 use crate::{
     display,
     error::{Error, Result, ensure},

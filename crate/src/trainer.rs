@@ -46,6 +46,7 @@ use crate::{
     training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
 };
 
+pub use crate::models::causal_lm::{LossScale, Pass, PassOptions, Trainable};
 pub use callback::TrainerCallback;
 pub use sampler::randperm;
 pub use state::{LogEntry, TrainOutput, TrainerControl, TrainerState};

@@ -5,8 +5,8 @@ use std::{collections::HashMap, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
-    backend::param::{Param, modify_f32},
     error::Error,
+    internals::backend::param::{Param, modify_f32},
     optim::{AdamW, Optim, SchedulerType, clip_grad_norm, lr_scheduler::lr_at},
     quant::create_dynamic_map,
 };

@@ -13,7 +13,7 @@ use std::{
     thread,
 };
 
-use qlora_nb::{hub::Snapshot, prelude::*};
+use qlora_nb::{internals::hub::Snapshot, prelude::*};
 use qlora_nb_tests::*;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";

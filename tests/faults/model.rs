@@ -5,9 +5,10 @@ use std::{fs, path::Path};
 use candle_core::{Device, Tensor};
 use qlora_nb::{
     error::Error,
+    model::CausalLM,
     model::{AutoModelForCausalLM, Model, ModelOptions},
-    models::causal_lm::{CausalLM, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    trainer::Trainable,
 };
 use qlora_nb_tests::*;
 use tempfile::TempDir;

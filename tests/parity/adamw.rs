@@ -2,7 +2,7 @@
 //! from the library's own optimizer.
 
 use candle_core::{Device, Tensor};
-use qlora_nb::backend::param::Param;
+use qlora_nb::internals::backend::param::Param;
 use qlora_nb_tests::values;
 
 pub struct PlainAdamW {

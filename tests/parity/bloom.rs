@@ -4,10 +4,10 @@ use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Tensor};
 use qlora_nb::{
-    batch::Batch,
-    layers::alibi_slopes,
+    collator::Batch,
+    internals::layers::alibi_slopes,
+    model::CausalLM,
     model::{AutoModelForCausalLM, Model, ModelOptions},
-    models::causal_lm::CausalLM,
 };
 use qlora_nb_tests::*;
 
@@ -153,12 +153,16 @@ fn alibi_matches(heads: usize, table: &Tensor) {
 
 #[test]
 fn a_quantized_model_computes_with_the_dequantized_weights() {
-    use qlora_nb::{backend::operands::Weight, model::BitsAndBytesConfig};
+    use qlora_nb::{internals::backend::operands::Weight, model::BitsAndBytesConfig};
     let config = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
     let options = ModelOptions { torch_dtype: DType::F16, quantization_config: Some(config), ..Default::default() };
     let quantized = AutoModelForCausalLM::from_pretrained(fixture("bloom_tiny"), options).unwrap();
     let dense = quantized.decoder().map_linears(|l| {
-        Ok(qlora_nb::layers::Linear::new(&l.name, Weight::Dense(l.weight().dequantize()?), l.frozen.bias.clone()))
+        Ok(qlora_nb::internals::layers::Linear::new(
+            &l.name,
+            Weight::Dense(l.weight().dequantize()?),
+            l.frozen.bias.clone(),
+        ))
     });
     let ids = Tensor::new(&[[5u32, 9, 17, 3, 88]], &candle_core::Device::Cpu).unwrap();
     let difference =

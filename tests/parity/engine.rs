@@ -3,11 +3,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
-    backend::param::Param,
-    batch::Batch,
+    collator::Batch,
+    internals::backend::param::Param,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, ModelOptions},
-    models::causal_lm::{PassOptions, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    trainer::{PassOptions, Trainable},
 };
 use qlora_nb_tests::*;
 

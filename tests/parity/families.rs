@@ -5,14 +5,11 @@ use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Tensor};
 use qlora_nb::{
-    batch::Batch,
-    model::{AutoModelForCausalLM, BitsAndBytesConfig, Model, ModelOptions},
-    models::{
-        causal_lm::{CausalLM, PassOptions, Trainable},
-        decoder::Parameter,
-    },
-    module_tree::trainable_parameters_text,
+    collator::Batch,
+    display::module_tree::trainable_parameters_text,
+    model::{AutoModelForCausalLM, BitsAndBytesConfig, CausalLM, Model, ModelOptions, Parameter},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    trainer::{PassOptions, Trainable},
 };
 use qlora_nb_tests::*;
 use serde_json::json;

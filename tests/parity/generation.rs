@@ -5,12 +5,12 @@ use std::fs;
 use candle_core::DType;
 use qlora_nb::{
     error::Error,
-    generation::{FinishReason, GenerationConfig, generate},
     model::{AutoModelForCausalLM, Model, ModelOptions},
-    models::causal_lm::Trainable,
     peft::{LoraConfig, get_peft_model},
+    pipeline::{FinishReason, GenerationConfig, generate},
     pipeline::{TextGenerationPipeline, pipeline},
     tokenizer::AutoTokenizer,
+    trainer::Trainable,
 };
 use qlora_nb_tests::*;
 use serde_json::Value;

@@ -9,8 +9,8 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
     error::{Error, Result},
+    internals::models::{gguf::Gguf, perplexity},
     model::{AutoModelForCausalLM, BitsAndBytesConfig, Model, ModelOptions},
-    models::{gguf::Gguf, perplexity},
     tokenizer::{AutoTokenizer, Message, Tokenizer},
 };
 use qlora_nb_tests::*;

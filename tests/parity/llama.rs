@@ -4,11 +4,12 @@ use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
-    batch::Batch,
+    collator::Batch,
     display::module_tree::trainable_parameters_text,
+    model::CausalLM,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, Model, ModelOptions},
-    models::causal_lm::{CausalLM, PassOptions, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    trainer::{PassOptions, Trainable},
 };
 use qlora_nb_tests::*;
 
@@ -183,7 +184,7 @@ fn adapters_are_merged_saved_and_loaded() {
 #[test]
 fn llama_prints_as_in_transformers_and_peft() {
     let want: serde_json::Value = serde_json::from_slice(&std::fs::read(fixture("llama_tiny.json")).unwrap()).unwrap();
-    let listed = |parameters: Vec<(String, qlora_nb::models::parameter::Parameter)>| -> String {
+    let listed = |parameters: Vec<(String, qlora_nb::model::Parameter)>| -> String {
         parameters.iter().map(|(name, p)| format!("{name} {}\n", p.dtype())).collect()
     };
     let model = load(&fixture("llama_tiny"));

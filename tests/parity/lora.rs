@@ -4,11 +4,11 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use qlora_nb::{
-    backend::param::Param,
-    batch::Batch,
+    collator::Batch,
+    internals::backend::param::Param,
     model::{AutoModelForCausalLM, ModelOptions},
-    models::causal_lm::{PassOptions, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    trainer::{PassOptions, Trainable},
 };
 use qlora_nb_tests::*;
 

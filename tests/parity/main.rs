@@ -4,6 +4,7 @@
 //! (`scripts/fixtures`); a larger set beside the repository is used where it is present.
 
 mod adamw;
+mod adapters;
 mod bloom;
 mod engine;
 mod families;

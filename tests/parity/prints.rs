@@ -3,10 +3,10 @@
 use candle_core::DType;
 use qlora_nb::{
     display::module_tree::trainable_parameters_text,
-    generation::GenerationConfig,
+    model::BitsAndBytesConfig,
     model::{AutoModelForCausalLM, Model, ModelOptions},
-    models::options::BitsAndBytesConfig,
     peft::{LoraConfig, get_peft_model},
+    pipeline::GenerationConfig,
     pipeline::pipeline,
     quant::QuantType,
     tokenizer::AutoTokenizer,

@@ -4,10 +4,10 @@ use std::{fs, path::Path};
 
 use qlora_nb::{
     model::{AutoModelForCausalLM, BitsAndBytesConfig, ModelOptions},
-    models::causal_lm::Trainable,
     peft::{LoraConfig, PeftModel, get_peft_model},
     prelude::*,
     quant::QuantType,
+    trainer::Trainable,
 };
 use qlora_nb_tests::*;
 use serde_json::Value as Json;

@@ -4,7 +4,7 @@
 use std::{fs::File, io::Write, path::Path};
 
 use qlora_nb::{
-    models::memory::{peak_resident_bytes, reset_peak, resident_bytes},
+    model::{peak_resident_bytes, reset_peak, resident_bytes},
     prelude::*,
 };
 

@@ -3,13 +3,14 @@
 use std::{collections::HashMap, path::Path};
 
 use qlora_nb::{
-    batch::Batch,
     candle_core::{DType, Device, Tensor, safetensors},
+    collator::Batch,
     error::Result,
+    model::CausalLM,
     model::{AutoModelForCausalLM, DeviceMap, ModelOptions},
-    models::causal_lm::{CausalLM, PassOptions, Trainable},
     optim::{AdamW, Optim},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    trainer::{PassOptions, Trainable},
 };
 
 use crate::{

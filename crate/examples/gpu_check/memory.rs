@@ -278,7 +278,7 @@ fn no_room_to_train(checks: &mut Checks, folder: &Path) -> Result<()> {
     let base = load(folder, DType::F16, true)?;
     let values = |model: &PeftModel| -> Result<Vec<f32>> {
         let mut all = Vec::new();
-        for p in qlora_nb::models::causal_lm::Trainable::trainable_parameters(model) {
+        for p in qlora_nb::trainer::Trainable::trainable_parameters(model) {
             all.extend(p.value().to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
         }
         Ok(all)

@@ -4,13 +4,14 @@
 use std::path::{Path, PathBuf};
 
 use qlora_nb::{
-    batch::Batch,
     candle_core::{DType, Device, Tensor},
+    collator::Batch,
     error::Result,
-    generation::{GenerationConfig, generate},
+    model::CausalLM,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, DeviceMap, ModelOptions},
-    models::causal_lm::{CausalLM, PassOptions, Trainable},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    pipeline::{GenerationConfig, generate},
+    trainer::{PassOptions, Trainable},
 };
 
 use crate::check::Checks;

@@ -3,13 +3,13 @@
 use qlora_nb::{
     candle_core::{DType, Device, Tensor},
     error::Result,
-    generation::{
-        processors::{self, Scratch},
-        sampling,
-    },
     internals::backend::{
         cuda::{self, HostInputs, InputDraw, Inputs, Scalars, ops::sample},
         sequences::Sequences,
+    },
+    internals::generation::{
+        processors::{self, Scratch},
+        sampling,
     },
 };
 

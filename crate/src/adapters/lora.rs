@@ -1,5 +1,7 @@
 //! LoRA (arXiv:2106.09685): y = W x + scaling * B A dropout(x).
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::{
@@ -10,12 +12,19 @@ use crate::{
     },
     display::module_tree::ModuleNode,
     error::Result,
-    layers::Adapter,
+    layers::{Adapter, Linear},
 };
 
 /// A low-rank update on a linear layer, as PEFT's `lora.Linear`.
 #[derive(Clone)]
 pub struct LoraAdapter(pub Lora);
+
+impl Linear {
+    /// The same layer with one adapter, which is active; the weight is shared.
+    pub fn with_lora(&self, lora: Lora) -> Self {
+        self.without_adapters().with_adapter("default", Arc::new(LoraAdapter(lora))).with_active(Some("default"))
+    }
+}
 
 impl Adapter for LoraAdapter {
     fn parameters(&self) -> Vec<(&'static str, &Param)> {

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Draw, operands::HeadLayout, param::modify_f32, sequences::Sequences};
+use super::Draw;
 use crate::error::Result;
 
 /// The cache of all blocks for a set of sequences of any lengths.
@@ -114,33 +114,6 @@ impl KvCache {
 
     pub(crate) fn block(&self, block: usize) -> (&Tensor, &Tensor) {
         (&self.blocks[block].0, &self.blocks[block].1)
-    }
-
-    /// Writes the keys and values of the new tokens behind those held. `projected` holds the
-    /// packed rows of the fused projection.
-    pub(crate) fn append_cpu(
-        &self,
-        block: usize,
-        sequences: &Sequences,
-        layout: &HeadLayout,
-        projected: &[f32],
-    ) -> Result<()> {
-        let (keys, values) = self.block(block);
-        for (tensor, place) in [(keys, layout.k), (values, layout.v)] {
-            modify_f32(tensor, |data| {
-                for (sequence, range) in sequences.ranges().enumerate() {
-                    for (i, row) in range.enumerate() {
-                        let position = self.lengths[sequence] + i;
-                        let to = &mut data[(sequence * self.capacity + position) * self.width..][..self.width];
-                        for (head, to) in to.chunks_exact_mut(layout.head_dim).enumerate() {
-                            let from = row * layout.row + place.at(head);
-                            to.copy_from_slice(&projected[from..from + layout.head_dim]);
-                        }
-                    }
-                }
-            })?;
-        }
-        Ok(())
     }
 }
 

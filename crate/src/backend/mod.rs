@@ -17,6 +17,7 @@ pub mod operands;
 pub mod param;
 pub mod run;
 pub mod sequences;
+mod slices;
 
 use std::{
     any::Any,
@@ -176,9 +177,21 @@ pub trait DeviceReader {
 /// The work of a pass.
 pub type Work<'a> = &'a mut dyn FnMut(&mut Run) -> Result<()>;
 
-/// A device. Activations are `[M, C]`, M the packed rows, in the dtype that the device computes in; on a GPU M is padded
-/// (see `cuda::inputs`). Operations that have a backward save what it takes in [`Run::saved`], under a label.
-pub trait Backend: Send + Sync {
+/// A device: all that is asked of one. Activations are `[M, C]`, M the packed rows, in the dtype that the device computes
+/// in; on a GPU M is padded (see `cuda::inputs`). Operations that have a backward save what it takes in [`Run::saved`],
+/// under a label.
+pub trait Backend:
+    Passes + Rows + Norms + Linears + Dora + Activations + Attends + Losses + Parameters + Quantizes + Memory
+{
+}
+
+impl<T: Passes + Rows + Norms + Linears + Dora + Activations + Attends + Losses + Parameters + Quantizes + Memory>
+    Backend for T
+{
+}
+
+/// Passes over a batch, one at a time.
+pub trait Passes: Send + Sync {
     /// `cuda:0, NVIDIA H100 80GB HBM3`.
     fn name(&self) -> String;
 
@@ -205,7 +218,10 @@ pub trait Backend: Send + Sync {
         draws: &[Draw],
         logits: &mut (dyn FnMut(&mut Run) -> Result<Tensor> + Send),
     ) -> Result<Next>;
+}
 
+/// Rows of tokens and sequences.
+pub trait Rows {
     /// Rows of `table` `[vocab, C]` by the ids of the run.
     fn embed(&self, table: &Tensor, run: &Run) -> Result<Tensor>;
 
@@ -217,13 +233,19 @@ pub trait Backend: Send + Sync {
 
     /// a + b, of one shape.
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
+}
 
+/// Layer and RMS normalization.
+pub trait Norms {
     /// `[M, C]` to `[M, C]`, over the last dimension.
     fn norm(&self, norm: &Norm, x: &Tensor, run: &mut Run) -> Result<Tensor>;
 
     /// dy to dx, plus `residual`: the gradient that reaches x past the norm.
     fn norm_backward(&self, norm: &Norm, dy: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor>;
+}
 
+/// Products with weights, and LoRA.
+pub trait Linears {
     /// x W^T + bias, plus scaling B A dropout(x) with `lora`, and what stands around it.
     fn linear(&self, frozen: &Frozen, lora: Option<&Lora>, x: &Input, around: &Around, run: &mut Run)
     -> Result<Tensor>;
@@ -240,7 +262,10 @@ pub trait Backend: Send + Sync {
         need_dx: bool,
         run: &mut Run,
     ) -> Result<Option<Tensor>>;
+}
 
+/// What DoRA adds to LoRA.
+pub trait Dora {
     /// The lengths of the rows of W + scaling * B A, `[out]` f32. `weight_norms2`: the squared lengths of those of W.
     /// `dtype`: that of the activations.
     fn dora_norms(
@@ -270,7 +295,10 @@ pub trait Backend: Send + Sync {
         norms: &Tensor,
         run: &Run,
     ) -> Result<Tensor>;
+}
 
+/// Gelu and SwiGLU.
+pub trait Activations {
     /// Saves x.
     fn gelu(&self, x: &Tensor, run: &mut Run) -> Result<Tensor>;
     fn gelu_backward(&self, dy: &Tensor, run: &mut Run) -> Result<Tensor>;
@@ -279,7 +307,10 @@ pub trait Backend: Send + Sync {
     fn swiglu(&self, gate: &Tensor, up: &Tensor, run: &mut Run) -> Result<Tensor>;
     /// dy to the gradients of gate and up.
     fn swiglu_backward(&self, dy: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)>;
+}
 
+/// Attention and the positions that it turns by.
+pub trait Attends {
     /// q, k and v side by side in rows of `layout`, q and k turned to their positions; saves nothing.
     fn rope(&self, rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Run) -> Result<Tensor>;
     /// The gradient of what [`Backend::rope`] gave to those of q, k and v.
@@ -289,7 +320,10 @@ pub trait Backend: Send + Sync {
     fn attention(&self, attention: &Attention, projected: &Tensor, run: &mut Run) -> Result<Tensor>;
     /// dy to the gradient of `projected`.
     fn attention_backward(&self, attention: &Attention, dy: &Tensor, run: &mut Run) -> Result<Tensor>;
+}
 
+/// The rows with a label, and their loss.
+pub trait Losses {
     /// Rows of logits that exist at a time, of so many words.
     fn logit_rows(&self, vocab_size: usize) -> usize;
     /// Rows with a label, padded as the device has them.
@@ -308,7 +342,10 @@ pub trait Backend: Send + Sync {
     ) -> Result<Option<Tensor>>;
     /// Gradients of the labelled rows, chunk after chunk, to those of all rows: zero where there is no label.
     fn unlabelled_rows(&self, chunks: Vec<Tensor>, run: &Run) -> Result<Tensor>;
+}
 
+/// Parameters and their gradients, in place.
+pub trait Parameters {
     /// Sets a parameter or gradient to zero, in place.
     fn fill_zero(&self, tensor: &Tensor) -> Result<()>;
     /// The numbers of an f32 tensor.
@@ -317,7 +354,10 @@ pub trait Backend: Send + Sync {
     fn modify_f32(&self, tensor: &Tensor, f: &mut dyn FnMut(&mut [f32])) -> Result<()>;
     /// The sum of the squares of the gradients, in f64 and in an order that does not change.
     fn sum_of_squares(&self, params: &[&Param]) -> Result<f64>;
+}
 
+/// Weights in 4 bits, statistics in 8.
+pub trait Quantizes {
     /// See [`crate::quant::quantize_4bit`].
     fn quantize(
         &self,
@@ -332,7 +372,10 @@ pub trait Backend: Send + Sync {
     fn quantize_blockwise(&self, x: &Tensor, blocksize: usize) -> Result<(Tensor, BlockwiseState)>;
     /// See [`crate::quant::dequantize_blockwise`]; the state has the right number of maxima.
     fn dequantize_blockwise(&self, q: &Tensor, state: &BlockwiseState) -> Result<Tensor>;
+}
 
+/// What lies in the device's memory.
+pub trait Memory {
     /// What reads large tensors to it, if it is not the CPU.
     fn reader(&self) -> Result<Option<Box<dyn DeviceReader>>>;
 

@@ -6,9 +6,9 @@ use std::{
     sync::{Arc, RwLock},
 };
 
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_core::{DType, Tensor};
 
-use super::{cpu::matmul::WeightView, internal, param::Param, run::Run};
+use super::{param::Param, run::Run};
 use crate::{error::Result, quantized::QuantizedTensor};
 
 /// A frozen weight `[out, in]`, as it is stored.
@@ -40,22 +40,6 @@ impl Weight {
     /// The quantized weight, if it is one.
     pub fn quantized(&self) -> Option<&QuantizedTensor> {
         if let Self::Quantized(q) = self { Some(q) } else { None }
-    }
-
-    /// Runs `f` on the weight as the CPU's products read it.
-    pub(super) fn with_view<R>(&self, f: impl FnOnce(&WeightView) -> R) -> Result<R> {
-        let tensor = match self {
-            Self::Quantized(q) => return q.with_cpu(|view| f(&WeightView::Quantized(*view))),
-            Self::Dense(t) => t,
-        };
-        let (storage, layout) = tensor.storage_and_layout();
-        let range = layout.contiguous_offsets().map(|(start, end)| start..end);
-        match (&*storage, range) {
-            (Storage::Cpu(CpuStorage::F32(w)), Some(r)) => Ok(f(&WeightView::F32(&w[r]))),
-            (Storage::Cpu(CpuStorage::F16(w)), Some(r)) => Ok(f(&WeightView::F16(&w[r]))),
-            (Storage::Cpu(CpuStorage::BF16(w)), Some(r)) => Ok(f(&WeightView::Bf16(&w[r]))),
-            _ => Err(internal(format!("weight: {:?} is not computed with", tensor.dtype()))),
-        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Tokens, cpu::F32View};
+use super::{Tokens, slices::F32View};
 use crate::error::{Error, Result};
 
 /// The label that the loss ignores.

@@ -16,7 +16,7 @@ use crate::error::{Result, ensure};
 /// `generation_config()`.
 ///
 /// ```
-/// use qlora_nb::generation::GenerationConfig;
+/// use qlora_nb::pipeline::GenerationConfig;
 /// let config = GenerationConfig { max_length: Some(500), do_sample: true, ..Default::default() };
 /// assert_eq!(config.temperature, None);
 /// ```

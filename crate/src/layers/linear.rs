@@ -9,10 +9,11 @@ use candle_core::Tensor;
 
 use crate::{
     backend::{
-        internal,
+        self, Tokens, internal,
         operands::{Around, Frozen, Input, Weight},
         param::Param,
-        run::Run,
+        run::{Run, Saved},
+        sequences::Sequences,
     },
     display::module_tree::ModuleNode,
     error::Result,
@@ -137,6 +138,21 @@ impl Linear {
             None => run.backend.linear_backward(&self.frozen, None, dy, need_dx, run),
             Some(adapter) => adapter.backward(&self.frozen, dy, need_dx, run),
         }
+    }
+
+    /// The layer alone, for a look inside: y of x `[M, in]` and, of the gradient dy `[M, out]` that the layers above would
+    /// hand down, dx; adds to the adapter's gradients.
+    pub fn forward_backward(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (m, _) = x.dims2()?;
+        let (ids, sequences) = (vec![0; m], Sequences::new([m]));
+        let mut done = None;
+        backend::of(x.device())?.pass(&Tokens { ids: &ids, targets: &[], sequences: &sequences }, &mut |run| {
+            run.saved = Some(Saved::default());
+            let y = self.forward(x, run)?;
+            done = Some((y, self.backward_through(dy, run)?));
+            Ok(())
+        })?;
+        done.ok_or_else(|| internal("a pass without a result"))
     }
 
     /// [`Linear::backward`] inside a block, where dx is always needed.

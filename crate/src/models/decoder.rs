@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Device, Tensor};
 
 use super::{
-    memory::Needs,
+    needs::Needs,
     options::ModelOptions,
     parameter::Parameter,
     parts::{NormKind, Part, Parts},
@@ -328,11 +328,6 @@ impl Decoder {
         self.blocks.iter().position(learns).unwrap_or(self.blocks.len())
     }
 
-    /// The blocks from the lowest that learns on.
-    pub(super) fn learning_blocks(&self) -> &[Parts] {
-        &self.blocks[self.lowest_learning_block()..]
-    }
-
     /// What each block that learns keeps for a token, and needs besides: seen in a pass of a few tokens.
     pub(super) fn needs(&self) -> Result<&[Needs]> {
         if let Some(needs) = self.needs.get() {
@@ -344,7 +339,8 @@ impl Decoder {
         let mut needs = Vec::new();
         self.backend.pass(&tokens, &mut |run| {
             let mut x = self.embed(run)?;
-            for block in self.learning_blocks() {
+            for (i, block) in self.blocks.iter().enumerate().skip(self.lowest_learning_block()) {
+                run.block = i;
                 run.saved = Some(Saved::default());
                 x = kind.forward(block, &x, run)?;
                 needs.extend(run.saved.take().map(|saved| Needs::of(&saved, kind.working())));

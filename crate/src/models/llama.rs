@@ -44,8 +44,10 @@ pub struct LlamaConfig {
     pub pad_token_id: Option<usize>,
     /// q and k go through a norm, head by head (Qwen3).
     pub qk_norm: bool,
-    /// A query sees so many keys, its own the last of them (Mistral).
+    /// In the layers that slide a query sees so many keys, its own the last of them (Mistral).
     pub sliding_window: Option<usize>,
+    /// Whether each layer slides; empty: all do.
+    pub slides: Vec<bool>,
 }
 
 /// How the angles of positions beyond those of the first training are slowed down.
@@ -120,9 +122,27 @@ impl RopeScaling {
 
 const BAD_CONFIG: &str = "get the model's config.json again";
 
-/// `sliding_window` of config.json: `None` where it is null.
+/// `sliding_window` of config.json, where a missing one is 4096 and null is none.
 pub(super) fn sliding_window(config: &Value) -> Result<Option<usize>> {
-    if config["sliding_window"].is_null() { Ok(None) } else { config_size(config, &["sliding_window"]).map(Some) }
+    match config.get("sliding_window") {
+        None => Ok(Some(4096)),
+        Some(Value::Null) => Ok(None),
+        Some(_) => config_size(config, &["sliding_window"]).map(Some),
+    }
+}
+
+/// The window of a Qwen, and which of its layers have it: only with `use_sliding_window`, from `max_window_layers` on,
+/// unless `layer_types` names each layer.
+pub(super) fn qwen_window(config: &Value, layers: usize) -> Result<(Option<usize>, Vec<bool>)> {
+    if config["use_sliding_window"] != true {
+        return Ok((None, Vec::new()));
+    }
+    let first = config["max_window_layers"].as_u64().unwrap_or(28);
+    let slides = match config["layer_types"].as_array() {
+        Some(types) => types.iter().map(|kind| kind == "sliding_attention").collect(),
+        None => (0..layers as u64).map(|layer| layer >= first).collect(),
+    };
+    Ok((sliding_window(config)?, slides))
 }
 
 impl LlamaConfig {
@@ -163,6 +183,7 @@ impl LlamaConfig {
             pad_token_id: config["pad_token_id"].as_u64().map(|id| id as usize),
             qk_norm: false,
             sliding_window: None,
+            slides: Vec::new(),
         };
         // Beyond any model: a damaged file must not ask for that much memory.
         let wide = [heads, this.num_key_value_heads].map(|n| n.checked_mul(this.head_dim));
@@ -222,7 +243,14 @@ impl LlamaConfig {
             norm("input_layernorm", c),
             norm("post_attention_layernorm", c),
         ];
-        let attention = Attention { layout, slopes: Vec::new(), window: self.sliding_window };
+        let attention = |window| Attention { layout, slopes: Vec::new(), window };
+        let kind = LlamaBlock {
+            rope: Rope::new(self.inv_freq()),
+            full: attention(None),
+            sliding: attention(self.sliding_window),
+            slides: self.slides.clone(),
+            working: c + 3 * wide,
+        };
         Description {
             class,
             model: "model",
@@ -235,7 +263,7 @@ impl LlamaConfig {
             embedding_norm: None,
             blocks: "layers",
             block: (format!("{class}DecoderLayer"), block),
-            kind: Arc::new(LlamaBlock { rope: Rope::new(self.inv_freq()), attention, working: c + 3 * wide }),
+            kind: Arc::new(kind),
             computed: &["self_attn.rotary_emb.inv_freq"],
             final_norm: ("norm", norm_kind.clone()),
             plain: vec![("rotary_emb", format!("{class}RotaryEmbedding()"))],
@@ -248,8 +276,17 @@ impl LlamaConfig {
 /// One transformer block.
 struct LlamaBlock {
     rope: Rope,
-    attention: Attention,
+    full: Attention,
+    sliding: Attention,
+    slides: Vec<bool>,
     working: usize,
+}
+
+impl LlamaBlock {
+    /// That of the layer that runs.
+    fn attention(&self, run: &Run) -> &Attention {
+        if self.slides.get(run.block).copied().unwrap_or(true) { &self.sliding } else { &self.full }
+    }
 }
 
 impl BlockKind for LlamaBlock {
@@ -264,9 +301,9 @@ impl BlockKind for LlamaBlock {
             q = of_heads(&q, q_norm, |heads| q_norm.forward(heads, run))?;
             k = of_heads(&k, k_norm, |heads| k_norm.forward(heads, run))?;
         }
-        let joined = self.rope.join([&q, &k, &v], &self.attention.layout, run)?; // (M, (heads + 2 kv_heads) * head_dim)
+        let joined = self.rope.join([&q, &k, &v], &self.full.layout, run)?; // (M, (heads + 2 kv_heads) * head_dim)
         drop((q, k, v));
-        let mixed = self.attention.forward(&joined, run)?; // (M, heads * head_dim)
+        let mixed = self.attention(run).forward(&joined, run)?; // (M, heads * head_dim)
         drop(joined);
         let x = parts.linear("o_proj")?.forward_onto(&mixed, x, run)?; // (M, C)
         drop(mixed);
@@ -293,8 +330,8 @@ impl BlockKind for LlamaBlock {
         let dx = parts.norm("post_attention_layernorm")?.backward(&d, Some(dy), run)?; // (M, C)
 
         let mut d = parts.linear("o_proj")?.backward_through(&dx, run)?; // (M, heads * head_dim)
-        d = self.attention.backward(&d, run)?; // (M, (heads + 2 kv_heads) * head_dim)
-        let [mut dq, mut dk, dv] = self.rope.split(&d, &self.attention.layout, run)?;
+        d = self.attention(run).backward(&d, run)?; // (M, (heads + 2 kv_heads) * head_dim)
+        let [mut dq, mut dk, dv] = self.rope.split(&d, &self.full.layout, run)?;
         drop(d);
         if let (Some(q_norm), Some(k_norm)) = (parts.optional_norm("q_norm"), parts.optional_norm("k_norm")) {
             dk = of_heads(&dk, k_norm, |heads| k_norm.backward(heads, None, run))?;

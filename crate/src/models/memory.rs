@@ -2,35 +2,12 @@
 
 use candle_core::{DType, Tensor};
 
-use super::decoder::Decoder;
+use super::{decoder::Decoder, needs::Needs};
 pub use crate::display::{MemoryReport, MemoryTerm};
 use crate::{
-    backend::{self, operands::Weight, run::Saved},
+    backend::{self, operands::Weight},
     error::Result,
 };
-
-/// What a block needs for each token of a pass that learns.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Needs {
-    /// Bytes that wait for their backward.
-    saved: usize,
-    /// Activations that exist for a while, at the widest point of the backward.
-    working: usize,
-}
-
-impl Needs {
-    /// Tokens of the pass that shows it: as many rows as every device pads to.
-    pub const TOKENS: usize = 64;
-
-    /// Of what a pass of [`Needs::TOKENS`] saved. A tensor that two operations save is there once.
-    pub fn of(saved: &Saved, working: usize) -> Self {
-        let mut tensors: Vec<&Tensor> = saved.iter().map(|(_, tensor)| tensor).collect();
-        tensors.sort_by_key(|t| format!("{:?}", t.id()));
-        tensors.dedup_by_key(|t| t.id());
-        let bytes: usize = tensors.iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum();
-        Self { saved: bytes / Self::TOKENS, working }
-    }
-}
 
 /// The largest micro-batch of a run, as far as memory is concerned.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

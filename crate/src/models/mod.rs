@@ -7,6 +7,7 @@ pub mod gguf;
 pub mod llama;
 pub mod memory;
 mod mistral;
+mod needs;
 pub mod options;
 pub mod parameter;
 mod parts;

@@ -4,14 +4,14 @@ use serde_json::Value;
 
 use super::{
     decoder::Description,
-    llama::{LlamaConfig, sliding_window},
+    llama::{LlamaConfig, qwen_window},
 };
 use crate::error::Result;
 
 /// The network that a config.json describes.
 pub fn describe(config: &Value) -> Result<Description> {
     let llama = LlamaConfig::from_json(config)?;
-    let window = if config["use_sliding_window"] == true { sliding_window(config)? } else { None };
-    Ok(LlamaConfig { qkv_bias: true, o_bias: false, mlp_bias: false, sliding_window: window, ..llama }
-        .describe("Qwen2"))
+    let (sliding_window, slides) = qwen_window(config, llama.num_hidden_layers)?;
+    let own = LlamaConfig { qkv_bias: true, o_bias: false, mlp_bias: false, ..llama };
+    Ok(LlamaConfig { sliding_window, slides, ..own }.describe("Qwen2"))
 }

@@ -13,7 +13,7 @@ use crate::{
 /// The layers to adapt, as PEFT's `target_modules`.
 ///
 /// ```
-/// use qlora_nb::peft::targets::TargetModules;
+/// use qlora_nb::peft::TargetModules;
 /// let by_name: TargetModules = ["query_key_value"].into();
 /// let all: TargetModules = "all-linear".into();
 /// let by_regex: TargetModules = r".*\.h\.[0-3]\..*dense".into();

@@ -10,12 +10,16 @@ use rayon::prelude::*;
 
 use super::{
     super::{
-        operands::{Attention, Place},
+        Attends,
+        kv_cache::KvCache,
+        operands::{Attention, HeadLayout, Place, Rope},
+        param::modify_f32,
         run::Run,
     },
-    F32View, SharedMut,
+    Cpu, F32View, SharedMut,
     math::{scale_alibi, softmax, softmax_backward},
     matmul::{Mat, gemm_into},
+    rope,
 };
 use crate::error::Result;
 
@@ -191,46 +195,77 @@ fn check(heads: &[Head], place: &[usize], len: usize, row: usize) {
     }
 }
 
-/// `projected` `[M, row]` to `[M, heads * head_dim]`; saves `projected`.
-pub fn forward(attention: &Attention, projected: &Tensor, run: &mut Run) -> Result<Tensor> {
-    run.save(PROJECTED, projected);
-    let (layout, width) = (&attention.layout, attention.layout.width());
-    let view = F32View::new(projected)?;
-    let mut out = vec![0f32; run.sequences.num_tokens() * width];
-    match &run.cache {
-        None => {
-            let (heads, places) = heads(attention, &view, run);
-            forward_heads(&heads, &places, &mut out, width);
-        }
-        Some(cache) => {
-            cache.append_cpu(run.block, run.sequences, layout, &view)?;
-            let (keys, values) = cache.block(run.block);
-            let (keys, values) = (F32View::new(keys)?, F32View::new(values)?);
-            let (mut heads, places) = heads(attention, &view, run);
-            let kv_width = layout.kv_width();
-            for (i, head) in heads.iter_mut().enumerate() {
-                let (sequence, h) = (i / layout.heads, i % layout.heads);
-                let h = h * layout.kv_heads / layout.heads;
-                let offset = sequence * cache.capacity() * kv_width + h * layout.head_dim;
-                head.keys = cache.lengths()[sequence] + head.queries;
-                head.k = Operand { data: &keys, offset, row: kv_width };
-                head.v = Operand { data: &values, offset, row: kv_width };
-            }
-            forward_heads(&heads, &places, &mut out, width);
-        }
+impl Attends for Cpu {
+    fn rope(&self, rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Run) -> Result<Tensor> {
+        rope::join(rope, qkv, layout, run)
     }
-    Ok(Tensor::from_vec(out, (run.sequences.num_tokens(), width), &Device::Cpu)?)
+
+    fn rope_backward(&self, rope: &Rope, d: &Tensor, layout: &HeadLayout, run: &Run) -> Result<[Tensor; 3]> {
+        rope::split(rope, d, layout, run)
+    }
+
+    /// Saves `projected`.
+    fn attention(&self, attention: &Attention, projected: &Tensor, run: &mut Run) -> Result<Tensor> {
+        run.save(PROJECTED, projected);
+        let (layout, width) = (&attention.layout, attention.layout.width());
+        let view = F32View::new(projected)?;
+        let mut out = vec![0f32; run.sequences.num_tokens() * width];
+        match &run.cache {
+            None => {
+                let (heads, places) = heads(attention, &view, run);
+                forward_heads(&heads, &places, &mut out, width);
+            }
+            Some(cache) => {
+                append(cache, run, layout, &view)?;
+                let (keys, values) = cache.block(run.block);
+                let (keys, values) = (F32View::new(keys)?, F32View::new(values)?);
+                let (mut heads, places) = heads(attention, &view, run);
+                let kv_width = layout.kv_width();
+                for (i, head) in heads.iter_mut().enumerate() {
+                    let (sequence, h) = (i / layout.heads, i % layout.heads);
+                    let h = h * layout.kv_heads / layout.heads;
+                    let offset = sequence * cache.capacity() * kv_width + h * layout.head_dim;
+                    head.keys = cache.lengths()[sequence] + head.queries;
+                    head.k = Operand { data: &keys, offset, row: kv_width };
+                    head.v = Operand { data: &values, offset, row: kv_width };
+                }
+                forward_heads(&heads, &places, &mut out, width);
+            }
+        }
+        Ok(Tensor::from_vec(out, (run.sequences.num_tokens(), width), &Device::Cpu)?)
+    }
+
+    fn attention_backward(&self, attention: &Attention, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let projected = run.take(PROJECTED)?;
+        let (view, dy) = (F32View::new(&projected)?, F32View::new(dy)?);
+        let (heads, places) = heads(attention, &view, run);
+        let mut grad = vec![0f32; view.len()];
+        let layout = &attention.layout;
+        backward_heads(&heads, &places, &dy, layout.width(), &mut grad, layout.heads / layout.kv_heads);
+        Ok(Tensor::from_vec(grad, projected.dims(), &Device::Cpu)?)
+    }
 }
 
-/// dy `[M, heads * head_dim]` to the gradient of `projected`.
-pub fn backward(attention: &Attention, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
-    let projected = run.take(PROJECTED)?;
-    let (view, dy) = (F32View::new(&projected)?, F32View::new(dy)?);
-    let (heads, places) = heads(attention, &view, run);
-    let mut grad = vec![0f32; view.len()];
-    let layout = &attention.layout;
-    backward_heads(&heads, &places, &dy, layout.width(), &mut grad, layout.heads / layout.kv_heads);
-    Ok(Tensor::from_vec(grad, projected.dims(), &Device::Cpu)?)
+/// Writes the keys and values of the new tokens behind those that the cache holds. `projected`: the packed rows of the
+/// fused projection.
+fn append(cache: &KvCache, run: &Run, layout: &HeadLayout, projected: &[f32]) -> Result<()> {
+    let (keys, values) = cache.block(run.block);
+    let (width, d) = (layout.kv_width(), layout.head_dim);
+    for (tensor, place) in [(keys, layout.k), (values, layout.v)] {
+        modify_f32(tensor, |data| {
+            for (sequence, range) in run.sequences.ranges().enumerate() {
+                for (i, row) in range.enumerate() {
+                    let position = cache.lengths()[sequence] + i;
+                    let to = &mut data[(sequence * cache.capacity() + position) * width..][..width];
+                    for (head, to) in to.chunks_exact_mut(d).enumerate() {
+                        let from = row * layout.row + place.at(head);
+                        to.copy_from_slice(&projected[from..from + d]);
+                    }
+                }
+            }
+        })?;
+    }
+    Ok(())
 }
 
 /// Every head of every sequence, heads innermost, and where its output rows begin.

@@ -6,73 +6,87 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     super::{
-        dropout,
+        Activations, Linears, dropout,
         operands::{Around, Frozen, Input, Lora},
         param::modify_f32,
         run::Run,
     },
-    F32View, activation, math,
+    Cpu, F32View, math,
     matmul::{Mat, gemm_f32, matmul_nn, matmul_nt},
 };
 use crate::error::Result;
 
-pub const LORA_INPUT: &str = "lora: input";
+const LORA_INPUT: &str = "lora: input";
 
-/// y; saves x when an adapter needs it.
-pub fn forward(frozen: &Frozen, lora: Option<&Lora>, input: &Input, around: &Around, run: &mut Run) -> Result<Tensor> {
-    let x = input.tensor(run)?;
-    let (m, _) = x.dims2()?;
-    let (n, k) = frozen.weight.dims2()?;
-    let mut out = match around.residual {
-        Some(r) => F32View::new(r)?.to_vec(),
-        None => vec![0f32; m * n],
-    };
-    if let Some(bias) = &frozen.bias {
-        let bias = bias.to_dtype(DType::F32)?;
-        let bias = F32View::new(&bias)?;
-        out.chunks_exact_mut(n).for_each(|row| math::axpy(1.0, &bias, row));
+impl Linears for Cpu {
+    /// Saves x when an adapter needs it.
+    fn linear(
+        &self,
+        frozen: &Frozen,
+        lora: Option<&Lora>,
+        input: &Input,
+        around: &Around,
+        run: &mut Run,
+    ) -> Result<Tensor> {
+        let x = input.tensor(run)?;
+        let (m, _) = x.dims2()?;
+        let (n, k) = frozen.weight.dims2()?;
+        let mut out = match around.residual {
+            Some(r) => F32View::new(r)?.to_vec(),
+            None => vec![0f32; m * n],
+        };
+        if let Some(bias) = &frozen.bias {
+            let bias = bias.to_dtype(DType::F32)?;
+            let bias = F32View::new(&bias)?;
+            out.chunks_exact_mut(n).for_each(|row| math::axpy(1.0, &bias, row));
+        }
+        {
+            let x = F32View::new(x)?;
+            frozen.weight.with_view(|w| matmul_nt((m, n, k), &x, w, &mut out))?;
+        }
+        if let Some(lora) = lora {
+            run.save(LORA_INPUT, x);
+            let x = lora.dropped(x, run)?;
+            let u = lora.down(&x)?;
+            let b = F32View::new(lora.b.value())?;
+            let r = lora.rank();
+            gemm_f32((m, n, r), lora.scaling as f32, Mat::rows(&u, r), Mat::rows(&b, r).t(), &mut out, n, true, true);
+        }
+        let y = Tensor::from_vec(out, (m, n), &Device::Cpu)?;
+        if around.gelu { self.gelu(&y, run) } else { Ok(y) }
     }
-    {
-        let x = F32View::new(x)?;
-        frozen.weight.with_view(|w| matmul_nt((m, n, k), &x, w, &mut out))?;
-    }
-    if let Some(lora) = lora {
+
+    fn remember_lora(&self, _lora: &Lora, x: &Tensor, run: &mut Run) -> Result<()> {
         run.save(LORA_INPUT, x);
-        let x = lora.dropped(x, run)?;
-        let u = lora.down(&x)?;
-        let b = F32View::new(lora.b.value())?;
-        let r = lora.rank();
-        gemm_f32((m, n, r), lora.scaling as f32, Mat::rows(&u, r), Mat::rows(&b, r).t(), &mut out, n, true, true);
+        Ok(())
     }
-    let y = Tensor::from_vec(out, (m, n), &Device::Cpu)?;
-    if around.gelu { activation::gelu(&y, run) } else { Ok(y) }
-}
 
-/// dy to dx; adds to the adapter's gradients.
-pub fn backward(
-    frozen: &Frozen,
-    lora: Option<&Lora>,
-    dy: &Tensor,
-    need_dx: bool,
-    run: &mut Run,
-) -> Result<Option<Tensor>> {
-    let (m, n) = dy.dims2()?;
-    let (_, k) = frozen.weight.dims2()?;
-    let dyv = F32View::new(dy)?;
-    let mut dx = Vec::new();
-    if need_dx {
-        dx.resize(m * k, 0f32);
-        frozen.weight.with_view(|w| matmul_nn((m, n, k), &dyv, w, &mut dx))?;
+    fn linear_backward(
+        &self,
+        frozen: &Frozen,
+        lora: Option<&Lora>,
+        dy: &Tensor,
+        need_dx: bool,
+        run: &mut Run,
+    ) -> Result<Option<Tensor>> {
+        let (m, n) = dy.dims2()?;
+        let (_, k) = frozen.weight.dims2()?;
+        let dyv = F32View::new(dy)?;
+        let mut dx = Vec::new();
+        if need_dx {
+            dx.resize(m * k, 0f32);
+            frozen.weight.with_view(|w| matmul_nn((m, n, k), &dyv, w, &mut dx))?;
+        }
+        if let Some(lora) = lora {
+            let x = run.take(LORA_INPUT)?;
+            let x = lora.dropped(&x, run)?;
+            lora.backward((m, n, k), &x, &dyv, need_dx.then_some(&mut dx), run)?;
+        }
+        if !need_dx {
+            return Ok(None);
+        }
+        Ok(Some(Tensor::from_vec(dx, (m, k), &Device::Cpu)?))
     }
-    if let Some(lora) = lora {
-        let x = run.take(LORA_INPUT)?;
-        let x = lora.dropped(&x, run)?;
-        lora.backward((m, n, k), &x, &dyv, need_dx.then_some(&mut dx), run)?;
-    }
-    if !need_dx {
-        return Ok(None);
-    }
-    Ok(Some(Tensor::from_vec(dx, (m, k), &Device::Cpu)?))
 }
 
 /// x as the adapter sees it: itself, or a copy with elements dropped.

@@ -6,21 +6,16 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    super::{run::Run, sequences::IGNORE_INDEX},
-    F32View, math, slices,
+    super::{Losses, run::Run, sequences::IGNORE_INDEX, slices},
+    Cpu, F32View, math,
 };
 use crate::error::Result;
 
 /// Logits that exist at a time: 16 MiB of f32.
 const CHUNK: usize = 1 << 22;
 
-/// Rows of logits that exist at a time.
-pub fn chunk_rows(vocab_size: usize) -> usize {
-    (CHUNK / vocab_size).max(16)
-}
-
 /// The rows with a label.
-pub fn labelled<'a>(run: &Run<'a>) -> impl Iterator<Item = usize> + 'a {
+fn labelled<'a>(run: &Run<'a>) -> impl Iterator<Item = usize> + 'a {
     run.targets.iter().enumerate().filter(|(_, target)| **target != IGNORE_INDEX).map(|(row, _)| row)
 }
 
@@ -28,50 +23,61 @@ fn rows_of(range: &Range<usize>, run: &Run) -> Vec<usize> {
     labelled(run).skip(range.start).take(range.len()).collect()
 }
 
-pub fn labelled_rows(x: &Tensor, range: Range<usize>, run: &Run) -> Result<Tensor> {
-    let (_, c) = x.dims2()?;
-    let view = F32View::new(x)?;
-    let mut out = Vec::with_capacity(range.len() * c);
-    rows_of(&range, run).into_iter().for_each(|i| out.extend_from_slice(&view[i * c..(i + 1) * c]));
-    Ok(Tensor::from_vec(out, (range.len(), c), &Device::Cpu)?)
-}
-
-/// In place: the logits become their gradient.
-pub fn cross_entropy(
-    logits: Tensor,
-    vocab: usize,
-    range: Range<usize>,
-    learn: bool,
-    run: &mut Run,
-) -> Result<Option<Tensor>> {
-    let rows = rows_of(&range, run);
-    let (targets, scale) = (run.targets, run.grad_scale);
-    let mut losses = vec![0f64; rows.len()];
-    slices::modify_f32(&logits, &mut |logits| {
-        logits.par_chunks_exact_mut(vocab).zip(&mut losses).zip(&rows).for_each(|((row, loss), &i)| {
-            let target = targets[i] as usize;
-            let logit = row[target];
-            let (max, sum) = math::softmax(row);
-            *loss = f64::from(max) - f64::from(logit) + f64::from(sum).ln();
-            if learn {
-                row[target] -= 1.0;
-                row.iter_mut().for_each(|p| *p *= scale as f32);
-            }
-        });
-    })?;
-    run.loss_sum += losses.iter().sum::<f64>();
-    Ok(learn.then_some(logits))
-}
-
-pub fn unlabelled_rows(chunks: Vec<Tensor>, run: &Run) -> Result<Tensor> {
-    let c = chunks.first().map_or(Ok(0), |chunk| chunk.dims2().map(|(_, c)| c))?;
-    let m = run.targets.len();
-    let mut out = vec![0f32; m * c];
-    let mut rows = labelled(run);
-    for chunk in chunks {
-        for (from, i) in F32View::new(&chunk)?.chunks_exact(c).zip(&mut rows) {
-            out[i * c..(i + 1) * c].copy_from_slice(from);
-        }
+impl Losses for Cpu {
+    fn logit_rows(&self, vocab_size: usize) -> usize {
+        (CHUNK / vocab_size).max(16)
     }
-    Ok(Tensor::from_vec(out, (m, c), &Device::Cpu)?)
+
+    fn num_labelled(&self, run: &Run) -> usize {
+        labelled(run).count()
+    }
+
+    fn labelled_rows(&self, x: &Tensor, range: Range<usize>, run: &Run) -> Result<Tensor> {
+        let (_, c) = x.dims2()?;
+        let view = F32View::new(x)?;
+        let mut out = Vec::with_capacity(range.len() * c);
+        rows_of(&range, run).into_iter().for_each(|i| out.extend_from_slice(&view[i * c..(i + 1) * c]));
+        Ok(Tensor::from_vec(out, (range.len(), c), &Device::Cpu)?)
+    }
+
+    /// In place: the logits become their gradient.
+    fn cross_entropy(
+        &self,
+        logits: Tensor,
+        vocab: usize,
+        range: Range<usize>,
+        learn: bool,
+        run: &mut Run,
+    ) -> Result<Option<Tensor>> {
+        let rows = rows_of(&range, run);
+        let (targets, scale) = (run.targets, run.grad_scale);
+        let mut losses = vec![0f64; rows.len()];
+        slices::modify_f32(&logits, &mut |logits| {
+            logits.par_chunks_exact_mut(vocab).zip(&mut losses).zip(&rows).for_each(|((row, loss), &i)| {
+                let target = targets[i] as usize;
+                let logit = row[target];
+                let (max, sum) = math::softmax(row);
+                *loss = f64::from(max) - f64::from(logit) + f64::from(sum).ln();
+                if learn {
+                    row[target] -= 1.0;
+                    row.iter_mut().for_each(|p| *p *= scale as f32);
+                }
+            });
+        })?;
+        run.loss_sum += losses.iter().sum::<f64>();
+        Ok(learn.then_some(logits))
+    }
+
+    fn unlabelled_rows(&self, chunks: Vec<Tensor>, run: &Run) -> Result<Tensor> {
+        let c = chunks.first().map_or(Ok(0), |chunk| chunk.dims2().map(|(_, c)| c))?;
+        let m = run.targets.len();
+        let mut out = vec![0f32; m * c];
+        let mut rows = labelled(run);
+        for chunk in chunks {
+            for (from, i) in F32View::new(&chunk)?.chunks_exact(c).zip(&mut rows) {
+                out[i * c..(i + 1) * c].copy_from_slice(from);
+            }
+        }
+        Ok(Tensor::from_vec(out, (m, c), &Device::Cpu)?)
+    }
 }

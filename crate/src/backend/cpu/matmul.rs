@@ -6,13 +6,18 @@
 //! number of threads: the same product gives the same bits with any number of them. (Between kinds
 //! of processor the last bits differ: `gemm` has kernels for AVX-512, for FMA and for neither.)
 
+use candle_core::{CpuStorage, Storage};
 use gemm::{Parallelism, gemm};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use super::dequantize::dequantize_range;
-use super::{SharedMut, math};
-use crate::quantized::QuantizedCpu;
+use super::{
+    super::{internal, operands::Weight},
+    SharedMut,
+    dequantize::dequantize_range,
+    math,
+};
+use crate::{error::Result, quantized::QuantizedCpu};
 
 /// Elements of a weight that are widened at once (256 KiB of f32).
 const TILE: usize = 1 << 16;
@@ -38,6 +43,24 @@ impl WeightView<'_> {
             Self::F16(w) => w[range].convert_to_f32_slice(out),
             Self::Bf16(w) => w[range].convert_to_f32_slice(out),
             Self::Quantized(w) => dequantize_range(w, start, out),
+        }
+    }
+}
+
+impl Weight {
+    /// Runs `f` on the weight as the CPU's products read it.
+    pub(super) fn with_view<R>(&self, f: impl FnOnce(&WeightView) -> R) -> Result<R> {
+        let tensor = match self {
+            Self::Quantized(q) => return q.with_cpu(|view| f(&WeightView::Quantized(*view))),
+            Self::Dense(t) => t,
+        };
+        let (storage, layout) = tensor.storage_and_layout();
+        let range = layout.contiguous_offsets().map(|(start, end)| start..end);
+        match (&*storage, range) {
+            (Storage::Cpu(CpuStorage::F32(w)), Some(r)) => Ok(f(&WeightView::F32(&w[r]))),
+            (Storage::Cpu(CpuStorage::F16(w)), Some(r)) => Ok(f(&WeightView::F16(&w[r]))),
+            (Storage::Cpu(CpuStorage::BF16(w)), Some(r)) => Ok(f(&WeightView::Bf16(&w[r]))),
+            _ => Err(internal(format!("weight: {:?} is not computed with", tensor.dtype()))),
         }
     }
 }

@@ -3,61 +3,62 @@
 use candle_core::{Device, Tensor};
 
 use super::{
-    super::{operands::Norm, run::Run},
-    F32View, math,
+    super::{Norms, operands::Norm, run::Run},
+    Cpu, F32View, math,
 };
 use crate::error::Result;
 
 const INPUT: &str = "norm: input";
 const STATISTICS: &str = "norm: statistics";
 
-/// `[M, C]` to `[M, C]`; saves x and each row's statistics: mean and 1/std, or 1/rms.
-pub fn forward(norm: &Norm, x: &Tensor, run: &mut Run) -> Result<Tensor> {
-    let (m, c) = x.dims2()?;
-    let eps = norm.eps as f32;
-    let mut y = vec![0f32; m * c];
-    let mut statistics = vec![0f32; m * per_row(norm)];
-    {
-        let (x, weight) = (F32View::new(x)?, F32View::new(&norm.wide.0)?);
-        let bias = norm.wide.1.as_ref().map(F32View::new).transpose()?;
-        let rows = x.chunks_exact(c).zip(y.chunks_exact_mut(c)).zip(statistics.chunks_exact_mut(per_row(norm)));
-        for ((x, y), statistics) in rows {
-            match &bias {
-                Some(bias) => {
-                    let (mean, rstd) = math::layer_norm_row(x, &weight, bias, eps, y);
-                    statistics.copy_from_slice(&[mean, rstd]);
+impl Norms for Cpu {
+    /// Saves x and each row's statistics: mean and 1/std, or 1/rms.
+    fn norm(&self, norm: &Norm, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let (m, c) = x.dims2()?;
+        let eps = norm.eps as f32;
+        let mut y = vec![0f32; m * c];
+        let mut statistics = vec![0f32; m * per_row(norm)];
+        {
+            let (x, weight) = (F32View::new(x)?, F32View::new(&norm.wide.0)?);
+            let bias = norm.wide.1.as_ref().map(F32View::new).transpose()?;
+            let rows = x.chunks_exact(c).zip(y.chunks_exact_mut(c)).zip(statistics.chunks_exact_mut(per_row(norm)));
+            for ((x, y), statistics) in rows {
+                match &bias {
+                    Some(bias) => {
+                        let (mean, rstd) = math::layer_norm_row(x, &weight, bias, eps, y);
+                        statistics.copy_from_slice(&[mean, rstd]);
+                    }
+                    None => statistics[0] = math::rms_norm_row(x, &weight, eps, y),
                 }
-                None => statistics[0] = math::rms_norm_row(x, &weight, eps, y),
             }
         }
-    }
-    if run.saved.is_some() {
-        run.save(INPUT, x);
-        run.save(STATISTICS, &Tensor::from_vec(statistics, (m, per_row(norm)), &Device::Cpu)?);
-    }
-    Ok(Tensor::from_vec(y, (m, c), &Device::Cpu)?)
-}
-
-/// dy to dx, plus `residual`.
-pub fn backward(norm: &Norm, dy: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
-    let (m, c) = dy.dims2()?;
-    let (statistics, x) = (run.take(STATISTICS)?, run.take(INPUT)?);
-    let mut dx = match residual {
-        Some(r) => F32View::new(r)?.to_vec(),
-        None => vec![0f32; m * c],
-    };
-    let (x, statistics, dy) = (F32View::new(&x)?, F32View::new(&statistics)?, F32View::new(dy)?);
-    let weight = F32View::new(&norm.wide.0)?;
-    let statistics = statistics.chunks_exact(per_row(norm));
-    let rows = dx.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(dy.chunks_exact(c)).zip(statistics);
-    for (((dx, x), dy), statistics) in rows {
-        match *statistics {
-            [mean, rstd] => math::layer_norm_backward_row(x, &weight, dy, mean, rstd, dx),
-            [inverse] => math::rms_norm_backward_row(x, &weight, dy, inverse, dx),
-            _ => {}
+        if run.saved.is_some() {
+            run.save(INPUT, x);
+            run.save(STATISTICS, &Tensor::from_vec(statistics, (m, per_row(norm)), &Device::Cpu)?);
         }
+        Ok(Tensor::from_vec(y, (m, c), &Device::Cpu)?)
     }
-    Ok(Tensor::from_vec(dx, (m, c), &Device::Cpu)?)
+
+    fn norm_backward(&self, norm: &Norm, dy: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
+        let (m, c) = dy.dims2()?;
+        let (statistics, x) = (run.take(STATISTICS)?, run.take(INPUT)?);
+        let mut dx = match residual {
+            Some(r) => F32View::new(r)?.to_vec(),
+            None => vec![0f32; m * c],
+        };
+        let (x, statistics, dy) = (F32View::new(&x)?, F32View::new(&statistics)?, F32View::new(dy)?);
+        let weight = F32View::new(&norm.wide.0)?;
+        let statistics = statistics.chunks_exact(per_row(norm));
+        let rows = dx.chunks_exact_mut(c).zip(x.chunks_exact(c)).zip(dy.chunks_exact(c)).zip(statistics);
+        for (((dx, x), dy), statistics) in rows {
+            match *statistics {
+                [mean, rstd] => math::layer_norm_backward_row(x, &weight, dy, mean, rstd, dx),
+                [inverse] => math::rms_norm_backward_row(x, &weight, dy, inverse, dx),
+                _ => {}
+            }
+        }
+        Ok(Tensor::from_vec(dx, (m, c), &Device::Cpu)?)
+    }
 }
 
 /// Statistics of a row.

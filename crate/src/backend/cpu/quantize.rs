@@ -10,13 +10,17 @@
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use super::simd::{self, Level};
+use super::{
+    Cpu, dequantize,
+    simd::{self, Level},
+};
 use crate::{
+    backend::Quantizes,
     error::Result,
     quantized::{
-        BlockwiseState, DynamicMap, Element, ForFloats, NESTED_BLOCKSIZE, QuantState, QuantType, Read, Thresholds,
-        absmax_mean, check_blocksize, check_float, for_floats, not_finite, round_to, signed_code, tensor_f32, with_f32,
-        with_slice,
+        BlockwiseState, DynamicMap, Element, ForFloats, NESTED_BLOCKSIZE, QuantState, QuantType, QuantizedTensor, Read,
+        Thresholds, absmax_mean, check_blocksize, check_float, for_floats, not_finite, round_to, signed_code,
+        tensor_f32, with_f32, with_slice,
     },
 };
 
@@ -170,19 +174,6 @@ fn pack_32<const IN_ORDER: bool>(x: &[f32; 32], inverse: f32, thresholds: &Thres
     }
 }
 
-/// `quantize_4bit` for a weight on the CPU.
-pub(super) fn quantize(
-    weight: &Tensor,
-    quant_type: QuantType,
-    blocksize: usize,
-    compress_statistics: bool,
-) -> Result<(Tensor, QuantState)> {
-    let (mut packed, mut absmax) = room(weight.elem_count(), quant_type, blocksize);
-    let job = Quantize { quant_type, blocksize, packed: &mut packed, absmax: &mut absmax };
-    for_floats(weight, job)??;
-    finish(packed, absmax, weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics)
-}
-
 /// [`quantize_4bit`] of a weight that is nowhere in memory, to the CPU. What `read` gives are numbers of `dtype`.
 pub(crate) fn quantize_4bit_read(
     shape: &[usize],
@@ -218,7 +209,7 @@ fn finish(
     let (absmax, offset, state2) = if compress_statistics {
         let offset = absmax_mean::cuda_mean(&absmax);
         absmax.iter_mut().for_each(|a| *a -= offset);
-        let (codes, state2) = quantize_blockwise(&tensor_f32(absmax)?, NESTED_BLOCKSIZE)?;
+        let (codes, state2) = Cpu.quantize_blockwise(&tensor_f32(absmax)?, NESTED_BLOCKSIZE)?;
         (codes, Some(offset), Some(state2))
     } else {
         (tensor_f32(absmax)?, None, None)
@@ -247,38 +238,59 @@ impl ForFloats for Quantize<'_> {
     }
 }
 
-/// `quantize_blockwise` for a tensor on the CPU.
-pub(super) fn quantize_blockwise(x: &Tensor, blocksize: usize) -> Result<(Tensor, BlockwiseState)> {
-    let map = DynamicMap::signed();
-    let mut codes = vec![0u8; x.elem_count()];
-    let mut absmax = vec![0f32; x.elem_count().div_ceil(blocksize)];
-    with_f32(x, |x| {
-        if let Some(i) = x.iter().position(|v| !v.is_finite()) {
-            return Err(not_finite(i, x[i]));
-        }
-        let blocks = x.par_chunks(blocksize).zip(codes.par_chunks_mut(blocksize)).zip(&mut absmax);
-        blocks.for_each(|((x, codes), absmax)| *absmax = map.encode_block(x, codes));
-        Ok(())
-    })??;
-    let state =
-        BlockwiseState { absmax: tensor_f32(absmax)?, code: signed_code(&Device::Cpu)?, blocksize, dtype: x.dtype() };
-    Ok((Tensor::from_vec(codes, x.shape(), &Device::Cpu)?, state))
-}
+impl Quantizes for Cpu {
+    fn quantize(
+        &self,
+        weight: &Tensor,
+        quant_type: QuantType,
+        blocksize: usize,
+        compress_statistics: bool,
+    ) -> Result<(Tensor, QuantState)> {
+        let (mut packed, mut absmax) = room(weight.elem_count(), quant_type, blocksize);
+        let job = Quantize { quant_type, blocksize, packed: &mut packed, absmax: &mut absmax };
+        for_floats(weight, job)??;
+        finish(packed, absmax, weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics)
+    }
 
-/// `dequantize_blockwise` for codes on the CPU.
-pub(super) fn dequantize_blockwise(q: &Tensor, state: &BlockwiseState) -> Result<Tensor> {
-    let mut out = vec![0f32; q.elem_count()];
-    with_slice::<u8, _>(q, |q| {
-        with_slice::<f32, _>(&state.absmax, |absmax| {
-            with_slice::<f32, _>(&state.code, |code| {
-                let blocks = out.chunks_mut(state.blocksize).zip(q.chunks(state.blocksize)).zip(absmax);
-                for ((out, q), absmax) in blocks {
-                    for (o, q) in out.iter_mut().zip(q) {
-                        *o = round_to(state.dtype, code[*q as usize] * absmax);
+    fn dequantize(&self, weight: &QuantizedTensor) -> Result<Tensor> {
+        dequantize::dequantize(weight)
+    }
+
+    fn quantize_blockwise(&self, x: &Tensor, blocksize: usize) -> Result<(Tensor, BlockwiseState)> {
+        let map = DynamicMap::signed();
+        let mut codes = vec![0u8; x.elem_count()];
+        let mut absmax = vec![0f32; x.elem_count().div_ceil(blocksize)];
+        with_f32(x, |x| {
+            if let Some(i) = x.iter().position(|v| !v.is_finite()) {
+                return Err(not_finite(i, x[i]));
+            }
+            let blocks = x.par_chunks(blocksize).zip(codes.par_chunks_mut(blocksize)).zip(&mut absmax);
+            blocks.for_each(|((x, codes), absmax)| *absmax = map.encode_block(x, codes));
+            Ok(())
+        })??;
+        let state = BlockwiseState {
+            absmax: tensor_f32(absmax)?,
+            code: signed_code(&Device::Cpu)?,
+            blocksize,
+            dtype: x.dtype(),
+        };
+        Ok((Tensor::from_vec(codes, x.shape(), &Device::Cpu)?, state))
+    }
+
+    fn dequantize_blockwise(&self, q: &Tensor, state: &BlockwiseState) -> Result<Tensor> {
+        let mut out = vec![0f32; q.elem_count()];
+        with_slice::<u8, _>(q, |q| {
+            with_slice::<f32, _>(&state.absmax, |absmax| {
+                with_slice::<f32, _>(&state.code, |code| {
+                    let blocks = out.chunks_mut(state.blocksize).zip(q.chunks(state.blocksize)).zip(absmax);
+                    for ((out, q), absmax) in blocks {
+                        for (o, q) in out.iter_mut().zip(q) {
+                            *o = round_to(state.dtype, code[*q as usize] * absmax);
+                        }
                     }
-                }
+                })
             })
-        })
-    })???;
-    Ok(Tensor::from_vec(out, q.shape(), &Device::Cpu)?.to_dtype(state.dtype)?)
+        })???;
+        Ok(Tensor::from_vec(out, q.shape(), &Device::Cpu)?.to_dtype(state.dtype)?)
+    }
 }

@@ -19,7 +19,7 @@ const ROWS: usize = 64;
 
 /// q `[M, heads * head_dim]`, k and v `[M, kv_heads * head_dim]` side by side in rows of
 /// `layout`, q and k turned to their positions.
-pub fn join(rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Run) -> Result<Tensor> {
+pub(super) fn join(rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Run) -> Result<Tensor> {
     let (positions, table) = positions(rope, run);
     let [q, k, v] = [F32View::new(qkv[0])?, F32View::new(qkv[1])?, F32View::new(qkv[2])?];
     let (wide, narrow) = (layout.width(), layout.kv_width());
@@ -41,7 +41,7 @@ pub fn join(rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Run) -> R
 }
 
 /// The gradient of what [`join`] gave to those of q, k and v: turned back.
-pub fn split(rope: &Rope, d: &Tensor, layout: &HeadLayout, run: &Run) -> Result<[Tensor; 3]> {
+pub(super) fn split(rope: &Rope, d: &Tensor, layout: &HeadLayout, run: &Run) -> Result<[Tensor; 3]> {
     let (positions, table) = positions(rope, run);
     let d = F32View::new(d)?;
     let (m, wide, narrow) = (positions.len(), layout.width(), layout.kv_width());

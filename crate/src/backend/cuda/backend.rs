@@ -1,4 +1,4 @@
-//! The [`Backend`] that a GPU is.
+//! The [`Backend`](crate::backend::Backend) that a GPU is.
 
 use std::{ops::Range, sync::MutexGuard};
 
@@ -12,7 +12,8 @@ use super::{
 };
 use crate::{
     backend::{
-        Backend, DeviceReader, Draw, Learning, Next, Tokens, Work,
+        Activations, Attends, DeviceReader, Dora, Draw, Learning, Linears, Losses, Memory, Next, Norms, Parameters,
+        Passes, Quantizes, Rows, Tokens, Work,
         kv_cache::KvCache,
         operands::{Around, Attention, Frozen, HeadLayout, Input, Lora, Norm, Rope},
         param::Param,
@@ -26,7 +27,7 @@ use crate::{
 /// products.
 const ROWS: usize = super::inputs::ROWS;
 
-impl Backend for Gpu {
+impl Passes for Gpu {
     fn name(&self) -> String {
         format!("cuda:{}, {}", self.ordinal, Gpu::name(self))
     }
@@ -57,7 +58,9 @@ impl Backend for Gpu {
     ) -> Result<Next> {
         self.next_tokens_on_card(tokens, vocab_size, cache, draws, logits)
     }
+}
 
+impl Rows for Gpu {
     fn embed(&self, table: &Tensor, run: &Run) -> Result<Tensor> {
         ops::embed(table, run)
     }
@@ -77,7 +80,9 @@ impl Backend for Gpu {
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         ops::add(a, b)
     }
+}
 
+impl Norms for Gpu {
     fn norm(&self, norm: &Norm, x: &Tensor, run: &mut Run) -> Result<Tensor> {
         ops::norm_forward(norm, x, run)
     }
@@ -85,7 +90,9 @@ impl Backend for Gpu {
     fn norm_backward(&self, norm: &Norm, dy: &Tensor, residual: Option<&Tensor>, run: &mut Run) -> Result<Tensor> {
         ops::norm_backward(norm, dy, residual, run)
     }
+}
 
+impl Linears for Gpu {
     fn linear(
         &self,
         frozen: &Frozen,
@@ -111,7 +118,9 @@ impl Backend for Gpu {
     ) -> Result<Option<Tensor>> {
         ops::linear_backward(&Product { frozen, lora }, dy, need_dx, run)
     }
+}
 
+impl Dora for Gpu {
     fn dora_norms(
         &self,
         frozen: &Frozen,
@@ -143,7 +152,9 @@ impl Backend for Gpu {
     ) -> Result<Tensor> {
         ops::scale_columns_backward(dy, z, magnitude, norms, run)
     }
+}
 
+impl Activations for Gpu {
     fn gelu(&self, x: &Tensor, run: &mut Run) -> Result<Tensor> {
         ops::gelu_forward(x, run)
     }
@@ -159,7 +170,9 @@ impl Backend for Gpu {
     fn swiglu_backward(&self, dy: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)> {
         ops::swiglu_backward(dy, run)
     }
+}
 
+impl Attends for Gpu {
     fn rope(&self, rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Run) -> Result<Tensor> {
         ops::rope_join(rope, qkv, layout, run)
     }
@@ -175,7 +188,9 @@ impl Backend for Gpu {
     fn attention_backward(&self, attention: &Attention, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
         ops::attention_backward(attention, dy, run)
     }
+}
 
+impl Losses for Gpu {
     fn logit_rows(&self, _vocab_size: usize) -> usize {
         ops::CHUNK_ROWS
     }
@@ -202,7 +217,9 @@ impl Backend for Gpu {
     fn unlabelled_rows(&self, chunks: Vec<Tensor>, run: &Run) -> Result<Tensor> {
         ops::unlabelled_rows(&chunks, run)
     }
+}
 
+impl Parameters for Gpu {
     fn fill_zero(&self, tensor: &Tensor) -> Result<()> {
         fill_zero(tensor)
     }
@@ -221,7 +238,9 @@ impl Backend for Gpu {
     fn sum_of_squares(&self, params: &[&Param]) -> Result<f64> {
         optim::sum_of_squares(self, params)
     }
+}
 
+impl Quantizes for Gpu {
     fn quantize(
         &self,
         weight: &Tensor,
@@ -243,7 +262,9 @@ impl Backend for Gpu {
     fn dequantize_blockwise(&self, q: &Tensor, state: &BlockwiseState) -> Result<Tensor> {
         quant::dequantize_blockwise(q, state)
     }
+}
 
+impl Memory for Gpu {
     fn reader(&self) -> Result<Option<Box<dyn DeviceReader>>> {
         Ok(Some(Box::new(load::Reader::new(self.forever()?)?)))
     }

@@ -5,8 +5,9 @@ use candle_core::{DType, Tensor};
 use super::{
     super::{KernelArg, address, of, told::dora::COLUMNS, uninit},
     card,
-    linear::{Product, linear_forward},
+    linear::linear_forward,
     name,
+    product::Product,
     sum::converted,
 };
 use crate::{

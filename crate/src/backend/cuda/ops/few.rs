@@ -9,8 +9,8 @@ use super::{
         told::gemv_4bit_mma::{ALONG, FIXED, LONG, SHORT, WARPS},
         uninit,
     },
-    linear::Product,
     name,
+    product::Product,
 };
 use crate::{
     backend::{

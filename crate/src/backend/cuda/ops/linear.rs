@@ -6,34 +6,18 @@ use super::{
     super::{Gemm, Gpu, Operand, address, of, uninit},
     activation::{gelu_forward, save_gelu_input},
     few, head, lora,
+    product::Product,
     sum::{converted, sum_into},
     weights::with_weight,
 };
 use crate::{
     backend::{
         internal,
-        operands::{Around, Frozen, Input, Lora, Weight},
+        operands::{Around, Frozen, Input, Weight},
         run::Run,
     },
     error::Result,
 };
-
-/// A linear layer, with the low-rank part of its adapter.
-pub struct Product<'a> {
-    pub frozen: &'a Frozen,
-    pub lora: Option<&'a Lora>,
-}
-
-impl Product<'_> {
-    /// The dtype that it is made in, of activations in `activations`: bitsandbytes' `compute_dtype` for a quantized
-    /// weight.
-    pub fn dtype(&self, activations: DType) -> DType {
-        match &self.frozen.weight {
-            Weight::Quantized(_) => self.frozen.compute_dtype.unwrap_or(activations),
-            Weight::Dense(_) => activations,
-        }
-    }
-}
 
 /// Where the rows of a matrix are.
 fn operand(t: &Tensor) -> Result<Operand> {

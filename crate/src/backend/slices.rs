@@ -7,7 +7,7 @@ use std::{
 
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage, StorageRef, Tensor};
 
-use super::super::internal;
+use super::internal;
 use crate::error::Result;
 
 /// The elements of a contiguous f32 CPU tensor, borrowed for a kernel.
