@@ -328,9 +328,7 @@ impl Dataset {
         let _guard = interrupt::Guard::new()?;
         let progress = Progress::new(what, self.len(), "rows");
         for (i, example) in self.iter().enumerate() {
-            if interrupt::requested() {
-                return Err(Error::Interrupted { what: what.into() });
-            }
+            interrupt::check(what)?;
             f(i, &example)?;
             progress.inc(1);
         }

@@ -26,6 +26,11 @@ pub fn requested() -> bool {
     REQUESTED.load(SeqCst)
 }
 
+/// The error of `what` if somebody asked it to stop: for a call that has nothing to give back half done.
+pub fn check(what: &str) -> Result<()> {
+    if requested() { Err(Error::Interrupted { what: what.into() }) } else { Ok(()) }
+}
+
 /// Asks the running train or generate call to stop at its next safe point, as SIGINT does.
 /// Without such a call the next one stops before its first step.
 pub fn request() {

@@ -115,9 +115,7 @@ impl Repository {
         let what = format!("Download {name}");
         let progress = Progress::starting_at(&what, (have / MB) as usize, (size / MB) as usize, "MB");
         while have < size {
-            if interrupt::requested() {
-                return Err(Error::Interrupted { what });
-            }
+            interrupt::check(&what)?;
             let range = have..size.min(have + PART);
             let part = self.remote.download_file_to_bytes().filename(name).revision(&self.commit).range(range.clone());
             let bytes = part.send().map_err(|e| failure(&format!("{name} of {}", self.id), &e))?;

@@ -22,9 +22,7 @@ impl Trainer {
         let batches = order.chunks(self.args.per_device_eval_batch_size);
         let (steps, mut loss, mut counted) = (batches.len(), 0.0, 0);
         for chunk in batches {
-            if interrupt::requested() {
-                return Err(Error::Interrupted { what: "evaluation".into() });
-            }
+            interrupt::check("evaluation")?;
             let pass = self.model.loss(&rows.batch(chunk)?)?;
             if pass.num_label_tokens > 0 {
                 loss += pass.loss_sum / pass.num_label_tokens as f64 * chunk.len() as f64;

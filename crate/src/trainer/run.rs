@@ -126,9 +126,7 @@ impl Trainer {
         self.params.iter().try_for_each(|p| p.zero_grad())?;
         let mut loss = 0.0;
         for (micro, batch) in window.iter().zip(&batches) {
-            if interrupt::requested() {
-                return Err(Error::Interrupted { what: "training".into() });
-            }
+            interrupt::check("training")?;
             let options = PassOptions {
                 num_items: num_items.max(1) as f64,
                 gradient_checkpointing: self.args.gradient_checkpointing,
