@@ -200,14 +200,14 @@ fn walkthrough() -> Result<(), Box<dyn Error>> {
     // %% Step 6: create the trainer
     let mut trainer = Trainer::new(&model, args, &tokenized_ds, DataCollatorForSeq2Seq::new(&tokenizer))?;
     println!("{}", trainer.memory_plan()?);
-    qlora_nb::model::reset_peak(); // what was written before training does not count
+    reset_peak(); // what was written before training does not count
 
     // %% Step 7: train
     println!("{}", trainer.train()?);
 
     // %%
     trainer.loss_curve().save("out/walkthrough/loss.svg")?;
-    let peak = qlora_nb::model::peak_resident_bytes();
+    let peak = peak_resident_bytes();
     println!("peak {:.0} MiB", peak as f64 / (1 << 20) as f64);
 
     // %% Step 8: use the model

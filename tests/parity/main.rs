@@ -5,6 +5,7 @@
 
 mod adamw;
 mod adapters;
+mod at_once;
 mod bloom;
 mod engine;
 mod families;

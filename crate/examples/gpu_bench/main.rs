@@ -1,4 +1,4 @@
-//! Speed of the kernels of `kernels/cuda`: `cargo run --release --features cuda --example gpu_bench -- [quant ...]`.
+//! Speed of the kernels of `src/backend/cuda/kernels`: `cargo run --release --features cuda --example gpu_bench -- [quant ...]`.
 //!
 //! Prints the median, and the least and the most, of many measurements. Buffers rotate, so that the
 //! card's cache does not hold them.

@@ -34,6 +34,7 @@ use crate::{
 use kv_cache::KvCache;
 use operands::{Around, Attention, Frozen, HeadLayout, Input, Lora, Norm, Rope};
 use param::Param;
+use parking_lot::ReentrantMutexGuard;
 use run::Run;
 use sequences::Sequences;
 
@@ -195,8 +196,9 @@ pub trait Passes: Send + Sync {
     /// `cuda:0, NVIDIA H100 80GB HBM3`.
     fn name(&self) -> String;
 
-    /// Holds off every other call that works on the device.
-    fn lock(&self) -> MutexGuard<'_, ()>;
+    /// Holds off every other thread that works on the device; the one that holds it may ask again, as a custom loss does
+    /// that needs another model.
+    fn lock(&self) -> ReentrantMutexGuard<'_, ()>;
 
     /// The dtype of activations for a model stored in `dtype`.
     fn activations(&self, dtype: DType) -> DType;

@@ -95,6 +95,13 @@ impl Linear {
         &self.frozen.weight
     }
 
+    /// The same layer with another frozen weight, `[out, in]` as before: quantized in another way, say.
+    pub fn with_weight(&self, weight: Weight) -> Self {
+        let mut changed = self.clone();
+        changed.frozen.weight = weight;
+        changed
+    }
+
     /// What learns, with its name in the layer.
     pub fn trainable(&self) -> Vec<(&'static str, &Param)> {
         self.adapter().map(|adapter| adapter.parameters()).unwrap_or_default()

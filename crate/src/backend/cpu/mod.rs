@@ -17,9 +17,8 @@ mod quantize;
 mod rope;
 pub(crate) mod simd;
 
-use std::sync::{Mutex, MutexGuard};
-
 use candle_core::{DType, Device, Tensor};
+use parking_lot::{ReentrantMutex, ReentrantMutexGuard};
 
 use super::{
     DeviceReader, Draw, Learning, Memory, Next, Parameters, Passes, Rows, Tokens, Work,
@@ -42,7 +41,7 @@ pub struct Cpu;
 
 /// A pass reads parameters while it waits for rayon's threads, which may run anybody's work meanwhile: nobody may change
 /// them then.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+static ONE_AT_A_TIME: ReentrantMutex<()> = ReentrantMutex::new(());
 
 /// Tokens of a pass with a cache that runs as one of rayon's threads. Its products take some ten microseconds each: a
 /// thread of another kind would go to sleep at each, and be woken when it is done. A larger pass stays on the caller's
@@ -54,8 +53,8 @@ impl Passes for Cpu {
         "cpu".into()
     }
 
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner())
+    fn lock(&self) -> ReentrantMutexGuard<'_, ()> {
+        ONE_AT_A_TIME.lock()
     }
 
     fn activations(&self, _dtype: DType) -> DType {

@@ -1,8 +1,9 @@
 //! The [`Backend`](crate::backend::Backend) that a GPU is.
 
-use std::{ops::Range, sync::MutexGuard};
+use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
+use parking_lot::ReentrantMutexGuard;
 
 use super::{
     Gpu, PLACES, WORKSPACE, address, alloc, fill_zero, load,
@@ -32,7 +33,7 @@ impl Passes for Gpu {
         format!("cuda:{}, {}", self.ordinal, Gpu::name(self))
     }
 
-    fn lock(&self) -> MutexGuard<'_, ()> {
+    fn lock(&self) -> ReentrantMutexGuard<'_, ()> {
         self.hold()
     }
 

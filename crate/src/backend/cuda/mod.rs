@@ -26,7 +26,7 @@ use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicUsize},
     },
     thread::ThreadId,
@@ -39,6 +39,8 @@ use candle_core::{
         nvrtc::Ptx,
     },
 };
+
+use parking_lot::{ReentrantMutex, ReentrantMutexGuard};
 
 use crate::error::{Error, Result};
 
@@ -86,7 +88,7 @@ pub struct Gpu {
     /// The thread whose launches are recorded now; others go on.
     recording: Mutex<Option<ThreadId>>,
     /// See [`super::Backend::lock`].
-    busy: Mutex<()>,
+    busy: ReentrantMutex<()>,
     ordinal: usize,
     /// Where the memory of recorded passes comes from: nobody else gets it.
     recorded_memory: sys::CUmemoryPool,
@@ -227,7 +229,7 @@ impl Gpu {
             side_stream: new_stream(lowest)?,
             memory_stream: new_stream(lowest)?,
             recording: Mutex::default(),
-            busy: Mutex::default(),
+            busy: ReentrantMutex::default(),
             ordinal,
             recorded_memory,
             recorded_peak: AtomicUsize::new(0),
@@ -308,8 +310,8 @@ impl Gpu {
     }
 
     /// Holds off every other call that works on the card.
-    pub(crate) fn hold(&self) -> MutexGuard<'_, ()> {
-        self.busy.lock().unwrap_or_else(|e| e.into_inner())
+    pub(crate) fn hold(&self) -> ReentrantMutexGuard<'_, ()> {
+        self.busy.lock()
     }
 
     /// Launches a kernel of `kernels/` by its name.
