@@ -15,7 +15,7 @@ use qlora_nb::{
 
 use crate::{
     check::Checks,
-    model::{BUNDLED, batch, load},
+    model::{BUNDLED, adapters, batch, load, options},
 };
 
 const STEPS: usize = 20;
@@ -55,10 +55,9 @@ fn compare(checks: &mut Checks, what: &str, got: Vec<f64>, want: &[f64], toleran
 }
 
 fn against_cpu(checks: &mut Checks) -> Result<()> {
-    let modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
     // In 16 bits the card's activations are rounded where the CPU's are not, and twenty updates part the two further.
     for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 5e-3), (DType::BF16, 5e-2)] {
-        let cpu = load(BUNDLED.as_ref(), dtype, true, DeviceMap::Cpu, &modules)?;
+        let cpu = load(BUNDLED.as_ref(), options(dtype, true, DeviceMap::Cpu), &adapters())?;
         let mut batches = Vec::new();
         for _ in 0..4 {
             let lengths: Vec<usize> = (0..4).map(|_| 20 + checks.rng.below(60)).collect();
@@ -66,7 +65,7 @@ fn against_cpu(checks: &mut Checks) -> Result<()> {
         }
         let want = losses(&cpu, &batches, true)?;
         for checkpointing in [false, true] {
-            let gpu = load(BUNDLED.as_ref(), dtype, true, DeviceMap::Cuda(0), &modules)?;
+            let gpu = load(BUNDLED.as_ref(), options(dtype, true, DeviceMap::Cuda(0)), &adapters())?;
             let what =
                 format!("{STEPS} losses, {} NF4, checkpointing {checkpointing}, against the CPU", dtype.as_str());
             compare(checks, &what, losses(&gpu, &batches, checkpointing)?, &want, tolerance)?;

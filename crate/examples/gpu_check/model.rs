@@ -20,10 +20,31 @@ pub fn run(checks: &mut Checks) -> Result<()> {
     let folder = folder();
     for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 5e-3), (DType::BF16, 4e-2)] {
         for nf4 in [false, true] {
-            compare(checks, &folder, dtype, nf4, tolerance)?;
+            compare(checks, &folder, &adapters(), dtype, nf4, tolerance)?;
+        }
+    }
+    // The families beside BLOOM, and DoRA, as the parity tests have them: of sizes that take the plain kernels.
+    for family in ["llama_tiny", "qwen2_tiny", "qwen3_tiny", "mistral_tiny"] {
+        let folder = Path::new("tests/fixtures").join(family);
+        if !folder.exists() {
+            println!("  no {}: run it in the repository's folder", folder.display());
+            continue;
+        }
+        for (use_dora, nf4) in [(false, false), (false, true), (true, false), (true, true)] {
+            let config = LoraConfig { r: 8, target_modules: "all-linear".into(), use_dora, ..Default::default() };
+            for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 1e-2), (DType::BF16, 8e-2)] {
+                compare(checks, &folder, &config, dtype, nf4, tolerance)?;
+            }
         }
     }
     Ok(())
+}
+
+/// LoRA on the linear layers of the bundled model; of another, which may be large, on one a block.
+pub fn adapters() -> LoraConfig {
+    let modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
+    let modules = if std::env::var_os("QLORA_MODEL").is_some() { &modules[..1] } else { &modules[..] };
+    LoraConfig { r: 8, target_modules: modules.to_vec().into(), ..Default::default() }
 }
 
 pub const BUNDLED: &str = "notebooks/models/poet-bloom-zh";
@@ -52,12 +73,12 @@ pub fn options(dtype: DType, nf4: bool, device_map: DeviceMap) -> ModelOptions {
     }
 }
 
-pub fn load(folder: &Path, dtype: DType, nf4: bool, device_map: DeviceMap, modules: &[&str]) -> Result<PeftModel> {
-    let base = AutoModelForCausalLM::from_pretrained(folder, options(dtype, nf4, device_map))?;
-    let model =
-        get_peft_model(&base, &LoraConfig { r: 8, target_modules: modules.to_vec().into(), ..Default::default() })?;
+pub fn load(folder: &Path, options: ModelOptions, config: &LoraConfig) -> Result<PeftModel> {
+    let base = AutoModelForCausalLM::from_pretrained(folder, options)?;
+    let model = get_peft_model(&base, config)?;
     // B starts at zero, and A's gradient with it: another start shows both.
-    for (i, p) in model.trainable_parameters().iter().enumerate() {
+    let params = model.trainable_parameters();
+    for (i, p) in params.iter().enumerate().filter(|(_, p)| !p.name().contains("magnitude")) {
         let n = p.value().elem_count();
         let values: Vec<f32> = (0..n).map(|j| ((i * 7919 + j * 104_729) % 2003) as f32 / 2003.0 - 0.5).collect();
         p.set(&Tensor::from_vec(values, p.value().dims(), &Device::Cpu)?.affine(0.05, 0.0)?)?;
@@ -101,12 +122,19 @@ fn joined(grads: &[Tensor]) -> Result<Tensor> {
     Ok(Tensor::cat(&flat, 0)?)
 }
 
-fn compare(checks: &mut Checks, folder: &Path, dtype: DType, nf4: bool, tolerance: f64) -> Result<()> {
-    let modules = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
-    let modules: &[&str] = if std::env::var_os("QLORA_MODEL").is_some() { &modules[..1] } else { &modules };
-    let cpu = load(folder, dtype, nf4, DeviceMap::Cpu, modules)?;
-    let gpu = load(folder, dtype, nf4, DeviceMap::Cuda(0), modules)?;
-    let what = format!("{}{}", dtype.as_str(), if nf4 { " NF4" } else { "" });
+fn compare(
+    checks: &mut Checks,
+    folder: &Path,
+    config: &LoraConfig,
+    dtype: DType,
+    nf4: bool,
+    tolerance: f64,
+) -> Result<()> {
+    let cpu = load(folder, options(dtype, nf4, DeviceMap::Cpu), config)?;
+    let gpu = load(folder, options(dtype, nf4, DeviceMap::Cuda(0)), config)?;
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let (bits, dora) = (if nf4 { " NF4" } else { "" }, if config.use_dora { " DoRA" } else { "" });
+    let what = format!("{name} {}{bits}{dora}", dtype.as_str());
     let lengths: Vec<usize> = (0..4).map(|_| 20 + checks.rng.below(100)).collect();
     let batch = batch(checks, cpu.vocab_size(), &lengths)?;
     let logits = |m: &PeftModel| m.logits(&batch.input_ids, Some(&batch.attention_mask));

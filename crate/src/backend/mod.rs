@@ -14,7 +14,11 @@ pub mod cuda;
 pub mod dropout;
 pub mod kv_cache;
 pub mod operands;
+#[cfg(test)]
+mod oracle;
 pub mod param;
+#[cfg(test)]
+mod properties;
 pub mod run;
 pub mod sequences;
 mod slices;

@@ -50,6 +50,19 @@ proptest! {
         }
     }
 
+    /// The second definition: no other code is nearer to the value. The thresholds are f32, so that next to the middle
+    /// of two codes either may be taken.
+    #[test]
+    fn a_code_is_the_nearest(x in weights(1..300), quant_type in quant_types()) {
+        let (codes, maxima) = oracle::quantize(&x, quant_type, 4096);
+        let (values, scale) = (quant_type.values(), f64::from(1.0 / maxima[0].max(1e-38)));
+        let far = |code: usize, x: f32| (f64::from(values[code]) - f64::from(x) * scale).abs();
+        for (x, code) in x.iter().zip(codes) {
+            let nearest = (0..values.len()).map(|code| far(code, *x)).fold(f64::INFINITY, f64::min);
+            prop_assert!(far(code.into(), *x) <= nearest + 1e-6, "{}: {} at {}", quant_type, code, x);
+        }
+    }
+
     #[test]
     fn any_range_is_dequantized_as_the_oracle_does(
         x in weights(1..700),
