@@ -41,8 +41,9 @@ pub struct TrainingArguments {
     pub gradient_accumulation_steps: usize,
     /// The highest learning rate.
     pub learning_rate: f64,
-    /// AdamW's decoupled decay.
+    /// Decoupled decay of the weights; SGD adds it to the gradient.
     pub weight_decay: f64,
+    /// Of AdamW and, as in transformers, of Lion, whose authors use 0.9 and 0.99.
     pub adam_beta1: f64,
     pub adam_beta2: f64,
     pub adam_epsilon: f64,
