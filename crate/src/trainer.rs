@@ -41,7 +41,7 @@ use crate::{
     dataset::Dataset,
     display,
     error::{Error, Result},
-    optim::{AdamW, lr_scheduler::lr_at},
+    optim::{self, Hyperparameters, Optimizer, lr_scheduler::lr_at},
     peft::PeftModel,
     training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
 };
@@ -78,7 +78,7 @@ pub struct Trainer {
     eval_rows: Option<CheckedRows>,
     plan: Plan,
     sampler: Sampler,
-    optimizer: AdamW,
+    optimizer: Box<dyn Optimizer>,
     schedule: Option<Schedule>,
     loss: Option<Loss>,
     callbacks: Vec<Box<dyn TrainerCallback>>,
@@ -131,7 +131,8 @@ impl Trainer {
         // Another run's search for a scale is no part of this one.
         model.set_loss_scale(None);
         let betas = (args.adam_beta1, args.adam_beta2);
-        let optimizer = AdamW::new(args.optim, &params, betas, args.adam_epsilon, args.weight_decay)?;
+        let (eps, weight_decay) = (args.adam_epsilon, args.weight_decay);
+        let optimizer = optim::new(args.optim, &params, &Hyperparameters { betas, eps, weight_decay })?;
         let state = TrainerState {
             max_steps: plan.max_steps,
             num_train_epochs: plan.num_train_epochs,

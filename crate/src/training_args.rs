@@ -51,8 +51,9 @@ pub struct TrainingArguments {
     pub gradient_accumulation_steps: usize = 1,
     /// The highest learning rate.
     pub learning_rate: f64 = 5e-5,
-    /// AdamW's decoupled decay.
+    /// Decoupled decay of the weights; SGD adds it to the gradient.
     pub weight_decay: f64 = 0.0,
+    /// Of AdamW and, as in transformers, of Lion, whose authors use 0.9 and 0.99.
     pub adam_beta1: f64 = 0.9,
     pub adam_beta2: f64 = 0.999,
     pub adam_epsilon: f64 = 1e-8,

@@ -1,5 +1,6 @@
 //! Optimizers and schedules against torch and transformers (tests/fixtures/optim.safetensors, scripts/fixtures/optim.py)
-//! and bitsandbytes, on the CPU (adamw.safetensors, adamw.py) and on CUDA (optim_cuda.safetensors, quant_cuda.py).
+//! and bitsandbytes, on the CPU (adamw.safetensors, adamw.py) and on CUDA (optim_cuda.safetensors, quant_cuda.py); Lion,
+//! Adafactor and SGD as the Trainer makes them (optimizers.safetensors, optimizers.py).
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -7,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
     error::Error,
     internals::backend::param::{Param, modify_f32},
-    optim::{AdamW, Optim, SchedulerType, clip_grad_norm, lr_scheduler::lr_at},
+    optim::{self, AdamW, Hyperparameters, Optim, Optimizer, SchedulerType, clip_grad_norm, lr_scheduler::lr_at},
     quant::create_dynamic_map,
 };
 
@@ -272,5 +273,195 @@ fn bad_arguments_are_refused() {
         assert_eq!(optim.as_str().parse::<Optim>().unwrap(), optim);
     }
     assert_eq!("adamw_bnb_8bit".parse::<Optim>().unwrap(), Optim::AdamW8bit);
-    assert!("sgd".parse::<Optim>().unwrap_err().to_string().contains("paged_adamw_32bit"));
+    assert!("rmsprop".parse::<Optim>().unwrap_err().to_string().contains("paged_adamw_32bit"));
+}
+
+/// Five steps of the parameter `name` at lr 1e-3, as scripts/fixtures/optimizers.py makes them; `check` looks at each.
+fn five_checked(f: &Tensors, optim: Optim, name: &str, decay: f64, check: impl Fn(usize, &Param, &Tensors)) {
+    let p = Param::new("p", &f[&format!("start.{name}")]).unwrap();
+    let mut optimizer = new(optim, std::slice::from_ref(&p), decay);
+    for step in 1..=5 {
+        set_grad(&p, &floats(&f[&format!("grad_{step}.{name}")]));
+        optimizer.step(1e-3, 1.0).unwrap();
+        check(step, &p, &optimizer.state_dict().unwrap());
+    }
+    assert_eq!(optimizer.steps(), 5);
+}
+
+fn new(optim: Optim, params: &[Param], weight_decay: f64) -> Box<dyn Optimizer> {
+    optim::new(optim, params, &Hyperparameters { weight_decay, ..Default::default() }).unwrap()
+}
+
+/// The largest of |a - b| / |b|, where b is not 0.
+fn largest_ratio(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let ratio = |(a, b): (&f32, &f32)| if b == a { 0.0 } else { (a - b).abs() / b.abs() };
+    a.iter().zip(b).map(ratio).fold(0.0, f32::max)
+}
+
+/// `parts` of the state and the weights after each of five steps, by `ratio` at most from the reference's.
+fn is_the_reference(optim: Optim, reference: &str, parts: fn(&str) -> &'static [&'static str], ratio: f32) {
+    let f = fixture("optimizers.safetensors");
+    for name in ["matrix", "vector", "late"] {
+        for decay in [0.0, 0.1] {
+            five_checked(&f, optim, name, decay, |step, p, state| {
+                let expected = &f[&format!("{reference}.{decay:?}.{name}.param_{step}")];
+                let off = largest_ratio(&floats(p.value()), &floats(expected));
+                assert!(off <= ratio, "{optim}, decay {decay}, {name}, step {step}: off by {off}");
+                assert_eq!(state.len(), 1 + parts(name).len());
+                for part in parts(name) {
+                    let (got, expected) =
+                        (&state[&format!("p.{part}")], &f[&format!("{reference}.{name}.{part}_{step}")]);
+                    assert_eq!(got.dims(), expected.dims(), "{optim}, {name}, {part}");
+                    let off = largest_ratio(&floats(got), &floats(expected));
+                    assert!(off <= ratio, "{optim}, decay {decay}, {name}, {part}_{step}: off by {off}");
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn lion_32bit_is_that_of_bitsandbytes_bit_for_bit() {
+    // What is small keeps 32-bit states under the names of 8-bit optimizers.
+    for optim in [Optim::Lion32bit, Optim::PagedLion32bit, Optim::Lion8bit, Optim::PagedLion8bit] {
+        is_the_reference(optim, "lion_32bit", |_| &["state1"], 0.0);
+    }
+}
+
+#[test]
+fn lion_8bit_is_that_of_bitsandbytes_bit_for_bit() {
+    let f = fixture("optimizers.safetensors");
+    for optim in [Optim::Lion8bit, Optim::PagedLion8bit] {
+        for decay in [0.0, 0.1] {
+            five_checked(&f, optim, "wide", decay, |step, p, state| {
+                let expected = |part: &str| &f[&format!("lion_8bit.wide.{part}_{step}")];
+                let absmax = floats(&state["p.absmax1"]);
+                assert_eq!(absmax, floats(expected("absmax1")), "step {step}");
+                let (got, expected) = (bytes(&state["p.state1"]), bytes(expected("state1")));
+                // A block of zeros may have any code; it has 0 here, and that of 0 in the reference.
+                let same = |i: usize| if absmax[i / 256] == 0.0 { got[i] == 0 } else { got[i] == expected[i] };
+                let differ: Vec<usize> = (0..got.len()).filter(|&i| !same(i)).collect();
+                assert_eq!(differ, [0usize; 0], "step {step}");
+                assert_eq!(absmax.iter().filter(|a| **a == 0.0).count(), if step == 1 { 4 } else { 1 });
+                if step == 5 {
+                    let expected = &f[&format!("lion_8bit.{decay:?}.wide.param_5")];
+                    assert_eq!(floats(p.value()), floats(expected), "decay {decay}");
+                }
+            });
+        }
+        let p = Param::new("p", &f["start.wide"]).unwrap();
+        assert_eq!(new(optim, &[p], 0.0).num_bytes(), 4160 + 17 * 4);
+    }
+}
+
+#[test]
+fn adafactor_is_that_of_transformers() {
+    let parts = |name: &str| -> &'static [&'static str] {
+        if name == "vector" { &["exp_avg_sq"] } else { &["exp_avg_sq_row", "exp_avg_sq_col"] }
+    };
+    is_the_reference(Optim::Adafactor, "adafactor", parts, 1e-6);
+    let params = [param("p", vec![0.0; 2 * 3 * 5], &[2, 3, 5]), param("q", vec![0.0; 7], &[7])];
+    let optimizer = new(Optim::Adafactor, &params, 0.0);
+    assert_eq!(optimizer.num_bytes(), 4 * (2 * 3 + 2 * 5 + 7));
+    assert_eq!(optimizer.state_dict().unwrap()["p.exp_avg_sq_col"].dims(), [2, 5]);
+}
+
+#[test]
+fn sgd_is_that_of_torch() {
+    is_the_reference(Optim::Sgd, "sgd", |_| &[], 2e-7);
+    assert_eq!(new(Optim::Sgd, &start(&SHAPES), 0.1).num_bytes(), 0);
+}
+
+#[test]
+fn every_optimizer_goes_on_bit_for_bit_from_a_file() {
+    let step = |params: &[Param], optimizer: &mut dyn Optimizer, t: u64| {
+        params.iter().enumerate().for_each(|(k, p)| set_grad(p, &bell(p.value().elem_count(), t * 31 + k as u64)));
+        optimizer.step(3e-3, 0.5).unwrap();
+    };
+    for &optim in Optim::ALL {
+        let params = start(&SHAPES);
+        let mut optimizer = new(optim, &params, 0.01);
+        (0..3).for_each(|t| step(&params, &mut *optimizer, t));
+        let copies: Vec<Param> = params.iter().map(|p| param(p.name(), floats(p.value()), p.value().dims())).collect();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        candle_core::safetensors::save(&optimizer.state_dict().unwrap(), file.path()).unwrap();
+        let mut resumed = new(optim, &copies, 0.01);
+        resumed.load_state_dict(&candle_core::safetensors::load(file.path(), &Device::Cpu).unwrap()).unwrap();
+        (3..6).for_each(|t| step(&params, &mut *optimizer, t));
+        (3..6).for_each(|t| step(&copies, &mut *resumed, t));
+        assert_eq!((resumed.steps(), resumed.is_paged(), resumed.is_paged_out().unwrap()), (6, false, false));
+        for (a, b) in params.iter().zip(&copies) {
+            assert_eq!(floats(a.value()), floats(b.value()), "{optim} {}", a.name());
+        }
+        let (a, b) = (optimizer.state_dict().unwrap(), resumed.state_dict().unwrap());
+        assert_eq!(a.len(), b.len());
+        assert!(a.iter().all(|(name, t)| floats(t) == floats(&b[name])), "{optim}");
+    }
+}
+
+#[test]
+fn a_state_of_another_optimizer_is_refused_and_changes_nothing() {
+    for &optim in Optim::ALL {
+        let params = start(&SHAPES);
+        let mut optimizer = new(optim, &params, 0.0);
+        params.iter().for_each(|p| set_grad(p, &bell(p.value().elem_count(), 5)));
+        optimizer.step(1e-3, 1.0).unwrap();
+        let good = optimizer.state_dict().unwrap();
+        let mut damaged = Vec::new();
+        for &other in Optim::ALL {
+            let state = new(other, &start(&SHAPES), 0.0).state_dict().unwrap();
+            if state.keys().any(|name| !good.contains_key(name)) || state.len() != good.len() {
+                damaged.push(state);
+            }
+        }
+        assert!(damaged.len() >= 6, "{optim}");
+        for (name, tensor) in &good {
+            let mut bad = good.clone();
+            bad.remove(name);
+            damaged.push(bad.clone());
+            // `step` is one number in any shape; its sign is what can be wrong.
+            let other = if name == "step" {
+                Tensor::new(&[-1i64], &Device::Cpu).unwrap()
+            } else {
+                Tensor::zeros(tensor.elem_count() + 1, tensor.dtype(), &Device::Cpu).unwrap()
+            };
+            bad.insert(name.clone(), other);
+            damaged.push(bad.clone());
+            if name != "step" {
+                bad.insert(name.clone(), tensor.to_dtype(DType::F64).unwrap());
+                damaged.push(bad);
+            }
+        }
+        for bad in damaged {
+            let error = optimizer.load_state_dict(&bad).unwrap_err();
+            let refused =
+                matches!(error, Error::KeyMismatch { .. } | Error::Shape { .. } | Error::InvalidArgument { .. });
+            assert!(refused, "{optim}: {error}");
+        }
+        let after = optimizer.state_dict().unwrap();
+        assert!(good.iter().all(|(name, t)| floats(t) == floats(&after[name])), "{optim}");
+        assert_eq!(optimizer.steps(), 1);
+    }
+}
+
+#[test]
+fn every_optimizer_checks_its_arguments() {
+    let params = start(&SHAPES);
+    for &optim in Optim::ALL {
+        let error = |params: &[Param], h: Hyperparameters| optim::new(optim, params, &h).err().unwrap().to_string();
+        let h = Hyperparameters::default();
+        assert!(error(&params, Hyperparameters { betas: (0.9, 1.0), ..h }).starts_with("adam_beta2"));
+        assert!(error(&params, Hyperparameters { eps: -1.0, ..h }).starts_with("adam_epsilon"));
+        assert!(error(&params, Hyperparameters { weight_decay: f64::INFINITY, ..h }).starts_with("weight_decay"));
+        assert!(error(&[], h).contains("at least one"));
+        assert!(error(&[params[0].clone(), params[0].clone()], h).contains("p0"));
+        let mut optimizer = new(optim, &params, 0.0);
+        assert!(optimizer.step(-1e-3, 1.0).unwrap_err().to_string().starts_with("learning_rate"));
+        assert_eq!(optimizer.steps(), 0);
+        let is_adamw = AdamW::new(optim, &params, h.betas, h.eps, 0.0).is_ok();
+        assert_eq!(is_adamw, optim.as_str().contains("adamw"), "{optim}");
+    }
+    let error = AdamW::new(Optim::Sgd, &params, (0.9, 0.999), 1e-8, 0.0).err().unwrap().to_string();
+    assert!(error.contains("paged_adamw_8bit") && !error.contains("lion"), "{error}");
 }

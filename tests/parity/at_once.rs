@@ -24,7 +24,8 @@ fn batch() -> Batch {
 
 /// The losses of twenty steps of a fresh adapter.
 fn train(base: &Model) -> Vec<f64> {
-    let model = get_peft_model(base, &LoraConfig { target_modules: "all-linear".into(), ..Default::default() }).unwrap();
+    let model =
+        get_peft_model(base, &LoraConfig { target_modules: "all-linear".into(), ..Default::default() }).unwrap();
     let (batch, params) = (batch(), model.trainable_parameters());
     let mut optimizer = AdamW::new(Optim::AdamWTorch, &params, (0.9, 0.999), 1e-8, 0.0).unwrap();
     let step = |i| {

@@ -4,7 +4,7 @@ use qlora_nb::{
     candle_core::Tensor,
     error::Result,
     internals::backend::param::{Param, modify_f32},
-    optim::{AdamW, Optim, clip_grad_norm},
+    optim::{self, Hyperparameters, Optim, clip_grad_norm},
 };
 
 use crate::bench::Bench;
@@ -21,12 +21,21 @@ pub fn run(bench: &Bench) -> Result<()> {
     let elements: usize = params.iter().map(|p| p.value().elem_count()).sum();
     let norm = bench.host(|_| clip_grad_norm(&params, 1.0).map(drop))?;
     norm.print("norm of the gradients, with the host's wait", 4 * elements);
-    for optim in [Optim::AdamWTorch, Optim::PagedAdamW32bit, Optim::AdamW8bit, Optim::PagedAdamW8bit] {
-        let mut adamw = AdamW::new(optim, &params, (0.9, 0.999), 1e-8, 0.0)?;
+    for optim in [
+        Optim::AdamWTorch,
+        Optim::PagedAdamW32bit,
+        Optim::AdamW8bit,
+        Optim::PagedAdamW8bit,
+        Optim::Lion32bit,
+        Optim::Lion8bit,
+        Optim::Adafactor,
+        Optim::Sgd,
+    ] {
+        let mut optimizer = optim::new(optim, &params, &Hyperparameters::default())?;
         // Read: weight, gradient, state; written: weight, state.
-        let bytes = 12 * elements + 2 * adamw.num_bytes();
-        bench.card(|_| adamw.step(1e-5, 1.0))?.print(&format!("{optim}, {elements} elements"), bytes);
-        bench.host(|_| adamw.step(1e-5, 1.0))?.print(&format!("{optim}, one step on the host's clock"), bytes);
+        let bytes = 12 * elements + 2 * optimizer.num_bytes();
+        bench.card(|_| optimizer.step(1e-5, 1.0))?.print(&format!("{optim}, {elements} elements"), bytes);
+        bench.host(|_| optimizer.step(1e-5, 1.0))?.print(&format!("{optim}, one step on the host's clock"), bytes);
     }
     Ok(())
 }

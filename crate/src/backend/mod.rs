@@ -14,6 +14,7 @@ pub mod cuda;
 pub mod dropout;
 pub mod kv_cache;
 pub mod operands;
+pub mod optimizer;
 #[cfg(test)]
 mod oracle;
 pub mod param;
@@ -37,6 +38,7 @@ use crate::{
 };
 use kv_cache::KvCache;
 use operands::{Around, Attention, Frozen, HeadLayout, Input, Lora, Norm, Rope};
+use optimizer::{Part, States};
 use param::Param;
 use parking_lot::ReentrantMutexGuard;
 use run::Run;
@@ -360,6 +362,16 @@ pub trait Parameters {
     fn modify_f32(&self, tensor: &Tensor, f: &mut dyn FnMut(&mut [f32])) -> Result<()>;
     /// The sum of the squares of the gradients, in f64 and in an order that does not change.
     fn sum_of_squares(&self, params: &[&Param]) -> Result<f64>;
+    /// Room for the states of these parameters, zeros: of each parameter the `moments` of an optimizer and, in 8 bits,
+    /// their maxima. `paged`: in memory that may leave the device. `None`: the device has no kernels for it, its memory
+    /// is the process's.
+    fn optimizer_states(
+        &self,
+        params: &[Param],
+        parts: Vec<Vec<Part>>,
+        moments: usize,
+        paged: bool,
+    ) -> Result<Option<Box<dyn States>>>;
 }
 
 /// Weights in 4 bits, statistics in 8.

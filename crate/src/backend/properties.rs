@@ -44,7 +44,14 @@ fn close(got: &Tensor, want: &Matrix, terms: usize, what: &str) -> Result<(), Te
     prop_assert_eq!(got.data.len(), want.data.len(), "{}: its size", what);
     let bound = 1e-6 * (1.0 + terms as f64).sqrt();
     for (i, (got, want)) in got.data.iter().zip(&want.data).enumerate() {
-        prop_assert!((got - want).abs() <= bound * (1.0 + want.abs()), "{}, element {}: {} is not {}", what, i, got, want);
+        prop_assert!(
+            (got - want).abs() <= bound * (1.0 + want.abs()),
+            "{}, element {}: {} is not {}",
+            what,
+            i,
+            got,
+            want
+        );
     }
     Ok(())
 }

@@ -22,8 +22,8 @@ impl GradNorm {
 }
 
 /// Measures the gradients and says by how much to scale them so that their norm is at most
-/// `max_norm` (infinity: never scale). The gradients stay as they are: `AdamW::step` takes
-/// the scale, which saves a pass over them.
+/// `max_norm` (infinity: never scale). The gradients stay as they are: [`Optimizer::step`](super::Optimizer::step)
+/// takes the scale, which saves a pass over them.
 pub fn clip_grad_norm(params: &[Param], max_norm: f64) -> Result<GradNorm> {
     let mut sum = 0.0;
     let mut rest: Vec<&Param> = params.iter().collect();

@@ -1,82 +1,96 @@
-//! One AdamW step over slices: each element is read and written once.
-//!
-//! Fused multiply-adds stand where torch's vectorized CPU kernels have them, and nowhere else;
-//! scalars are computed in f64 and rounded to f32 at the operation, as torch does.
+//! One step over slices, each element by itself: each is read and written once.
 
-use crate::backend::cpu::simd::Level;
+use super::{At, Optim};
+use crate::{backend::cpu::simd::Level, quantized::DynamicMap};
 
-/// The three arithmetics; they differ in the last bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Rule {
-    /// torch.optim.AdamW.
-    Torch,
-    /// bitsandbytes, 32-bit states. Decay comes before the update, as on its CPU backend (its
-    /// CUDA kernel decays after it).
-    Bnb32,
-    /// bitsandbytes, 8-bit states (decay before, as above).
-    Bnb8,
+/// One step of an optimizer that updates each element by itself, from `N` moments (at most 2).
+///
+/// On a GPU the kernel gets it as it lies in memory: `repr(C)`, with the fields of the kernel's struct.
+pub(super) trait Elementwise<const N: usize>: Copy + Send + Sync + 'static {
+    /// The moments, and their names in a 32-bit state. In 8 bits moment `k`, from 1, is `state<k>` and `absmax<k>`.
+    const MOMENTS: [Moment; N];
+
+    /// The kernel of `backend/cuda/kernels/adamw.cu`.
+    const KERNEL: &'static str;
+
+    fn new(optim: Optim, at: &At, is_8bit: bool) -> Self;
+
+    /// Updates the weights and the moments. It must be `inline(always)`, so that it is compiled for each kind of
+    /// processor.
+    fn run(&self, slices: Slices<'_, N>);
 }
 
-/// The scalars of one step.
+/// Neighbouring elements: weights, gradients and moments, all of one length.
+pub(super) struct Slices<'a, const N: usize> {
+    pub p: &'a mut [f32],
+    pub g: &'a [f32],
+    pub moments: [&'a mut [f32]; N],
+}
+
+/// What such steps have in common.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Step {
-    pub(super) rule: Rule,
-    pub(super) grad_scale: f32,
-    pub(super) decay: f32,
-    pub(super) beta1: f32,
-    pub(super) one_minus_beta1: f32,
-    pub(super) beta2: f32,
-    pub(super) one_minus_beta2: f32,
-    /// `sqrt(v)` is divided by this (1 where the rule folds it into the step size).
-    pub(super) correction2: f32,
-    pub(super) eps: f32,
-    /// Negative.
-    pub(super) step_size: f32,
+#[repr(C)]
+pub(super) struct Scalars {
+    pub grad_scale: f32,
+    /// A decoupled decay: weights are multiplied with it first.
+    pub decay: f32,
+    pub beta1: f32,
+    pub one_minus_beta1: f32,
+    pub beta2: f32,
+    pub one_minus_beta2: f32,
 }
 
-impl Step {
-    /// `t` counts from 1.
-    pub fn new(
-        rule: Rule,
-        lr: f64,
-        (beta1, beta2): (f64, f64),
-        eps: f64,
-        weight_decay: f64,
-        t: u64,
-        grad_scale: f32,
-    ) -> Self {
-        let t = t as f64;
-        let correction1 = 1.0 - beta1.powf(t);
-        let correction2 = (1.0 - beta2.powf(t)).sqrt();
-        let (step_size, eps, divisor) = match rule {
-            Rule::Torch | Rule::Bnb8 => (-(lr / correction1), eps, correction2),
-            Rule::Bnb32 => (-lr * correction2 / correction1, eps * correction2, 1.0),
-        };
+impl Scalars {
+    pub fn new(at: &At) -> Self {
+        let (beta1, beta2) = at.hyperparameters.betas;
         Self {
-            rule,
-            grad_scale,
-            decay: (1.0 - lr * weight_decay) as f32,
+            grad_scale: at.grad_scale,
+            decay: (1.0 - at.lr * at.hyperparameters.weight_decay) as f32,
             beta1: beta1 as f32,
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
-            correction2: divisor as f32,
-            eps: eps as f32,
-            step_size: step_size as f32,
         }
     }
+}
 
-    /// Updates the weights `p` and the moments `m`, `v` with the gradients `g`; all of one length.
-    pub fn run(&self, level: Level, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-        match level {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the level was detected on this processor.
-            Level::Avx512 => unsafe { run_avx512(self, p, g, m, v) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Level::Avx2 => unsafe { run_avx2(self, p, g, m, v) },
-            Level::Scalar => run_portable(self, p, g, m, v),
-        }
+pub(super) struct Moment {
+    pub name: &'static str,
+    /// False for what is never negative.
+    pub is_signed: bool,
+}
+
+impl Moment {
+    /// Of its 8-bit codes.
+    pub fn map(&self) -> &'static DynamicMap {
+        if self.is_signed { DynamicMap::signed() } else { DynamicMap::unsigned() }
+    }
+}
+
+/// The loop of [`Elementwise::run`]: `update` makes a weight and its moments of these and the gradient.
+#[inline(always)]
+pub(super) fn each<const N: usize>(slices: Slices<'_, N>, update: impl Fn(f32, f32, [f32; N]) -> (f32, [f32; N])) {
+    let Slices { p, g, moments } = slices;
+    let n = p.len();
+    // Known to be of one length, they need no check inside the loop.
+    let (g, mut moments) = (&g[..n], moments.map(|m| &mut m[..n]));
+    for i in 0..n {
+        let (value, new) = update(p[i], g[i], moments.each_ref().map(|m| m[i]));
+        p[i] = value;
+        moments.iter_mut().zip(new).for_each(|(m, new)| m[i] = new);
+    }
+}
+
+/// [`Elementwise::run`] with the instructions of this level; the bits are the same.
+pub(super) fn run<S: Elementwise<N>, const N: usize>(level: Level, step: &S, slices: Slices<'_, N>) {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level was detected on this processor.
+        Level::Avx512 => unsafe { run_avx512(step, slices) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { run_avx2(step, slices) },
+        Level::Scalar => step.run(slices),
     }
 }
 
@@ -84,64 +98,41 @@ impl Step {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,fma")]
-fn run_avx512(step: &Step, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    run_portable(step, p, g, m, v);
+fn run_avx512<S: Elementwise<N>, const N: usize>(step: &S, slices: Slices<'_, N>) {
+    step.run(slices);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn run_avx2(step: &Step, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    run_portable(step, p, g, m, v);
-}
-
-#[inline(always)]
-fn run_portable(step: &Step, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    let s = *step;
-    match s.rule {
-        Rule::Torch if s.one_minus_beta1 < 0.5 => each(s, p, g, m, v, |s, m, g| s.one_minus_beta1.mul_add(g - m, m)),
-        // The other end of torch's lerp.
-        Rule::Torch => each(s, p, g, m, v, |s, m, g| (s.one_minus_beta1 - 1.0).mul_add(g - m, g)),
-        Rule::Bnb32 | Rule::Bnb8 => each(s, p, g, m, v, |s, m, g| g.mul_add(s.one_minus_beta1, m * s.beta1)),
-    }
-}
-
-#[inline(always)]
-fn each(s: Step, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], moment: impl Fn(&Step, f32, f32) -> f32) {
-    for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-        let g = g * s.grad_scale;
-        *m = moment(&s, *m, g);
-        *v = (s.one_minus_beta2 * g).mul_add(g, *v * s.beta2);
-        let denominator = v.sqrt() / s.correction2 + s.eps;
-        let decayed = *p * s.decay;
-        *p = match s.rule {
-            Rule::Torch | Rule::Bnb8 => decayed + s.step_size * *m / denominator,
-            Rule::Bnb32 => (*m / denominator).mul_add(s.step_size, decayed),
-        };
-    }
+fn run_avx2<S: Elementwise<N>, const N: usize>(step: &S, slices: Slices<'_, N>) {
+    step.run(slices);
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use crate::backend::cpu::simd;
+    use crate::{backend::cpu::simd, optim::Hyperparameters};
 
-    #[test]
-    fn every_level_gives_the_same_bits() {
+    /// For the tests of the optimizers.
+    pub fn every_level_gives_the_same_bits<S: Elementwise<N>, const N: usize>(optim: Optim, is_8bit: bool) {
         let value = |i: usize, k: usize| ((i * 7919 + k * 104_729) % 1009) as f32 / 504.5 - 1.0;
-        for rule in [Rule::Torch, Rule::Bnb32, Rule::Bnb8] {
-            let run = |level| {
-                let of = |k: usize| (0..77).map(|i| value(i, k)).collect::<Vec<f32>>();
-                let (mut p, g, mut m) = (of(0), of(1), of(2));
-                let mut v: Vec<f32> = of(3).iter().map(|v| v * v).collect();
-                for t in 1..4 {
-                    let step = Step::new(rule, 1e-2, (0.9, 0.999), 1e-8, 0.1, t, 0.7);
-                    step.run(level, &mut p, &g, &mut m, &mut v);
-                }
-                [p, m, v].map(|x| x.into_iter().map(f32::to_bits).collect::<Vec<u32>>())
-            };
-            for level in simd::available() {
-                assert_eq!(run(level), run(simd::Level::Scalar), "{rule:?} {level:?}");
+        let run = |level| {
+            let of = |k: usize| (0..77).map(|i| value(i, k)).collect::<Vec<f32>>();
+            let (mut p, g) = (of(0), of(1));
+            let mut moments: [Vec<f32>; N] = std::array::from_fn(|k| match S::MOMENTS[k].is_signed {
+                true => of(2 + k),
+                false => of(2 + k).iter().map(|v| v * v).collect(),
+            });
+            for t in 1..4 {
+                let hyperparameters = Hyperparameters { weight_decay: 0.1, ..Default::default() };
+                let step = S::new(optim, &At { hyperparameters, t, lr: 1e-2, grad_scale: 0.7 }, is_8bit);
+                let moments = moments.each_mut().map(|m| &mut m[..]);
+                super::run(level, &step, Slices { p: &mut p, g: &g, moments });
             }
+            moments.into_iter().chain([p]).flatten().map(f32::to_bits).collect::<Vec<u32>>()
+        };
+        for level in simd::available() {
+            assert_eq!(run(level), run(simd::Level::Scalar), "{optim} {level:?}");
         }
     }
 }

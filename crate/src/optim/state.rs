@@ -1,184 +1,208 @@
-//! The moments of one parameter, in 32 or in 8 bits, and their names in a checkpoint; on the CPU (for a GPU, see
-//! `cuda`).
+//! Optimizers that update each element by itself ([`Elementwise`]): their states in 32 or in 8 bits, and a step on the
+//! CPU; other devices have kernels for it (see [`States`]).
 
-use std::{marker::PhantomData, sync::Mutex};
+use std::{array::from_fn, slice::ChunksMut};
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use super::kernel::Step;
+use super::{At, Elementwise, Optim, Rule, Slices, kernel::run};
 use crate::{
-    backend::{cpu::simd, param::Param},
+    backend::{
+        self,
+        cpu::simd,
+        optimizer::{Argument, Part, States, Step},
+        param::{Param, modify_f32, read_f32},
+    },
     error::Result,
-    quantized::{DynamicMap, NESTED_BLOCKSIZE},
+    quantized::NESTED_BLOCKSIZE as BLOCK,
 };
 
 /// bitsandbytes keeps 32-bit states for tensors smaller than this.
 const MIN_8BIT_SIZE: usize = 4096;
 
-/// Tensors on the CPU, changed in place.
-pub(crate) enum State {
-    Full {
-        /// First moment, f32.
-        exp_avg: Tensor,
-        /// Second moment, f32.
-        exp_avg_sq: Tensor,
-    },
-    /// Codes (uint8) of the moments, and their maxima (f32) over blocks of 256.
-    Quantized { state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor },
-}
-
-/// What a part of a state is.
-pub(crate) struct Form {
-    /// Behind the parameter's name in a checkpoint.
-    pub name: &'static str,
-    pub dtype: DType,
-    pub shape: Vec<usize>,
-}
-
-impl Form {
-    pub fn num_bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()
-    }
-}
-
-/// The parts of a parameter's state: two moments, or their codes and maxima.
-pub(crate) fn forms(param: &Param, is_8bit: bool) -> Vec<Form> {
-    let value = param.value();
-    let n = value.elem_count();
-    let form = |name, dtype, shape: &[usize]| Form { name, dtype, shape: shape.to_vec() };
-    let dims = value.dims();
-    if !is_8bit || n < MIN_8BIT_SIZE {
-        return vec![form("exp_avg", DType::F32, dims), form("exp_avg_sq", DType::F32, dims)];
-    }
-    let maxima = &[n.div_ceil(NESTED_BLOCKSIZE)];
-    vec![
-        form("state1", DType::U8, dims),
-        form("state2", DType::U8, dims),
-        form("absmax1", DType::F32, maxima),
-        form("absmax2", DType::F32, maxima),
-    ]
-}
-
-impl State {
-    /// Zeros that are written, not only promised by the system: what a run needs is there before its first step, and
-    /// whoever measures the process finds it.
-    pub fn zeros(forms: &[Form]) -> Result<Self> {
-        let zeros = forms.iter().map(|f| Tensor::zeros(f.shape.as_slice(), f.dtype, &Device::Cpu));
-        let zeros = zeros.collect::<candle_core::Result<Vec<_>>>()?;
-        for tensor in &zeros {
-            match tensor.dtype() {
-                DType::U8 => modify::<u8, _>(tensor, |codes| codes.fill(0))?,
-                _ => modify::<f32, _>(tensor, |numbers| numbers.fill(0.0))?,
-            }
-        }
-        Self::of(zeros)
-    }
-
-    /// Of tensors of a parameter's forms.
-    pub fn of(parts: Vec<Tensor>) -> Result<Self> {
-        match <[Tensor; 2]>::try_from(parts) {
-            Ok([exp_avg, exp_avg_sq]) => Ok(Self::Full { exp_avg, exp_avg_sq }),
-            Err(parts) => match <[Tensor; 4]>::try_from(parts) {
-                Ok([state1, state2, absmax1, absmax2]) => Ok(Self::Quantized { state1, state2, absmax1, absmax2 }),
-                Err(parts) => {
-                    let what = format!("optimizer state: {} parts", parts.len());
-                    Err(candle_core::Error::Msg(what).bt().into())
-                }
-            },
-        }
-    }
-
-    /// The parts, in the order of the forms.
-    pub fn parts(&self) -> Vec<&Tensor> {
-        match self {
-            Self::Full { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
-            Self::Quantized { state1, state2, absmax1, absmax2 } => vec![state1, state2, absmax1, absmax2],
-        }
-    }
-
-    /// One step of the weights `p` with the gradients `g`.
-    pub fn step(&self, step: &Step, p: &mut [f32], g: &[f32]) -> Result<()> {
-        match self {
-            Self::Full { exp_avg, exp_avg_sq } => {
-                modify(exp_avg, |m| modify(exp_avg_sq, |v| step_full(step, p, g, m, v)))?
-            }
-            Self::Quantized { state1, state2, absmax1, absmax2 } => modify(state1, |q1| {
-                modify(state2, |q2| {
-                    modify(absmax1, |a1| modify(absmax2, |a2| step_quantized(step, p, g, [q1, q2], [a1, a2])))
-                })
-            })???,
-        }
-    }
-}
+/// Fewer elements than this in all parameters together, and threads cost more than they save.
+const PARALLEL_FROM: usize = 1 << 16;
 
 /// Elements worth a task of their own; a multiple of every block.
 const TASK: usize = 1 << 15;
 
-fn step_full(step: &Step, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    let level = simd::level();
-    if p.len() <= TASK {
-        return step.run(level, p, g, m, v);
-    }
-    let moments = m.par_chunks_mut(TASK).zip(v.par_chunks_mut(TASK));
-    let tasks = p.par_chunks_mut(TASK).zip(g.par_chunks(TASK)).zip(moments);
-    tasks.for_each(|((p, g), (m, v))| step.run(level, p, g, m, v));
+/// An optimizer of this kind: `by_element::<Step, 2>` for a step with two moments.
+pub(super) fn by_element<S: Elementwise<N>, const N: usize>(optim: Optim) -> Box<dyn Rule> {
+    Box::new(ByElement::<S, N> { optim, new: S::new, states: Vec::new(), on_device: None })
 }
 
-/// Block by block: from 8 bits, one step in f32, back to 8 bits.
-fn step_quantized(step: &Step, p: &mut [f32], g: &[f32], [q1, q2]: [&mut [u8]; 2], [a1, a2]: [&mut [f32]; 2]) {
-    const BLOCK: usize = NESTED_BLOCKSIZE;
-    let level = simd::level();
-    let (signed, unsigned) = (DynamicMap::signed(), DynamicMap::unsigned());
-    let codes = q1.par_chunks_mut(BLOCK).zip(q2.par_chunks_mut(BLOCK));
-    let blocks = p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(codes).zip(a1.par_iter_mut().zip(a2));
-    blocks.with_min_len(TASK / BLOCK).for_each(|(((p, g), (q1, q2)), (a1, a2))| {
-        let (mut m, mut v) = ([0f32; BLOCK], [0f32; BLOCK]);
-        let (m, v) = (&mut m[..p.len()], &mut v[..p.len()]);
-        signed.decode_block(q1, *a1, m);
-        unsigned.decode_block(q2, *a2, v);
-        step.run(level, p, g, m, v);
-        *a1 = signed.encode_block(m, q1);
-        *a2 = unsigned.encode_block(v, q2);
-    });
+struct ByElement<S, const N: usize> {
+    optim: Optim,
+    new: fn(Optim, &At, bool) -> S,
+    /// Those that the loop below works on.
+    states: Vec<State<N>>,
+    /// Those of a device whose kernels make the steps.
+    on_device: Option<Box<dyn States>>,
 }
 
-/// An element type that states are stored in.
-trait Stored: Sized {
-    fn of(storage: &mut CpuStorage) -> Option<&mut Vec<Self>>;
+/// The moments of one parameter.
+struct State<const N: usize> {
+    /// 8-bit codes; empty for moments in 32 bits.
+    codes: [Vec<u8>; N],
+    /// The moments, or the maxima of their blocks of 256.
+    numbers: [Vec<f32>; N],
 }
 
-impl Stored for f32 {
-    fn of(storage: &mut CpuStorage) -> Option<&mut Vec<f32>> {
-        if let CpuStorage::F32(data) = storage { Some(data) } else { None }
-    }
-}
-
-impl Stored for u8 {
-    fn of(storage: &mut CpuStorage) -> Option<&mut Vec<u8>> {
-        if let CpuStorage::U8(data) = storage { Some(data) } else { None }
-    }
-}
-
-/// Runs `f` on the elements of a contiguous CPU tensor, in place.
-fn modify<T: Stored, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> R) -> Result<R> {
-    struct Op<T, F, R>(Mutex<(Option<F>, Option<R>)>, PhantomData<fn(T)>);
-    impl<T: Stored, R, F: FnOnce(&mut [T]) -> R> InplaceOp1 for Op<T, F, R> {
-        fn name(&self) -> &'static str {
-            "optimizer state"
+impl<S: Elementwise<N>, const N: usize> Rule for ByElement<S, N> {
+    fn parts(&self, param: &Param) -> Vec<Part> {
+        let (dims, n) = (param.value().dims(), param.value().elem_count());
+        if !self.optim.is_8bit() || n < MIN_8BIT_SIZE {
+            return S::MOMENTS.map(|moment| Part::new(moment.name, DType::F32, dims)).into();
         }
-        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-            let (Some(data), Some((start, end))) = (T::of(storage), layout.contiguous_offsets()) else {
-                candle_core::bail!("optimizer state: not a contiguous tensor of its type");
-            };
-            if let Ok(mut slot) = self.0.lock() {
-                slot.1 = slot.0.take().map(|f| f(&mut data[start..end]));
+        let codes = (1..=N).map(|k| Part::new(format!("state{k}"), DType::U8, dims));
+        codes.chain((1..=N).map(|k| Part::new(format!("absmax{k}"), DType::F32, &[n.div_ceil(BLOCK)]))).collect()
+    }
+
+    fn set(&mut self, params: &[Param], states: Vec<Vec<Tensor>>) -> Result<()> {
+        if self.states.is_empty() && self.on_device.is_none() {
+            let parts = params.iter().map(|p| self.parts(p)).collect();
+            let device = backend::of(params[0].value().device())?;
+            self.on_device = device.optimizer_states(params, parts, N, self.optim.is_paged())?;
+        }
+        if let Some(states_there) = &self.on_device {
+            return states_there.replace(&states);
+        }
+        self.states = states.iter().map(|parts| State::of(parts)).collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    fn copies(&self) -> Result<Vec<Vec<Tensor>>> {
+        if let Some(states) = &self.on_device {
+            return states.copies();
+        }
+        self.states.iter().map(State::copies).collect()
+    }
+
+    fn step(&mut self, params: &[Param], at: &At) -> Result<()> {
+        let steps = [false, true].map(|is_8bit| (self.new)(self.optim, at, is_8bit));
+        if let Some(states) = &self.on_device {
+            let maps = S::MOMENTS.map(|moment| [moment.map().value, moment.map().above].concat()).concat();
+            return states.step(&Step { kernel: S::KERNEL, arguments: steps.each_ref().map(Argument::new), maps });
+        }
+        let one = |(param, state): (&Param, &mut State<N>)| {
+            read_f32(param.grad(), |g| modify_f32(param.value(), |p| state.step(&steps, p, g)))?
+        };
+        if params.iter().map(|p| p.value().elem_count()).sum::<usize>() < PARALLEL_FROM {
+            params.iter().zip(&mut self.states).try_for_each(one)
+        } else {
+            params.par_iter().zip(&mut self.states).try_for_each(one)
+        }
+    }
+
+    fn on_device(&self) -> Option<&dyn States> {
+        self.on_device.as_deref()
+    }
+}
+
+impl<const N: usize> State<N> {
+    /// Of its parts, in their order. The numbers are written, not only promised by the system: what a run needs is there
+    /// before its first step, and whoever measures the process finds it.
+    fn of(parts: &[Tensor]) -> Result<Self> {
+        let (codes, numbers) = parts.split_at(parts.len() - N);
+        let mut state = Self { codes: from_fn(|_| Vec::new()), numbers: from_fn(|_| Vec::new()) };
+        for (to, part) in state.codes.iter_mut().zip(codes) {
+            *to = part.flatten_all()?.to_vec1()?;
+        }
+        for (to, part) in state.numbers.iter_mut().zip(numbers) {
+            *to = part.flatten_all()?.to_vec1()?;
+        }
+        Ok(state)
+    }
+
+    fn copies(&self) -> Result<Vec<Tensor>> {
+        let codes = self.codes.iter().filter(|c| !c.is_empty()).map(|c| Tensor::new(&c[..], &Device::Cpu));
+        let numbers = self.numbers.iter().map(|n| Tensor::new(&n[..], &Device::Cpu));
+        Ok(codes.chain(numbers).collect::<candle_core::Result<_>>()?)
+    }
+
+    /// A step of the weights `p` with the gradients `g`: the first of `steps`, or for 8-bit moments the second.
+    fn step<S: Elementwise<N>>(&mut self, [full, quantized]: &[S; 2], p: &mut [f32], g: &[f32]) {
+        let is_8bit = self.codes.iter().any(|codes| !codes.is_empty());
+        let mut codes = self.codes.each_mut().map(|codes| codes.chunks_mut(TASK));
+        let mut numbers = self.numbers.each_mut().map(|n| n.chunks_mut(if is_8bit { TASK / BLOCK } else { TASK }));
+        let tasks = p.chunks_mut(TASK).zip(g.chunks(TASK)).map(|(p, g)| (p, g, next(&mut codes), next(&mut numbers)));
+        tasks.collect::<Vec<_>>().into_par_iter().for_each(|(p, g, codes, numbers)| match is_8bit {
+            false => run(simd::level(), full, Slices { p, g, moments: numbers }),
+            true => step_8bit(quantized, Slices { p, g, moments: numbers }, codes),
+        });
+    }
+}
+
+/// Block by block: from 8 bits, one step in f32, back to 8 bits. What stands for the moments are their maxima.
+fn step_8bit<S: Elementwise<N>, const N: usize>(step: &S, slices: Slices<'_, N>, codes: [&mut [u8]; N]) {
+    let Slices { p, g, moments: absmax } = slices;
+    let maps = S::MOMENTS.map(|moment| moment.map());
+    let mut codes = codes.map(|codes| codes.chunks_mut(BLOCK));
+    for (block, (p, g)) in p.chunks_mut(BLOCK).zip(g.chunks(BLOCK)).enumerate() {
+        let (codes, mut moments) = (next(&mut codes), [[0f32; BLOCK]; N]);
+        let mut moments = moments.each_mut().map(|m| &mut m[..p.len()]);
+        for k in 0..N {
+            maps[k].decode_block(codes[k], absmax[k][block], moments[k]);
+        }
+        run(simd::level(), step, Slices { p, g, moments: moments.each_mut().map(|m| &mut m[..]) });
+        for k in 0..N {
+            absmax[k][block] = maps[k].encode_block(moments[k], codes[k]);
+        }
+    }
+}
+
+/// The next piece of each; an empty one where there is none.
+fn next<'a, T, const N: usize>(pieces: &mut [ChunksMut<'a, T>; N]) -> [&'a mut [T]; N] {
+    pieces.each_mut().map(|pieces| pieces.next().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::{Hyperparameters, adamw, lion};
+
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0).collect()
+    }
+
+    /// Two steps of `n` elements, at once or block by block.
+    fn two_steps<S: Elementwise<N>, const N: usize>(optim: Optim, n: usize, by_block: bool) -> Vec<u32> {
+        let is_8bit = optim.is_8bit();
+        let size = if by_block { BLOCK } else { n };
+        let mut p = numbers(n, 1);
+        let mut states: Vec<State<N>> = p
+            .chunks(size)
+            .map(|p| State {
+                codes: from_fn(|_| vec![0; if is_8bit { p.len() } else { 0 }]),
+                numbers: from_fn(|_| vec![0.0; if is_8bit { p.len().div_ceil(BLOCK) } else { p.len() }]),
+            })
+            .collect();
+        for t in 1..3 {
+            let (g, at) = (
+                numbers(n, 1 + t),
+                At { hyperparameters: Hyperparameters::default(), t: t as u64, lr: 1e-2, grad_scale: 0.5 },
+            );
+            let steps = [false, true].map(|is_8bit| S::new(optim, &at, is_8bit));
+            let pieces = p.chunks_mut(size).zip(g.chunks(size)).zip(&mut states);
+            pieces.for_each(|((p, g), state)| state.step(&steps, p, g));
+        }
+        let codes = (0..N).flat_map(|k| states.iter().flat_map(move |s| s.codes[k].iter().map(|c| u32::from(*c))));
+        let numbers = (0..N).flat_map(|k| states.iter().flat_map(move |s| s.numbers[k].iter().map(|v| v.to_bits())));
+        p.iter().map(|v| v.to_bits()).chain(codes).chain(numbers).collect()
+    }
+
+    #[test]
+    fn tasks_change_nothing() {
+        for n in [TASK + 1, 3 * TASK + 77, 5 * TASK] {
+            for optim in [Optim::AdamWTorch, Optim::AdamW8bit] {
+                let [tasks, blocks] = [false, true].map(|by_block| two_steps::<adamw::Step, 2>(optim, n, by_block));
+                assert!(tasks == blocks, "{optim}, {n} elements");
             }
-            Ok(())
+            for optim in [Optim::Lion32bit, Optim::Lion8bit] {
+                let [tasks, blocks] = [false, true].map(|by_block| two_steps::<lion::Step, 1>(optim, n, by_block));
+                assert!(tasks == blocks, "{optim}, {n} elements");
+            }
         }
     }
-    let op = Op(Mutex::new((Some(f), None)), PhantomData);
-    tensor.inplace_op1(&op)?;
-    let done = op.0.into_inner().ok().and_then(|slot| slot.1);
-    done.ok_or_else(|| candle_core::Error::Msg("optimizer state: the update did not run".into()).bt().into())
 }

@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `adapter_model.safetensors`, `adapter_config.json` | the adapter, as PEFT writes it |
-//! | `optimizer.safetensors` | AdamW's moments and step count |
+//! | `optimizer.safetensors` | the optimizer's state and step count |
 //! | `scheduler.json` | updates done and the learning rates, as PyTorch's scheduler names them |
 //! | `rng_state.json` | the seeds and the number of the next micro-batch: all randomness follows from them |
 //! | `trainer_state.json` | transformers' file of that name |

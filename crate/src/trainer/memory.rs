@@ -8,6 +8,7 @@ use crate::{
         causal_lm::PassOptions,
         memory::{MemoryReport, StepShape, release_freed_memory, resident_bytes},
     },
+    optim,
 };
 
 /// What no list of tensors shows: the matrix product's packing buffers, threads' stacks, memory
@@ -98,8 +99,9 @@ impl Trainer {
             );
             all.push((what, saved(shape)));
         }
-        let smaller = self.optimizer.num_bytes().saturating_sub(self.optimizer.num_bytes_in_8bit());
-        all.push(("optim: Optim::PagedAdamW8bit".into(), smaller));
+        let smallest = self.args.optim.smallest();
+        let smaller = self.optimizer.num_bytes().saturating_sub(optim::num_bytes(smallest, &self.params));
+        all.push((format!("optim: Optim::{smallest:?}"), smaller));
         all.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
         let sentence = |(what, bytes): &(String, usize)| format!("{what} saves {} MiB. ", bytes >> 20);
         all.iter().filter(|(_, bytes)| *bytes >= 1 << 20).map(sentence).collect()

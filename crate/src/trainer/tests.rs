@@ -10,7 +10,10 @@ use super::{
     double::{Double, collator, dataset, gradients_are_zero, rows},
     *,
 };
-use crate::{interrupt, optim::SchedulerType};
+use crate::{
+    interrupt,
+    optim::{Optim, SchedulerType},
+};
 
 mod faults;
 mod screen;
@@ -281,6 +284,23 @@ fn a_resumed_run_is_the_uninterrupted_run_bit_for_bit() {
                 "{eval_strategy}, step {step}"
             );
         }
+    }
+}
+
+#[test]
+fn every_optimizer_trains_resumes_and_is_in_the_memory_plan() {
+    for &optim in Optim::ALL {
+        let dir = tempfile::tempdir().unwrap();
+        let args = TrainingArguments { optim, weight_decay: 0.01, ..args(dir.path()) };
+        let (start, expected) = (Double::new().weights(), whole(args.clone(), true));
+        assert!(start.iter().zip(&expected.0).all(|(a, b)| a != b && b.is_finite()), "{optim}");
+        let model = Double::with(true);
+        let mut trainer = trainer(&model, args).with_eval_dataset(&dataset(&rows(5))).unwrap();
+        trainer.resume_from_checkpoint(dir.path().join("checkpoint-3")).unwrap();
+        assert_eq!(model.weights(), expected.0, "{optim}");
+        let plan = trainer.memory_plan().unwrap();
+        let terms = plan.terms.iter().filter(|term| term.name == format!("optimizer state ({optim})"));
+        assert_eq!(terms.map(|term| term.bytes).sum::<usize>(), trainer.optimizer.num_bytes(), "{optim}");
     }
 }
 

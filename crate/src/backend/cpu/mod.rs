@@ -23,6 +23,7 @@ use parking_lot::{ReentrantMutex, ReentrantMutexGuard};
 use super::{
     DeviceReader, Draw, Learning, Memory, Next, Parameters, Passes, Rows, Tokens, Work,
     kv_cache::KvCache,
+    optimizer::{Part, States},
     param::Param,
     run::{Run, Saved},
 };
@@ -133,6 +134,10 @@ impl Parameters for Cpu {
 
     fn sum_of_squares(&self, params: &[&Param]) -> Result<f64> {
         params.iter().try_fold(0.0, |sum, p| Ok(sum + math::sum_of_squares(&F32View::new(p.grad())?)))
+    }
+
+    fn optimizer_states(&self, _: &[Param], _: Vec<Vec<Part>>, _: usize, _: bool) -> Result<Option<Box<dyn States>>> {
+        Ok(None)
     }
 }
 

@@ -17,6 +17,7 @@ use crate::{
         Passes, Quantizes, Rows, Tokens, Work,
         kv_cache::KvCache,
         operands::{Around, Attention, Frozen, HeadLayout, Input, Lora, Norm, Rope},
+        optimizer::{Part, States},
         param::Param,
         run::Run,
     },
@@ -238,6 +239,16 @@ impl Parameters for Gpu {
 
     fn sum_of_squares(&self, params: &[&Param]) -> Result<f64> {
         optim::sum_of_squares(self, params)
+    }
+
+    fn optimizer_states(
+        &self,
+        params: &[Param],
+        parts: Vec<Vec<Part>>,
+        moments: usize,
+        paged: bool,
+    ) -> Result<Option<Box<dyn States>>> {
+        Ok(Some(Box::new(optim::OnCard::new(self.forever()?, params, parts, moments, paged)?)))
     }
 }
 

@@ -1,16 +1,15 @@
-//! The optimizer on a GPU, by `kernels/adamw.cu`: one launch for all parameters, bit-equal to the CPU's.
+//! Optimizers that update each element by itself on a GPU, by `kernels/adamw.cu`: one launch for all parameters,
+//! bit-equal to the CPU's.
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{self as cuda, Gpu, KernelArg, Managed, Place, address};
 use crate::{
-    backend::param::Param,
-    error::Result,
-    optim::{
-        kernel::{Rule, Step},
-        state::Form,
+    backend::{
+        optimizer::{Argument, Part, States, Step},
+        param::Param,
     },
-    quantized::DynamicMap,
+    error::Result,
 };
 
 /// Elements that a block of threads works on.
@@ -31,13 +30,13 @@ struct Table {
 }
 
 impl Table {
-    /// `moments`: addresses of the first and second moment and of their maxima (0: none), one row a parameter.
-    fn new(gpu: &Gpu, params: &[&Param], moments: &[[u64; 4]]) -> Result<Self> {
+    /// `states`: addresses of the first and second moment and of their maxima (0: none), one row a parameter.
+    fn new(gpu: &Gpu, params: &[&Param], states: &[[u64; 4]]) -> Result<Self> {
         let (mut entries, mut blocks): (Vec<i64>, Vec<u32>) = (Vec::new(), Vec::new());
-        for (index, (param, [m, v, absmax1, absmax2])) in params.iter().zip(moments).enumerate() {
+        for (index, (param, [moment1, moment2, absmax1, absmax2])) in params.iter().zip(states).enumerate() {
             let count = param.value().elem_count();
             let (value, grad) = (address(param.value())?, address(param.grad())?);
-            let entry: Entry = [value, grad, *m, *v, *absmax1, *absmax2, count as u64, blocks.len() as u64];
+            let entry: Entry = [value, grad, *moment1, *moment2, *absmax1, *absmax2, count as u64, blocks.len() as u64];
             entries.extend(entry.map(|word| word as i64));
             blocks.extend(std::iter::repeat_n(index as u32, count.div_ceil(CHUNK)));
         }
@@ -83,40 +82,51 @@ impl Memory {
 }
 
 /// The states of all parameters, in one block of memory.
-pub struct States {
+pub(super) struct OnCard {
     gpu: &'static Gpu,
     memory: Memory,
-    /// Byte in the block at which each part begins, in the order of the forms.
+    parts: Vec<Vec<Part>>,
+    /// Byte in the block at which each part begins.
     offsets: Vec<Vec<usize>>,
     bytes: usize,
     table: Table,
 }
 
-impl States {
-    /// Zeros. `paged`: in memory that the driver moves to the host when the card has no room for it.
-    pub fn new(params: &[Param], forms: &[Vec<Form>], paged: bool) -> Result<Self> {
-        let gpu = cuda::of(params[0].value().device())?;
+impl OnCard {
+    /// Zeros, for an optimizer of that many moments: parts are the moments and, in 8 bits, their maxima. `paged`: in
+    /// memory that the driver moves to the host when the card has no room for it.
+    pub fn new(
+        gpu: &'static Gpu,
+        params: &[Param],
+        parts: Vec<Vec<Part>>,
+        moments: usize,
+        paged: bool,
+    ) -> Result<Self> {
         let mut bytes = 0;
-        let mut place = |form: &Form| {
+        let mut place = |part: &Part| {
             let at = bytes;
-            bytes = (bytes + form.num_bytes()).next_multiple_of(ALIGNMENT);
+            bytes = (bytes + part.num_bytes()).next_multiple_of(ALIGNMENT);
             at
         };
-        let offsets: Vec<Vec<usize>> = forms.iter().map(|forms| forms.iter().map(&mut place).collect()).collect();
+        let offsets: Vec<Vec<usize>> = parts.iter().map(|parts| parts.iter().map(&mut place).collect()).collect();
         let memory = match paged {
             true => Memory::Paged(Managed::zeros(gpu, bytes)?),
             false => Memory::Card(cuda::zeros(gpu, bytes, DType::U8)?),
         };
         let base = memory.address()?;
-        let moments: Vec<[u64; 4]> = (offsets.iter())
-            .map(|parts| std::array::from_fn(|i| parts.get(i).map_or(0, |offset| base + *offset as u64)))
-            .collect();
-        let table = Table::new(gpu, &params.iter().collect::<Vec<_>>(), &moments)?;
-        Ok(Self { gpu, memory, offsets, bytes, table })
+        // A row has room for two moments and two maxima.
+        let row = |offsets: &Vec<usize>| {
+            let part = |i: usize| offsets.get(i / 2 * moments + i % 2).filter(|_| i % 2 < moments);
+            std::array::from_fn(|i| part(i).map_or(0, |offset| base + *offset as u64))
+        };
+        let rows: Vec<[u64; 4]> = offsets.iter().map(row).collect();
+        let table = Table::new(gpu, &params.iter().collect::<Vec<_>>(), &rows)?;
+        Ok(Self { gpu, memory, parts, offsets, bytes, table })
     }
+}
 
-    /// One step of all parameters; `step` makes the scalars of a rule.
-    pub fn step(&self, full: Rule, step: impl Fn(Rule) -> Step) -> Result<()> {
+impl States for OnCard {
+    fn step(&self, step: &Step) -> Result<()> {
         if self.table.num_blocks == 0 {
             return Ok(());
         }
@@ -124,30 +134,27 @@ impl States {
         if let Memory::Paged(block) = &self.memory {
             block.prefetch(Place::Card)?;
         }
-        let (full, quantized) = (StepArg::new(&step(full)), StepArg::new(&step(Rule::Bnb8)));
-        let (signed, unsigned) = (DynamicMap::signed(), DynamicMap::unsigned());
-        let maps = self.gpu.constant(&[signed.value, signed.above, unsigned.value, unsigned.above].concat())?;
+        let maps = self.gpu.constant(&step.maps)?;
         let (entries, blocks) = (address(&self.table.entries)?, address(&self.table.blocks)?);
-        let args: [&dyn KernelArg; 5] = [&entries, &blocks, &full, &quantized, &maps];
-        self.gpu.launch("adamw", (self.table.num_blocks, 1, 1), THREADS, 0, &args)
+        let [full, quantized] = &step.arguments;
+        let args: [&dyn KernelArg; 5] = [&entries, &blocks, full, quantized, &maps];
+        self.gpu.launch(step.kernel, (self.table.num_blocks, 1, 1), THREADS, 0, &args)
     }
 
-    /// Copies of the parts on the CPU, in the order of the forms.
-    pub fn copies(&self, forms: &[Vec<Form>]) -> Result<Vec<Vec<Tensor>>> {
+    fn copies(&self) -> Result<Vec<Vec<Tensor>>> {
         let mut bytes = vec![0u8; self.bytes];
         cuda::copy_to_host(self.gpu, self.memory.address()?, &mut bytes)?;
-        let part = |(form, at): (&Form, &usize)| {
-            let bytes = &bytes[*at..at + form.num_bytes()];
-            Ok(Tensor::from_raw_buffer(bytes, form.dtype, &form.shape, &Device::Cpu)?)
+        let copy = |(part, at): (&Part, &usize)| {
+            let bytes = &bytes[*at..at + part.num_bytes()];
+            Ok(Tensor::from_raw_buffer(bytes, part.dtype, &part.shape, &Device::Cpu)?)
         };
-        let parts = |(forms, offsets): (&Vec<Form>, &Vec<usize>)| forms.iter().zip(offsets).map(part).collect();
-        forms.iter().zip(&self.offsets).map(parts).collect()
+        let copies = |(parts, offsets): (&Vec<Part>, &Vec<usize>)| parts.iter().zip(offsets).map(copy).collect();
+        self.parts.iter().zip(&self.offsets).map(copies).collect()
     }
 
-    /// Puts other values in their place: `parts` are of the forms, on the CPU.
-    pub fn replace(&self, parts: &[Vec<Tensor>]) -> Result<()> {
+    fn replace(&self, states: &[Vec<Tensor>]) -> Result<()> {
         let mut bytes = vec![0u8; self.bytes];
-        for (tensor, at) in parts.iter().flatten().zip(self.offsets.iter().flatten()) {
+        for (tensor, at) in states.iter().flatten().zip(self.offsets.iter().flatten()) {
             let flat = tensor.flatten_all()?;
             let values: Vec<u8> = match flat.dtype() {
                 DType::U8 => flat.to_vec1()?,
@@ -158,8 +165,7 @@ impl States {
         cuda::write(self.gpu, self.memory.address()?, &bytes)
     }
 
-    /// Moves a paged state to the host.
-    pub fn page_out(&self) -> Result<()> {
+    fn page_out(&self) -> Result<()> {
         self.gpu.bind()?;
         match &self.memory {
             Memory::Paged(block) => block.prefetch(Place::Host),
@@ -167,52 +173,21 @@ impl States {
         }
     }
 
-    /// Where the state is; None when it is not paged, or the driver does not say.
-    pub fn place(&self) -> Result<Option<Place>> {
+    fn is_paged_out(&self) -> Result<bool> {
         self.gpu.bind()?;
         match &self.memory {
-            Memory::Paged(block) => block.place(),
-            Memory::Card(_) => Ok(None),
+            Memory::Paged(block) => Ok(block.place()? == Some(Place::Host)),
+            Memory::Card(_) => Ok(false),
         }
     }
 
-    pub fn is_paged(&self) -> bool {
+    fn is_paged(&self) -> bool {
         matches!(self.memory, Memory::Paged(_))
     }
 }
 
-/// The kernels' `Step`.
-#[repr(C)]
-struct StepArg {
-    moment: i32,
-    fused_update: i32,
-    scalars: [f32; 9],
-}
-
-impl StepArg {
-    fn new(s: &Step) -> Self {
-        let moment = match s.rule {
-            Rule::Torch if s.one_minus_beta1 < 0.5 => 0,
-            Rule::Torch => 1,
-            Rule::Bnb32 | Rule::Bnb8 => 2,
-        };
-        let scalars = [
-            s.grad_scale,
-            s.decay,
-            s.beta1,
-            s.one_minus_beta1,
-            s.beta2,
-            s.one_minus_beta2,
-            s.correction2,
-            s.eps,
-            s.step_size,
-        ];
-        Self { moment, fused_update: i32::from(s.rule == Rule::Bnb32), scalars }
-    }
-}
-
-impl KernelArg for StepArg {
+impl KernelArg for Argument<'_> {
     fn pointer(&self) -> *mut std::ffi::c_void {
-        std::ptr::from_ref(self).cast_mut().cast()
+        Argument::pointer(self).cast_mut()
     }
 }

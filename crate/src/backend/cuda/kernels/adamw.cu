@@ -1,6 +1,8 @@
-// AdamW and the norm of the gradients, for all parameters in one launch: a table says where they are.
-// Oracle: optim/kernel.rs and optim/state.rs; equal bit for bit, so a product and a sum are one operation
-// only where they are there.
+// Optimizers that update each element by itself, and the norm of the gradients, for all parameters in one launch: a
+// table says where they are.
+// Oracle: optim/state.rs, and for the arithmetic optim/adamw.rs and lion.rs; equal bit for bit, so a product and a sum
+// are one operation only where they are there. A new optimizer is a struct like AdamW or Lion, whose fields are those
+// of its Rust struct, and a line OPTIMIZER.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
@@ -11,37 +13,61 @@ constexpr float MIN_ABSMAX = 1e-38f; // what is smaller is not divided by
 struct Entry {
     float *param;
     const float *grad;
-    void *moment1, *moment2; // f32, or uint8 codes of blocks whose maxima are:
-    float *absmax1, *absmax2; // nullptr: the moments are f32
+    void *moment[2]; // f32, or uint8 codes of blocks whose maxima are:
+    float *absmax[2]; // nullptr: the moments are f32
     long long count;
     long long first; // the first block of threads that works on it
 };
 
-// How the first moment is computed.
-enum { LERP = 0, LERP_FROM_END = 1, AVERAGE = 2 };
+// The 8-bit map of a moment: values by code, and what a value must be above to get the next code.
+struct Map {
+    float value[256], above[256];
+};
 
-struct Step {
-    int moment;
+// What the steps of optimizers have in common.
+struct Scalars {
+    float grad_scale, decay, beta1, one_minus_beta1, beta2, one_minus_beta2;
+};
+
+// A step; `update` changes a weight and its moments.
+struct AdamW {
+    static constexpr int MOMENTS = 2;
+    enum Average { LERP = 0, LERP_FROM_END = 1, SUM = 2 };
+    int average; // how the first moment is computed
     int fused_update; // the update's product and sum are one operation
-    float grad_scale, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
+    Scalars s;
+    float correction2, eps, step_size;
+
+    __device__ __forceinline__ void update(float &p, float g, float (&moment)[MOMENTS]) const {
+        float &m = moment[0], &v = moment[1];
+        g = __fmul_rn(g, s.grad_scale);
+        if (average == LERP) m = __fmaf_rn(s.one_minus_beta1, __fsub_rn(g, m), m);
+        else if (average == LERP_FROM_END) m = __fmaf_rn(__fsub_rn(s.one_minus_beta1, 1.f), __fsub_rn(g, m), g);
+        else m = __fmaf_rn(g, s.one_minus_beta1, __fmul_rn(m, s.beta1));
+        v = __fmaf_rn(__fmul_rn(s.one_minus_beta2, g), g, __fmul_rn(v, s.beta2));
+        const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(v), correction2), eps);
+        const float decayed = __fmul_rn(p, s.decay);
+        if (fused_update) p = __fmaf_rn(__fdiv_rn(m, denominator), step_size, decayed);
+        else p = __fadd_rn(decayed, __fdiv_rn(__fmul_rn(step_size, m), denominator));
+    }
 };
 
-// The 8-bit maps: values by code, and what a value must be above to get the next code.
-struct Maps {
-    float signed_value[256], signed_above[256], unsigned_value[256], unsigned_above[256];
-};
+struct Lion {
+    static constexpr int MOMENTS = 1;
+    int fused_direction; // the direction's second product and sum are one operation
+    Scalars s;
+    float lr;
 
-__device__ __forceinline__ void update(const Step &s, float &p, float g, float &m, float &v) {
-    g = __fmul_rn(g, s.grad_scale);
-    if (s.moment == LERP) m = __fmaf_rn(s.one_minus_beta1, __fsub_rn(g, m), m);
-    else if (s.moment == LERP_FROM_END) m = __fmaf_rn(__fsub_rn(s.one_minus_beta1, 1.f), __fsub_rn(g, m), g);
-    else m = __fmaf_rn(g, s.one_minus_beta1, __fmul_rn(m, s.beta1));
-    v = __fmaf_rn(__fmul_rn(s.one_minus_beta2, g), g, __fmul_rn(v, s.beta2));
-    const float denominator = __fadd_rn(__fdiv_rn(__fsqrt_rn(v), s.correction2), s.eps);
-    const float decayed = __fmul_rn(p, s.decay);
-    if (s.fused_update) p = __fmaf_rn(__fdiv_rn(m, denominator), s.step_size, decayed);
-    else p = __fadd_rn(decayed, __fdiv_rn(__fmul_rn(s.step_size, m), denominator));
-}
+    __device__ __forceinline__ void update(float &p, float g, float (&moment)[MOMENTS]) const {
+        float &m = moment[0];
+        g = __fmul_rn(g, s.grad_scale);
+        const float direction = fused_direction ? __fmaf_rn(g, s.one_minus_beta1, __fmul_rn(m, s.beta1))
+                                                : __fadd_rn(__fmul_rn(m, s.beta1), __fmul_rn(g, s.one_minus_beta1));
+        const float sign = static_cast<float>((direction > 0.f) - (direction < 0.f));
+        p = __fsub_rn(__fmul_rn(p, s.decay), __fmul_rn(lr, sign));
+        m = __fmaf_rn(g, s.one_minus_beta2, __fmul_rn(m, s.beta2));
+    }
+};
 
 // `rest` of 8 numbers; those that are not there are 0.
 __device__ __forceinline__ void get(float (&x)[8], const float *from, long long rest, bool vectors) {
@@ -98,38 +124,60 @@ __device__ __forceinline__ void encode(uint8_t *codes, float *absmax, const floa
     }
 }
 
-// `blocks`: the entry that each block of threads works on. `quantized` is the step for 8-bit moments.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    adamw(const Entry *table, const uint32_t *blocks, const __grid_constant__ Step full,
-          const __grid_constant__ Step quantized, const Maps *maps) {
+// `blocks`: the entry that each block of threads works on. `quantized` is the step for 8-bit moments, `maps` one map a
+// moment.
+template <class Optimizer>
+__device__ __forceinline__ void step(const Entry *table, const uint32_t *blocks, const Optimizer &full,
+                                     const Optimizer &quantized, const Map *maps) {
+    constexpr int MOMENTS = Optimizer::MOMENTS;
     const Entry e = table[blocks[blockIdx.x]];
     const long long at = (blockIdx.x - e.first) * CHUNK + threadIdx.x * 8, rest = e.count - at;
     const bool vectors = rest >= 8 && (reinterpret_cast<uintptr_t>(e.param) | reinterpret_cast<uintptr_t>(e.grad)) % 16 == 0;
-    float p[8], g[8], m[8], v[8];
+    float p[8], g[8], m[MOMENTS][8];
     get(p, e.param + at, rest, vectors), get(g, e.grad + at, rest, vectors);
-    if (e.absmax1 == nullptr) {
-        float *const moment1 = static_cast<float *>(e.moment1) + at, *const moment2 = static_cast<float *>(e.moment2) + at;
-        get(m, moment1, rest, rest >= 8), get(v, moment2, rest, rest >= 8);
+    const auto update = [&](const Optimizer &optimizer) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) update(full, p[i], g[i], m[i], v[i]);
-        put(moment1, m, rest, rest >= 8), put(moment2, v, rest, rest >= 8);
+        for (int i = 0; i < 8; i++) {
+            float moment[MOMENTS];
+#pragma unroll
+            for (int k = 0; k < MOMENTS; k++) moment[k] = m[k][i];
+            optimizer.update(p[i], g[i], moment);
+#pragma unroll
+            for (int k = 0; k < MOMENTS; k++) m[k][i] = moment[k];
+        }
+    };
+    if (e.absmax[0] == nullptr) {
+#pragma unroll
+        for (int k = 0; k < MOMENTS; k++) get(m[k], static_cast<float *>(e.moment[k]) + at, rest, rest >= 8);
+        update(full);
+#pragma unroll
+        for (int k = 0; k < MOMENTS; k++) put(static_cast<float *>(e.moment[k]) + at, m[k], rest, rest >= 8);
     } else {
-        __shared__ Maps table8;
-        for (int i = threadIdx.x; i < sizeof(Maps) / 4; i += THREADS)
-            reinterpret_cast<float *>(&table8)[i] = reinterpret_cast<const float *>(maps)[i];
+        __shared__ Map map[MOMENTS];
+        for (int i = threadIdx.x; i < sizeof(map) / 4; i += THREADS)
+            reinterpret_cast<float *>(map)[i] = reinterpret_cast<const float *>(maps)[i];
         __syncthreads();
-        uint8_t *const codes1 = static_cast<uint8_t *>(e.moment1) + at, *const codes2 = static_cast<uint8_t *>(e.moment2) + at;
-        float *const absmax1 = e.absmax1 + at / 256, *const absmax2 = e.absmax2 + at / 256;
-        decode(m, codes1, table8.signed_value, rest > 0 ? *absmax1 : 0.f, rest);
-        decode(v, codes2, table8.unsigned_value, rest > 0 ? *absmax2 : 0.f, rest);
+        const auto codes = [&](int k) { return static_cast<uint8_t *>(e.moment[k]) + at; };
+        const auto absmax = [&](int k) { return e.absmax[k] + at / 256; };
 #pragma unroll
-        for (int i = 0; i < 8; i++) update(quantized, p[i], g[i], m[i], v[i]);
+        for (int k = 0; k < MOMENTS; k++) decode(m[k], codes(k), map[k].value, rest > 0 ? *absmax(k) : 0.f, rest);
+        update(quantized);
         __syncwarp(); // the old maxima are read
-        encode(codes1, absmax1, m, table8.signed_above, rest);
-        encode(codes2, absmax2, v, table8.unsigned_above, rest);
+#pragma unroll
+        for (int k = 0; k < MOMENTS; k++) encode(codes(k), absmax(k), m[k], map[k].above, rest);
     }
     put(e.param + at, p, rest, vectors);
 }
+
+#define OPTIMIZER(name, Type) \
+    extern "C" __global__ void __launch_bounds__(THREADS) \
+        name(const Entry *table, const uint32_t *blocks, const __grid_constant__ Type full, \
+             const __grid_constant__ Type quantized, const Map *maps) { \
+        step(table, blocks, full, quantized, maps); \
+    }
+
+OPTIMIZER(adamw, AdamW)
+OPTIMIZER(lion, Lion)
 
 // The sum over a block of threads, in an order that never changes; thread 0 gets it.
 __device__ __forceinline__ double block_sum(double x) {
