@@ -10,23 +10,18 @@ use crate::api::Api;
 use crate::kernelspec;
 use crate::layout::{Layout, first_line, rustc_version};
 
-pub fn doctor(prefix: &Path) -> Result<ExitCode> {
+pub fn doctor(layout: &Layout) -> Result<ExitCode> {
     let mut healthy = true;
-    let mut report = |what: &str, finding: Result<String>| match finding {
-        Ok(text) => println!("ok       {what}: {text}"),
-        Err(error) => {
-            healthy = false;
-            println!("PROBLEM  {what}: {}", indented(&format!("{error:#}")));
-        }
-    };
+    let mut report = |what, finding| healthy &= tell("PROBLEM ", what, finding);
     report("rustc", rustc_version().map(|text| first_line(&text).to_owned()));
     report("cargo", says("cargo", &["--version"]).context("remedy: install Rust with rustup"));
     report("sysroot", sysroot());
     report("linker", says("cc", &["--version"]).context("cc is missing\nremedy: apt-get install build-essential"));
-    let layout = Layout::new(prefix);
     report("library for notebooks", layout.check().map(|()| layout.dylib().display().to_string()));
     let spec = layout.kernelspec();
-    report("kernelspec", kernelspec_of(&layout, spec.as_deref()));
+    report("kernelspec", kernelspec_of(layout, spec.as_deref()));
+    // What notebooks do without, if need be.
+    let note = |what, finding| tell("note    ", what, finding);
     let indexed = Api::load(&layout.api()).items.len();
     note("completion", if indexed > 0 { Ok(format!("{indexed} items indexed")) } else { no_index() });
     note("Jupyter", jupyter(spec.as_deref()));
@@ -34,12 +29,13 @@ pub fn doctor(prefix: &Path) -> Result<ExitCode> {
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// What notebooks do without, if need be.
-fn note(what: &str, finding: Result<String>) {
-    match finding {
+/// Prints a finding, under `otherwise` if it is an error; returns whether it is none.
+fn tell(otherwise: &str, what: &str, finding: Result<String>) -> bool {
+    match &finding {
         Ok(text) => println!("ok       {what}: {text}"),
-        Err(error) => println!("note     {what}: {}", indented(&format!("{error:#}"))),
+        Err(error) => println!("{otherwise} {what}: {}", indented(&format!("{error:#}"))),
     }
+    finding.is_ok()
 }
 
 fn indented(text: &str) -> String {

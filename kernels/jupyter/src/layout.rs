@@ -26,6 +26,8 @@ use std::process::Command;
 use anyhow::{Context, Error, Result, anyhow, bail};
 use serde_json::{Value, json};
 
+use crate::files;
+
 /// All that an installation puts into its layout. The stamps of the library are the last of its own entries: an
 /// install that is cut short never passes for a whole one.
 pub const LIBRARY_ENTRIES: [&str; 5] = ["lib", "deps", "evcxr", "built", "rustc"];
@@ -34,6 +36,7 @@ pub const API_ENTRY: &str = "api.json";
 const STAMP: &str = "qlora-nb.json";
 
 /// Where notebooks find the library.
+#[derive(Clone)]
 pub struct Layout {
     pub prefix: PathBuf,
 }
@@ -163,39 +166,37 @@ pub struct Place {
     pub kernelspec: PathBuf,
 }
 
-/// For whom to install.
-#[derive(Debug, Default, PartialEq)]
-pub enum Target {
-    /// `QLORA_NB_PREFIX` if that is set, else the user.
-    #[default]
-    Unsaid,
-    User,
-    /// The Python environment that is active.
-    SysPrefix,
-    Prefix(PathBuf),
+/// For whom to install; `QLORA_NB_PREFIX` if nothing is said and that is set, else the user.
+#[derive(Debug, Default, clap::Args)]
+#[group(multiple = false)]
+pub struct Target {
+    /// For this user: $XDG_DATA_HOME/qlora-nb or ~/.local/share/qlora-nb (the default)
+    #[arg(long)]
+    pub user: bool,
+    /// In the active Python environment: share/qlora-nb in it
+    #[arg(long)]
+    pub sys_prefix: bool,
+    /// In DIR/share/qlora-nb ($QLORA_NB_PREFIX, without a flag, names the installation's own folder)
+    #[arg(long, value_name = "DIR")]
+    pub prefix: Option<PathBuf>,
 }
 
 impl Target {
     pub fn place(&self) -> Result<Place> {
-        let user = || -> Result<Place> {
-            let kernels = variable("JUPYTER_DATA_DIR").or_else(|| Some(data_home()?.join("jupyter")));
-            let kernels =
-                kernels.context("neither JUPYTER_DATA_DIR, XDG_DATA_HOME nor HOME is set: pass --prefix DIR")?;
-            Place::new(&user_layout()?, &kernels.join("kernels/qlora-nb"))
-        };
         let kernelspec_in = |prefix: &Path| prefix.join("share/jupyter/kernels/qlora-nb");
-        match self {
-            Target::Unsaid => match variable("QLORA_NB_PREFIX") {
-                Some(prefix) => Place::new(&prefix, &kernelspec_in(&prefix)),
-                None => user(),
-            },
-            Target::User => user(),
-            Target::SysPrefix => {
-                let prefix = python_prefix()?;
-                Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(&prefix))
-            }
-            Target::Prefix(prefix) => Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(prefix)),
+        let under = |prefix: &Path| Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(prefix));
+        if let Some(prefix) = &self.prefix {
+            return under(prefix);
         }
+        if self.sys_prefix {
+            return under(&python_prefix()?);
+        }
+        if let Some(prefix) = variable("QLORA_NB_PREFIX").filter(|_| !self.user) {
+            return Place::new(&prefix, &kernelspec_in(&prefix));
+        }
+        let kernels = variable("JUPYTER_DATA_DIR").or_else(|| Some(data_home()?.join("jupyter")));
+        let kernels = kernels.context("neither JUPYTER_DATA_DIR, XDG_DATA_HOME nor HOME is set: pass --prefix DIR")?;
+        Place::new(&user_layout()?, &kernels.join("kernels/qlora-nb"))
     }
 }
 
@@ -205,24 +206,34 @@ impl Place {
     }
 }
 
-/// The layout that notebooks use: of a prefix, if one is given, the layout under it or the prefix itself; else
-/// `QLORA_NB_PREFIX`; else the first that exists of the one to which this binary belongs, the user's, and the one in
-/// the active Python environment.
-pub fn find(prefix: Option<&Path>) -> Result<Layout> {
-    let absolute = |path: &Path| std::path::absolute(path).map(|path| Layout::new(&path));
-    if let Some(prefix) = prefix {
-        let under = absolute(&prefix.join("share/qlora-nb"))?;
-        return if under.is_ours() { Ok(under) } else { Ok(absolute(prefix)?) };
-    }
-    if let Some(prefix) = variable("QLORA_NB_PREFIX") {
-        return Ok(absolute(&prefix)?);
-    }
-    let own = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.to_owned()));
-    let python = variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX")).map(|dir| dir.join("share/qlora-nb"));
-    let candidates = own.into_iter().chain(user_layout()).chain(python);
-    match candidates.map(|path| Layout::new(&path)).find(Layout::is_ours) {
-        Some(layout) => Ok(absolute(&layout.prefix)?),
-        None => Ok(absolute(&user_layout()?)?),
+/// Which installation is used.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Installation {
+    /// Use the installation under DIR/share, or DIR itself [default: $QLORA_NB_PREFIX, or what is found]
+    #[arg(long, value_name = "DIR")]
+    prefix: Option<PathBuf>,
+}
+
+impl Installation {
+    /// The layout that notebooks use: of a prefix, if one is given, the layout under it or the prefix itself; else
+    /// `QLORA_NB_PREFIX`; else the first that exists of the one to which this binary belongs, the user's, and the one in
+    /// the active Python environment.
+    pub fn layout(&self) -> Result<Layout> {
+        let absolute = |path: &Path| std::path::absolute(path).map(|path| Layout::new(&path));
+        if let Some(prefix) = &self.prefix {
+            let under = absolute(&prefix.join("share/qlora-nb"))?;
+            return if under.is_ours() { Ok(under) } else { Ok(absolute(prefix)?) };
+        }
+        if let Some(prefix) = variable("QLORA_NB_PREFIX") {
+            return Ok(absolute(&prefix)?);
+        }
+        let own = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.to_owned()));
+        let python = active_environment().map(|dir| dir.join("share/qlora-nb"));
+        let candidates = own.into_iter().chain(user_layout()).chain(python);
+        match candidates.map(|path| Layout::new(&path)).find(Layout::is_ours) {
+            Some(layout) => Ok(absolute(&layout.prefix)?),
+            None => Ok(absolute(&user_layout()?)?),
+        }
     }
 }
 
@@ -239,9 +250,14 @@ fn user_layout() -> Result<PathBuf> {
     Ok(home.join("qlora-nb"))
 }
 
-/// The folder of the active Python environment.
+/// The folder of the Python environment that was activated.
+fn active_environment() -> Option<PathBuf> {
+    variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX"))
+}
+
+/// The folder of the Python environment that `python3` belongs to.
 fn python_prefix() -> Result<PathBuf> {
-    if let Some(prefix) = variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX")) {
+    if let Some(prefix) = active_environment() {
         return Ok(prefix);
     }
     let remedy = "remedy: activate the environment, or pass its folder with --prefix DIR";
@@ -340,22 +356,13 @@ impl Staging {
     }
 }
 
-/// Writes a file by way of a sibling, unless it holds the same already. Returns whether it did.
+/// Writes a file unless it holds the same already. Returns whether it did.
 pub fn write_if_changed(path: &Path, content: &[u8]) -> Result<bool> {
     if fs::read(path).is_ok_and(|old| old == content) {
         return Ok(false);
     }
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    create_folder(folder)?;
-    let write = || -> io::Result<()> {
-        // Others than the owner may read it: a Python environment is often shared.
-        let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-        let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
-        file.write_all(content)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|error| cannot("write", path, error))?;
+    create_folder(path.parent().unwrap_or(Path::new("/")))?;
+    files::write(path, content).map_err(|error| cannot("write", path, error))?;
     Ok(true)
 }
 

@@ -10,7 +10,7 @@ use crate::layout::{API_ENTRY, BINARY_ENTRY, LIBRARY_ENTRIES, Layout, Place, Tar
 
 pub fn uninstall(target: &Target) -> Result<()> {
     let Place { mut layout, mut kernelspec } = target.place()?;
-    if let Target::Prefix(prefix) = target
+    if let Some(prefix) = &target.prefix
         && !layout.is_ours()
     {
         // A prefix may be named as QLORA_NB_PREFIX names it: the layout itself.
@@ -92,7 +92,7 @@ mod tests {
     #[test]
     fn other_files_stay() {
         let folder = tempfile::tempdir().expect("a folder");
-        let target = Target::Prefix(folder.path().to_owned());
+        let target = Target { prefix: Some(folder.path().to_owned()), ..Target::default() };
         let Place { layout, kernelspec } = target.place().expect("a place");
         let claim = layout.claim(&kernelspec).expect("claimed");
         for entry in ["lib", "deps", "evcxr", "bin", ".new-abc"] {
@@ -123,7 +123,7 @@ mod tests {
         fs::write(layout.rustc_stamp(), "").expect("written");
         drop(claim);
         kernelspec::write(&spec, &layout).expect("written");
-        uninstall(&Target::Prefix(layout.prefix.clone())).expect("uninstalled");
+        uninstall(&Target { prefix: Some(layout.prefix.clone()), ..Target::default() }).expect("uninstalled");
         assert!(!layout.prefix.exists());
     }
 }
