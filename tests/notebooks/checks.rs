@@ -39,10 +39,10 @@ fn copy(name: &str, folder: &Path) -> PathBuf {
 fn parse(xml: &str) -> Vec<(String, BTreeMap<String, String>, String)> {
     let plain = |text: &str| {
         assert!(!text.contains(['<', '>']) && text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
-        let known = ["lt", "gt", "amp", "quot", "#10", "#9"];
+        let known = ["lt", "gt", "amp", "quot", "apos"];
         assert!(text.split('&').skip(1).all(|rest| known.contains(&rest.split(';').next().unwrap_or(""))), "{text:?}");
-        let text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"");
-        text.replace("&#10;", "\n").replace("&#9;", "\t").replace("&amp;", "&")
+        let text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"").replace("&apos;", "'");
+        text.replace("&amp;", "&")
     };
     let (mut tags, mut open) = (Vec::new(), Vec::new());
     let body = xml.strip_prefix("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n").expect("the declaration");
@@ -217,7 +217,7 @@ fn what_cannot_be_meant_is_refused() {
     refuses(&[], &[&good, &nowhere], &["nowhere.ipynb"]);
     refuses(&[], &[&good, &empty], &["there is no notebook"]);
     refuses(&["-o", "x"], &[&good], &["--update"]);
-    refuses(&["--jobs", "0"], &[&good], &["--jobs: expected a positive integer, got \"0\""]);
-    refuses(&["--memory", "2G"], &[&good], &["--memory: expected a positive integer, got \"2G\""]);
-    refuses(&[], &[], &["cannot make sense of `test`"]);
+    refuses(&["--jobs", "0"], &[&good], &["'--jobs <N>': expected a positive integer, got \"0\""]);
+    refuses(&["--memory", "2G"], &[&good], &["'--memory <MIB>': expected a positive integer, got \"2G\""]);
+    refuses(&[], &[], &["required arguments were not provided", "<NOTEBOOK>..."]);
 }

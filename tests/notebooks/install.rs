@@ -128,7 +128,10 @@ fn each_flag_names_its_own_place() {
     says(bare(home.path()).args(["uninstall", "--prefix"]).arg(&elsewhere), &shared);
     says(bare(home.path()).args(["uninstall", "--sys-prefix"]).env("VIRTUAL_ENV", &elsewhere), &shared);
     says(bare(home.path()).arg("uninstall").env("XDG_DATA_HOME", &elsewhere), &elsewhere.join("qlora-nb"));
-    refuses(bare(home.path()).args(["install", "--user", "--prefix", "x"]), "exclude each other");
+    refuses(
+        bare(home.path()).args(["install", "--user", "--prefix", "x"]),
+        "'--user' cannot be used with '--prefix <DIR>'",
+    );
 }
 
 #[test]

@@ -62,7 +62,22 @@ fn bad_input_is_refused_with_a_remedy() {
     refuses(bare().arg("run").arg(&good).arg("--prefix").arg(&missing), "remedy: qlora-nb install");
     refuses(qlora_nb().arg("run").arg(&good).env("PATH", "/nowhere"), "cannot run rustc");
     refuses(bare().args(["run", "a.ipynb", "--timeout", "soon"]), "expected seconds, got \"soon\"");
-    refuses(bare().args(["walk"]), "cannot make sense of `walk`");
+    refuses(bare().args(["run", "a.ipynb", "--timeout", "1e300"]), "expected seconds, got \"1e300\"");
+    refuses(bare().args(["walk"]), "unrecognized subcommand 'walk'");
+    refuses(bare().args(["run"]), "<NOTEBOOK>...");
+    refuses(bare().args(["run", "a.ipynb", "--uptade"]), "unexpected argument '--uptade'");
+    refuses(&mut bare(), "Usage: qlora-nb <COMMAND>");
+}
+
+#[test]
+fn a_shell_can_complete_the_command_line() {
+    for (shell, sign) in [("bash", "complete -F"), ("zsh", "#compdef qlora-nb"), ("fish", "complete -c qlora-nb")] {
+        let output = Command::new(env!("CARGO_BIN_EXE_qlora-nb")).args(["completions", shell]).output();
+        let output = output.expect("qlora-nb starts");
+        let script = text(&output);
+        assert!(output.status.success() && script.contains(sign), "{script}");
+        assert!(["install", "doctor", "junit"].iter().all(|word| script.contains(word)), "{script}");
+    }
 }
 
 #[test]

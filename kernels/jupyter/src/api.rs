@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Counts the forms of the file. An index of another form is made anew.
-const FORM: u32 = 1;
+const FORM: u32 = 2;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Api {
@@ -30,17 +30,13 @@ pub(crate) struct Item {
     /// The shortest public path outside the prelude.
     pub path: String,
     /// Where it is defined, which is what rustc prints at times.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub defined: String,
     /// `struct`, `enum`, `trait`, `function`, `module`, `macro`, `constant`, `type`.
     pub kind: String,
     pub signature: String,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub docs: String,
     /// A function's return type.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ty: Option<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub members: Vec<Member>,
 }
 
@@ -50,10 +46,8 @@ pub(crate) struct Member {
     /// `field`, `variant`, `method` (takes self), `function` (does not), `constant`.
     pub kind: String,
     pub signature: String,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub docs: String,
     /// A field's type, or what a function returns.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ty: Option<String>,
 }
 
@@ -135,7 +129,7 @@ pub fn make(crates: &[Documented], built: &str) -> Result<Api> {
     });
     for (i, described) in described.into_iter().enumerate() {
         match described {
-            Ok(described) => Reader::new(&described).read_into(&mut api),
+            Ok(described) => Reader(&described).read_into(&mut api),
             Err(error) if i == 0 => return Err(error),
             // A library's sources may be absent where it was built elsewhere.
             Err(_) => {}
@@ -172,11 +166,7 @@ fn rustdoc(krate: &Documented) -> Result<Value> {
 }
 
 /// Condenses what rustdoc wrote of one crate.
-struct Reader<'a> {
-    index: &'a Value,
-    paths: &'a Value,
-    root: &'a Value,
-}
+struct Reader<'a>(&'a Value);
 
 /// The kind of a rustdoc item, and its particulars.
 fn inner(item: &Value) -> Option<(&str, &Value)> {
@@ -192,22 +182,23 @@ fn text(value: &Value) -> String {
 }
 
 impl<'a> Reader<'a> {
-    fn new(described: &'a Value) -> Reader<'a> {
-        Reader { index: &described["index"], paths: &described["paths"], root: &described["root"] }
+    fn get(&self, id: &Value) -> Option<&'a Value> {
+        self.0["index"].get(id.to_string())
     }
 
-    fn get(&self, id: &Value) -> Option<&'a Value> {
-        self.index.get(id.to_string())
+    /// Where an item is defined; empty if that is not said.
+    fn defined(&self, id: &str) -> String {
+        joined(&self.0["paths"][id]["path"], text, "::")
     }
 
     fn read_into(&self, api: &mut Api) {
         // The best path of each item, and each module's names with the ids that they stand for.
         let mut best: HashMap<String, String> = HashMap::new();
         let mut exports: Vec<(String, String, &Value)> = Vec::new();
-        let Some(root) = self.get(self.root) else { return };
+        let Some(root) = self.get(&self.0["root"]) else { return };
         let mut queue = VecDeque::from([(text(&root["name"]), root)]);
         let mut seen = HashSet::new();
-        best.insert(self.root.to_string(), text(&root["name"]));
+        best.insert(self.0["root"].to_string(), text(&root["name"]));
         while let Some((path, module)) = queue.pop_front() {
             if !seen.insert(path.clone()) {
                 continue;
@@ -228,12 +219,9 @@ impl<'a> Reader<'a> {
         }
         for (module, name, id) in exports {
             // What another crate defines is named as it names it.
-            let defined = self.paths[id.to_string()]["path"].as_array();
-            let defined = defined.map(|path| path.iter().map(text).collect::<Vec<_>>().join("::"));
+            let defined = Some(self.defined(&id.to_string())).filter(|path| !path.is_empty());
             let path = if self.get(id).is_some() { best.get(&id.to_string()).cloned() } else { defined };
-            if let Some(path) = path {
-                api.modules.entry(module).or_default().insert(name, path);
-            }
+            api.modules.entry(module).or_default().extend(path.map(|path| (name, path)));
         }
         let mut items: Vec<Item> = best.iter().filter_map(|(id, path)| self.item(id, path)).collect();
         items.sort_by(|a, b| a.path.cmp(&b.path));
@@ -259,7 +247,7 @@ impl<'a> Reader<'a> {
     }
 
     fn item(&self, id: &str, path: &str) -> Option<Item> {
-        let item = self.index.get(id)?;
+        let item = self.0["index"].get(id)?;
         let (kind, inner) = inner(item)?;
         let name = last_segment(path);
         let generics = generics(&inner["generics"]);
@@ -278,7 +266,7 @@ impl<'a> Reader<'a> {
             "struct" | "enum" | "trait" | "union" | "static" => (kind, format!("{kind} {name}{generics}")),
             _ => return None,
         };
-        let defined = list(&self.paths[id]["path"]).map(text).collect::<Vec<_>>().join("::");
+        let defined = self.defined(id);
         Some(Item {
             path: path.to_owned(),
             defined: if defined == path { String::new() } else { defined },
@@ -299,13 +287,14 @@ impl<'a> Reader<'a> {
         list(&inner["variants"]).filter_map(|id| self.get(id)).map(|variant| {
             let name = text(&variant["name"]);
             let kind = &variant["inner"]["variant"]["kind"];
-            let types = |ids: &'a Value| list(ids).filter_map(|id| self.get(id)).map(field).collect::<Vec<_>>();
+            let parts = |ids: &'a Value, part: fn(Member) -> String| {
+                let fields = list(ids).filter_map(|id| self.get(id)).map(field);
+                fields.map(part).collect::<Vec<_>>().join(", ")
+            };
             let signature = if kind["tuple"].is_array() {
-                let types = types(&kind["tuple"]).into_iter().filter_map(|field| field.ty).collect::<Vec<_>>();
-                format!("{name}({})", types.join(", "))
+                format!("{name}({})", parts(&kind["tuple"], |field| field.ty.unwrap_or_default()))
             } else if kind["struct"].is_object() {
-                let fields = types(&kind["struct"]["fields"]).into_iter().map(|field| field.signature);
-                format!("{name} {{ {} }}", fields.collect::<Vec<_>>().join(", "))
+                format!("{name} {{ {} }}", parts(&kind["struct"]["fields"], |field| field.signature))
             } else {
                 name.clone()
             };
@@ -404,11 +393,16 @@ fn function(name: &str, inner: &Value) -> String {
         (name, ty) => format!("{}: {ty}", name.unwrap_or("_")),
     });
     let inputs = inputs.collect::<Vec<_>>().join(", ");
-    out.push_str(&format!("fn {name}{}({inputs})", generics(&inner["generics"])));
-    if !inner["sig"]["output"].is_null() {
-        out.push_str(&format!(" -> {}", ty(&inner["sig"]["output"])));
-    }
-    out
+    out + &format!("fn {name}{}({inputs}){}", generics(&inner["generics"]), returned(&inner["sig"]["output"]))
+}
+
+/// ` -> T`; nothing for a function that returns nothing.
+fn returned(output: &Value) -> String {
+    if output.is_null() { String::new() } else { format!(" -> {}", ty(output)) }
+}
+
+fn joined(values: &Value, each: impl Fn(&Value) -> String, separator: &str) -> String {
+    list(values).map(each).collect::<Vec<_>>().join(separator)
 }
 
 fn generics(generics: &Value) -> String {
@@ -435,14 +429,13 @@ fn bounds(bounds: &Value) -> String {
         }
         (_, outlives) => outlives.unwrap_or("_").to_owned(),
     };
-    list(bounds).map(bound).collect::<Vec<_>>().join(" + ")
+    joined(bounds, bound, " + ")
 }
 
 /// A path's last name with its arguments: people read `Result<Tensor>`, not where each comes from.
 fn path(value: &Value) -> String {
     let name = last_segment(value["path"].as_str().unwrap_or("_")).to_owned();
     let args = &value["args"];
-    let types = |values: &Value| list(values).map(ty).collect::<Vec<_>>().join(", ");
     if let Some(args) = args.get("angle_bracketed") {
         let plain = list(&args["args"]).map(|arg| match (arg.get("type"), arg["lifetime"].as_str()) {
             (Some(arg), _) => ty(arg),
@@ -460,9 +453,7 @@ fn path(value: &Value) -> String {
         return if all.is_empty() { name } else { format!("{name}<{all}>") };
     }
     if let Some(args) = args.get("parenthesized") {
-        let output = &args["output"];
-        let output = if output.is_null() { String::new() } else { format!(" -> {}", ty(output)) };
-        return format!("{name}({}){output}", types(&args["inputs"]));
+        return format!("{name}({}){}", joined(&args["inputs"], ty, ", "), returned(&args["output"]));
     }
     name
 }
@@ -480,19 +471,14 @@ fn ty(value: &Value) -> String {
         "generic" | "primitive" => text(inner),
         "borrowed_ref" => reference("&", inner),
         "raw_pointer" => reference(if inner["is_mutable"] == true { "*" } else { "*const " }, inner),
-        "tuple" => format!("({})", list(inner).map(ty).collect::<Vec<_>>().join(", ")),
+        "tuple" => format!("({})", joined(inner, ty, ", ")),
         "slice" => format!("[{}]", ty(inner)),
         "array" => format!("[{}; {}]", ty(&inner["type"]), text(&inner["len"])),
         "impl_trait" => format!("impl {}", bounds(inner)),
-        "dyn_trait" => {
-            let traits = list(&inner["traits"]).map(|of| path(&of["trait"])).collect::<Vec<_>>().join(" + ");
-            format!("dyn {traits}")
-        }
+        "dyn_trait" => format!("dyn {}", joined(&inner["traits"], |of| path(&of["trait"]), " + ")),
         "function_pointer" => {
-            let inputs = list(&inner["sig"]["inputs"]).map(|input| ty(&input[1])).collect::<Vec<_>>().join(", ");
-            let output = &inner["sig"]["output"];
-            let output = if output.is_null() { String::new() } else { format!(" -> {}", ty(output)) };
-            format!("fn({inputs}){output}")
+            let inputs = joined(&inner["sig"]["inputs"], |input| ty(&input[1]), ", ");
+            format!("fn({inputs}){}", returned(&inner["sig"]["output"]))
         }
         "qualified_path" => format!("{}::{}", ty(&inner["self_type"]), text(&inner["name"])),
         _ => "_".to_owned(),
@@ -545,7 +531,7 @@ mod tests {
     #[test]
     fn condenses_what_rustdoc_wrote() {
         let mut api = Api::default();
-        Reader::new(&described()).read_into(&mut api);
+        Reader(&described()).read_into(&mut api);
         let thing = api.item("k::Thing").expect("indexed under its public path");
         assert_eq!((thing.defined.as_str(), thing.signature.as_str()), ("k::hidden::Thing", "struct Thing"));
         let run = thing.member("run").expect("a method");

@@ -1,6 +1,5 @@
 //! Completion and inspection in the words of the Jupyter protocol, which counts in characters and not in bytes.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -8,9 +7,8 @@ use serde_json::{Value, json};
 use crate::api::Api;
 use crate::complete::{self, Completions};
 use crate::inspect;
-use crate::layout::Layout;
-use crate::scope::Scope;
-use crate::session::Names;
+use crate::layout::{API, Layout};
+use crate::scope::{Names, Scope};
 
 /// What is known of the library.
 pub struct Assistance {
@@ -21,8 +19,8 @@ pub struct Assistance {
 pub type Ask<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl Assistance {
-    pub fn new(prefix: &Path) -> Assistance {
-        Assistance { api: Arc::new(Api::load(&Layout::new(prefix).api())) }
+    pub fn new(layout: &Layout) -> Assistance {
+        Assistance { api: Arc::new(Api::load(&layout.at(API))) }
     }
 
     fn scope<'a>(&'a self, names: &'a Names, ask: Ask<'a>) -> Scope<'a> {
@@ -70,6 +68,8 @@ fn character(code: &str, byte: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

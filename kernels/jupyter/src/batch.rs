@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use crossbeam_channel::{Sender, unbounded};
+use walkdir::{DirEntry, WalkDir};
 
 use crate::check;
-use crate::layout::Layout;
+use crate::diagnostics::Failure;
+use crate::layout::{Installation, Layout};
 use crate::notebook::Notebook;
-use crate::runner::{CellFailure, CellRun, Report};
+use crate::runner::{CellRun, Report};
 use crate::supervisor;
 
 /// The command with which this binary starts itself for one notebook; for nobody else.
@@ -26,15 +28,55 @@ pub const CELLS: &str = "cells";
 /// What a notebook is taken to need if it does not say: a session with rust-analyzer, rustc, and a small model.
 const USUAL_MIB: u64 = 1536;
 
+/// How notebooks are run, alike for `run` and `test`.
+#[derive(clap::Args)]
 pub struct Options {
+    /// Notebooks, and folders, which stand for all *.ipynb in them
+    #[arg(required = true, value_name = "NOTEBOOK")]
+    pub notebooks: Vec<PathBuf>,
+    #[command(flatten)]
+    cell: CellOptions,
+    /// Run at most so many notebooks at once [default: the number of cores]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    jobs: Option<u64>,
+    /// Let notebooks that run at once need so much together [default: what is available]
+    ///
+    /// One needs 1536, or the "qlora_nb": {"memory_mib": N} of its metadata.
+    #[arg(long = "memory", value_name = "MIB", value_parser = positive)]
+    memory_mib: Option<u64>,
+}
+
+/// How one notebook is run.
+#[derive(clap::Args)]
+pub struct CellOptions {
+    /// Give up on a cell after so long
+    #[arg(long, value_name = "SECONDS", default_value = "3600", value_parser = seconds)]
     pub timeout: Duration,
-    pub prefix: PathBuf,
-    /// At most so many notebooks at once; else as many as there are cores.
-    pub jobs: Option<usize>,
-    /// Whether the executed notebook names the types of its variables.
-    pub write_types: bool,
-    /// What notebooks that run at once may need together; else what is available.
-    pub memory_mib: Option<u64>,
+    #[command(flatten)]
+    pub installation: Installation,
+}
+
+#[derive(clap::Args)]
+pub struct RunOptions {
+    #[command(flatten)]
+    options: Options,
+    /// Write the executed notebook to OUT: a file, or a folder for several [default: into the notebook itself]
+    #[arg(short, long, value_name = "OUT")]
+    output: Option<PathBuf>,
+    /// Name the types of variables in the executed notebook, for stock evcxr_jupyter
+    #[arg(long)]
+    write_types: bool,
+}
+
+fn positive(text: &str) -> Result<u64> {
+    let number = text.parse().ok().filter(|number| *number > 0);
+    number.with_context(|| format!("expected a positive integer, got {text:?}"))
+}
+
+fn seconds(text: &str) -> Result<Duration> {
+    let seconds = text.parse().ok().filter(|seconds| *seconds > 0.0);
+    let duration = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    duration.with_context(|| format!("expected seconds, got {text:?}"))
 }
 
 /// A notebook that is to be run.
@@ -64,15 +106,15 @@ impl Job {
     }
 
     /// Reads all that is named, folders with all that is in them. Nothing runs if one is no notebook.
-    pub fn all(words: &[&str]) -> Result<Vec<Job>> {
+    pub fn all(named: &[PathBuf]) -> Result<Vec<Job>> {
         let mut paths = Vec::new();
-        for path in words.iter().map(Path::new) {
+        for path in named {
             if path.is_dir() {
-                let before = paths.len();
-                notebooks_in(path, &mut paths)?;
-                if paths.len() == before {
+                let inside = notebooks_in(path)?;
+                if inside.is_empty() {
                     bail!("there is no notebook (*.ipynb) in the folder {}", path.display());
                 }
+                paths.extend(inside);
             } else {
                 paths.push(path.to_owned());
             }
@@ -80,6 +122,13 @@ impl Job {
         let mut known = HashMap::new();
         paths.retain(|path| known.insert(path.canonicalize().unwrap_or(path.clone()), ()).is_none());
         every(paths.iter().map(|path| Job::read(path)))
+    }
+
+    /// How a cell failed, for people.
+    pub fn failure(&self, cell: usize, failure: &Failure) -> String {
+        let (number, path, kind) = (self.number(cell), self.path.display(), failure.kind.name());
+        let (source, details) = (indented(&self.notebook.source(cell)), indented(&failure.details));
+        format!("\ncell {number} of {path} failed: {kind}\n\n{source}\n\n{details}\n")
     }
 
     /// A cell as people count it.
@@ -100,33 +149,25 @@ pub fn every<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
     if bad.is_empty() { Ok(good) } else { bail!("{}", bad.join("\n")) }
 }
 
-fn notebooks_in(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
-    let context = || format!("cannot read the folder {}", folder.display());
-    let entries = std::fs::read_dir(folder).with_context(context)?;
-    let mut entries = entries.collect::<std::io::Result<Vec<_>>>().with_context(context)?;
-    entries.sort_by_key(|entry| entry.file_name());
-    for entry in entries {
-        let path = entry.path();
-        // A link to a folder is not followed, for it may lead back.
-        if entry.file_type().with_context(context)?.is_dir() {
-            // Jupyter's own copies of what was once saved.
-            if entry.file_name() != ".ipynb_checkpoints" {
-                notebooks_in(&path, found)?;
-            }
-        } else if path.extension().is_some_and(|extension| extension == "ipynb") {
-            found.push(path);
-        }
-    }
-    Ok(())
+fn notebooks_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    // A link to a folder is not followed, for it may lead back.
+    let entries = WalkDir::new(folder).sort_by_file_name().into_iter();
+    // Jupyter's own copies of what was once saved.
+    let entries = entries.filter_entry(|entry| entry.file_name() != ".ipynb_checkpoints");
+    let entries = entries.collect::<Result<Vec<_>, _>>();
+    let entries = entries.with_context(|| format!("cannot read the folder {}", folder.display()))?;
+    let files = entries.into_iter().filter(|entry| !entry.file_type().is_dir()).map(DirEntry::into_path);
+    Ok(files.filter(|path| path.extension().is_some_and(|extension| extension == "ipynb")).collect())
 }
 
 /// Runs the jobs and tells `each` what they say, as it comes, until all are done.
 pub fn run_all(jobs: &[Job], options: &Options, mut each: impl FnMut(usize, Said)) -> Result<()> {
-    Layout::new(&options.prefix).check()?;
+    let layout = options.cell.installation.layout()?;
+    layout.check()?;
     // Ctrl-C is for the processes that run cells: they stop, and what they have is written.
     supervisor::survive_interrupts();
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    let at_once = options.jobs.unwrap_or(cores);
+    let at_once = options.jobs.map_or(cores, |jobs| usize::try_from(jobs).unwrap_or(usize::MAX));
     let memory = options.memory_mib.or_else(available_mib).unwrap_or(u64::MAX);
     let mut waiting: Vec<usize> = (0..jobs.len()).collect();
     let mut running: Vec<usize> = Vec::new();
@@ -139,7 +180,7 @@ pub fn run_all(jobs: &[Job], options: &Options, mut each: impl FnMut(usize, Said
         {
             let job = waiting.remove(next);
             running.push(job);
-            start(job, &jobs[job].path, options, say.clone());
+            start(job, &jobs[job].path, &layout, options.cell.timeout, say.clone());
             continue;
         }
         // Never without an answer, for `say` is alive.
@@ -159,10 +200,10 @@ fn available_mib() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib / 1024)
 }
 
-fn start(job: usize, path: &Path, options: &Options, say: Sender<(usize, Said)>) {
+fn start(job: usize, path: &Path, layout: &Layout, timeout: Duration, say: Sender<(usize, Said)>) {
     let mut command = Command::new(std::env::current_exe().unwrap_or("qlora-nb".into()));
-    command.arg(CELLS).arg(path).arg("--prefix").arg(&options.prefix);
-    command.arg("--timeout").arg(options.timeout.as_secs_f64().to_string());
+    command.arg(CELLS).arg(path).arg("--prefix").arg(&layout.prefix);
+    command.arg("--timeout").arg(timeout.as_secs_f64().to_string());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     thread::spawn(move || {
         let begin = Instant::now();
@@ -232,14 +273,14 @@ pub fn first_line(source: &str) -> String {
 }
 
 /// Executes notebooks and writes what their cells showed.
-pub fn run(words: &[&str], output: Option<&Path>, options: &Options) -> Result<ExitCode> {
-    let jobs = Job::all(words)?;
-    let targets = targets(&jobs, output)?;
+pub fn run(RunOptions { options, output, write_types }: &RunOptions) -> Result<ExitCode> {
+    let jobs = Job::all(&options.notebooks)?;
+    let targets = targets(&jobs, output.as_deref())?;
     let progress = Progress { jobs: &jobs };
     let mut notebooks: Vec<Notebook> = jobs.iter().map(|job| job.notebook.clone()).collect();
     notebooks.iter_mut().for_each(Notebook::clear_outputs);
     let mut ran = vec![0; jobs.len()];
-    let mut failed: Vec<Option<(usize, CellFailure)>> = jobs.iter().map(|_| None).collect();
+    let mut failed: Vec<Option<(usize, Failure)>> = jobs.iter().map(|_| None).collect();
     let mut all_well = true;
     let mut unwritten = Vec::new();
     run_all(&jobs, options, |i, said| match said {
@@ -248,7 +289,7 @@ pub fn run(words: &[&str], output: Option<&Path>, options: &Options) -> Result<E
         Said::Report(Report::Cell(CellRun { cell, count, seconds, outputs, failure, typed })) => {
             progress.cell(i, cell, seconds, if failure.is_some() { "FAILED" } else { "ok" });
             notebooks[i].set_outputs(cell, count, outputs);
-            if let Some(source) = typed.filter(|_| options.write_types) {
+            if let Some(source) = typed.filter(|_| *write_types) {
                 notebooks[i].set_source(cell, &source);
             }
             ran[i] = count;
@@ -263,8 +304,7 @@ pub fn run(words: &[&str], output: Option<&Path>, options: &Options) -> Result<E
             }
             all_well &= broken.is_none() && failed[i].is_none();
             if let Some((cell, failure)) = &failed[i] {
-                eprintln!("\ncell {} of {path} failed: {}\n", jobs[i].number(*cell), failure.kind);
-                eprintln!("{}\n\n{}\n", indented(&jobs[i].notebook.source(*cell)), indented(&failure.details));
+                eprintln!("{}", jobs[i].failure(*cell, failure));
             }
             if let Some(broken) = &broken {
                 eprintln!("\n{path}: {broken}\n");
@@ -298,6 +338,6 @@ fn targets(jobs: &[Job], output: Option<&Path>) -> Result<Vec<PathBuf>> {
     Ok(targets)
 }
 
-pub fn indented(text: &str) -> String {
+fn indented(text: &str) -> String {
     text.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
 }

@@ -10,6 +10,7 @@ use ra_ap_syntax::ast::{self, AstNode, HasName};
 
 use crate::api::{Api, Member};
 use crate::scope::{Cell, Place, Scope};
+use crate::std_names;
 
 /// Jupyter's `complete_reply`, in bytes of the cell.
 #[derive(Debug, Default, PartialEq)]
@@ -35,23 +36,6 @@ const KEYWORDS: [&str; 30] = [
     "as", "async", "await", "break", "const", "continue", "crate", "dyn", "else", "enum", "false", "fn", "for", "if",
     "impl", "in", "let", "loop", "match", "mod", "move", "mut", "pub", "return", "struct", "trait", "true", "use",
     "where", "while",
-];
-
-pub(crate) const MACROS: [(&str, &str); 14] = [
-    ("assert!", "assert!(condition, \"message\"): panics unless the condition holds"),
-    ("assert_eq!", "assert_eq!(left, right): panics unless both are equal, and shows them"),
-    ("assert_ne!", "assert_ne!(left, right): panics if both are equal"),
-    ("dbg!", "dbg!(value): prints an expression with its value to stderr, and returns the value"),
-    ("eprintln!", "eprintln!(\"{} {x:?}\", value): a line on stderr"),
-    ("format!", "format!(\"{} {x:?}\", value) -> String"),
-    ("matches!", "matches!(value, pattern) -> bool"),
-    ("panic!", "panic!(\"message\"): ends the cell with a failure"),
-    ("print!", "print!(\"{} {x:?}\", value): text on stdout, without a newline"),
-    ("println!", "println!(\"{} {x:?}\", value): a line on stdout"),
-    ("todo!", "todo!(): panics as not yet written"),
-    ("unreachable!", "unreachable!(): panics where the program never comes"),
-    ("vec!", "vec![a, b, c] or vec![value; count] -> Vec"),
-    ("write!", "write!(to, \"{}\", value) -> Result: text into a file or a String"),
 ];
 
 /// Completes a cell at a cursor that counts bytes.
@@ -167,7 +151,7 @@ fn plain(scope: &Scope, cell: &Cell) -> Vec<Match> {
     let prelude = scope.api.modules.get("qlora_nb::prelude").into_iter().flatten();
     found.extend(prelude.map(|(name, path)| exported(scope.api, name, path)));
     found.extend(["qlora_nb", "std"].map(|name| named(name, "module", "")));
-    found.extend(MACROS.map(|(name, signature)| named(name, "macro", signature)));
+    found.extend(std_names::macros().map(|(name, usage)| named(name, "macro", usage)));
     let types = ["Vec", "String", "Option", "Some", "None", "Result", "Ok", "Err", "Box", "Default"];
     found.extend(types.map(|name| named(name, "type", "")));
     found.extend(KEYWORDS.map(|name| named(name, "keyword", "")));

@@ -1,8 +1,49 @@
-//! Compiler messages and panics in the words and lines of the cell, not of the source that evcxr made of it.
+//! Why a cell failed: compiler messages and panics in the words and lines of the cell, not of the source that evcxr
+//! made of it.
 
 use evcxr::{CompilationError, Error};
+use serde::{Deserialize, Serialize};
 
-use crate::session::{Failure, FailureKind};
+/// Why a cell failed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Failure {
+    pub kind: FailureKind,
+    /// In one line.
+    pub message: String,
+    /// In full, for people.
+    pub details: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub enum FailureKind {
+    Compile,
+    Panic,
+    Error,
+    Interrupted,
+    /// Interrupted with the loss of its process.
+    Killed,
+    Died,
+    Timeout,
+}
+
+impl FailureKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            FailureKind::Compile => "CompileError",
+            FailureKind::Panic => "Panic",
+            FailureKind::Error => "Error",
+            FailureKind::Interrupted | FailureKind::Killed => "Interrupted",
+            FailureKind::Died => "ProcessDied",
+            FailureKind::Timeout => "Timeout",
+        }
+    }
+}
+
+impl Failure {
+    pub fn new(kind: FailureKind, message: &str, details: &str) -> Failure {
+        Failure { kind, message: message.to_owned(), details: details.to_owned() }
+    }
+}
 
 pub fn failure(error: &Error, code: &str) -> Failure {
     match error {

@@ -1,40 +1,46 @@
 //! The lines in which two texts differ, for people: `-` as stored, `+` as it is now, a little around them.
 
+use std::time::{Duration, Instant};
+
+use similar::algorithms::{Capture, Replace, myers};
+use similar::{DiffOp, group_diff_ops};
+
 /// Lines shown before and after a difference.
 const CONTEXT: usize = 2;
 /// What is longer is cut: a page of HTML, a picture.
 const MAX_LINES: usize = 40;
 const MAX_CHARS: usize = 160;
-/// Texts whose table of common lines would be larger are not aligned, only shown one after the other.
-const MAX_TABLE: usize = 4_000_000;
+/// Texts that take longer are not aligned any further, only shown one after the other.
+const PATIENCE: Duration = Duration::from_secs(2);
 
-#[derive(Clone, Copy)]
-enum Step {
-    Same(usize),
-    Stored(usize),
-    Now(usize),
+/// A line that is equal to another if the texts' reader takes them for the same. That is no equivalence: of three numbers
+/// the first and the last may be too far apart. So the algorithm must be one that only compares stored lines with new ones.
+struct Line<'a> {
+    text: &'a str,
+    same: &'a dyn Fn(&str, &str) -> bool,
+}
+
+impl PartialEq for Line<'_> {
+    fn eq(&self, other: &Line) -> bool {
+        (self.same)(self.text, other.text)
+    }
 }
 
 /// No lines, if all lines are the `same`.
 pub fn lines(stored: &[&str], now: &[&str], same: &dyn Fn(&str, &str) -> bool) -> Vec<String> {
-    let steps = align(stored, now, same);
-    let is_change = |step: &Step| !matches!(step, Step::Same(_));
+    let old: Vec<Line> = stored.iter().map(|text| Line { text, same }).collect();
+    let new: Vec<Line> = now.iter().map(|text| Line { text, same }).collect();
+    let mut steps = Replace::new(Capture::new());
+    let deadline = Instant::now() + PATIENCE;
+    // Its errors are the hook's, which has none.
+    let _ = myers::diff_deadline_raw(&mut steps, &old, 0..old.len(), &new, 0..new.len(), Some(deadline));
     let mut shown = Vec::new();
-    let mut last = None;
-    for (i, step) in steps.iter().enumerate() {
-        let around = &steps[i.saturating_sub(CONTEXT)..(i + CONTEXT + 1).min(steps.len())];
-        if !around.iter().any(is_change) {
-            continue;
-        }
-        if last.map_or(i > 0, |last| last + 1 < i) {
+    for group in group_diff_ops(steps.into_inner().into_ops(), CONTEXT) {
+        // Lines are left out between two groups, and before the first one if it begins later.
+        if !shown.is_empty() || group.first().is_some_and(|step| step.new_range().start > 0) {
             shown.push(" ...".to_owned());
         }
-        last = Some(i);
-        shown.push(match *step {
-            Step::Same(line) => format!(" {}", cut(now[line], 0)),
-            Step::Stored(line) => format!("-{}", cut(stored[line], partner(&steps, i, stored, now))),
-            Step::Now(line) => format!("+{}", cut(now[line], partner(&steps, i, stored, now))),
-        });
+        group.iter().for_each(|step| show(step, stored, now, &mut shown));
     }
     if shown.len() > MAX_LINES {
         let more = shown.len() - MAX_LINES;
@@ -44,59 +50,19 @@ pub fn lines(stored: &[&str], now: &[&str], same: &dyn Fn(&str, &str) -> bool) -
     shown
 }
 
-/// The longest common subsequence, after what both begin and end with.
-fn align(stored: &[&str], now: &[&str], same: &dyn Fn(&str, &str) -> bool) -> Vec<Step> {
-    let begin = stored.iter().zip(now).take_while(|(a, b)| same(a, b)).count();
-    let rests = stored[begin..].iter().rev().zip(now[begin..].iter().rev());
-    let end = rests.take_while(|(a, b)| same(a, b)).count();
-    let (rows, columns) = (stored.len() - begin - end, now.len() - begin - end);
-    let mut steps: Vec<Step> = (0..begin).map(Step::Same).collect();
-    let (mut row, mut column) = (0, 0);
-    if rows.saturating_mul(columns) <= MAX_TABLE {
-        // common[r][c]: how many lines the rests from r and from c on have in common
-        let mut common = vec![vec![0u32; columns + 1]; rows + 1];
-        for r in (0..rows).rev() {
-            for c in (0..columns).rev() {
-                common[r][c] = match same(stored[begin + r], now[begin + c]) {
-                    true => common[r + 1][c + 1] + 1,
-                    false => common[r + 1][c].max(common[r][c + 1]),
-                };
-            }
-        }
-        while row < rows && column < columns {
-            if same(stored[begin + row], now[begin + column]) {
-                steps.push(Step::Same(begin + column));
-                (row, column) = (row + 1, column + 1);
-            } else if common[row + 1][column] >= common[row][column + 1] {
-                steps.push(Step::Stored(begin + row));
-                row += 1;
-            } else {
-                steps.push(Step::Now(begin + column));
-                column += 1;
-            }
-        }
+fn show(step: &DiffOp, stored: &[&str], now: &[&str], shown: &mut Vec<String>) {
+    let (old, new) = (&stored[step.old_range()], &now[step.new_range()]);
+    if let DiffOp::Equal { .. } = step {
+        shown.extend(new.iter().map(|line| format!(" {}", cut(line, 0))));
+        return;
     }
-    steps.extend((begin + row..begin + rows).map(Step::Stored));
-    steps.extend((begin + column..now.len() - end).map(Step::Now));
-    steps.extend((now.len() - end..now.len()).map(Step::Same));
-    steps
-}
-
-/// Where a changed line begins to differ (in characters) from the line that it became, if one stands for the other.
-fn partner(steps: &[Step], i: usize, stored: &[&str], now: &[&str]) -> usize {
-    let begin = steps[..i].iter().rposition(|step| matches!(step, Step::Same(_))).map_or(0, |i| i + 1);
-    let end = steps[i..].iter().position(|step| matches!(step, Step::Same(_))).map_or(steps.len(), |n| i + n);
-    let run = &steps[begin..end];
-    let old: Vec<usize> =
-        run.iter().filter_map(|s| if let Step::Stored(line) = s { Some(*line) } else { None }).collect();
-    let new: Vec<usize> = run.iter().filter_map(|s| if let Step::Now(line) = s { Some(*line) } else { None }).collect();
-    let place = match steps[i] {
-        Step::Stored(line) => old.iter().position(|l| *l == line),
-        Step::Now(line) => new.iter().position(|l| *l == line),
-        Step::Same(_) => None,
+    // Where a line begins to differ (in characters) from the one that it became, if one stands for the other.
+    let place = |i: usize| match (old.get(i), new.get(i)) {
+        (Some(old), Some(new)) => old.chars().zip(new.chars()).take_while(|(a, b)| a == b).count(),
+        _ => 0,
     };
-    let Some((old, new)) = place.and_then(|n| Some((old.get(n)?, new.get(n)?))) else { return 0 };
-    stored[*old].chars().zip(now[*new].chars()).take_while(|(a, b)| a == b).count()
+    shown.extend(old.iter().enumerate().map(|(i, line)| format!("-{}", cut(line, place(i)))));
+    shown.extend(new.iter().enumerate().map(|(i, line)| format!("+{}", cut(line, place(i)))));
 }
 
 /// A window of a long line that shows what is at `at`. Control characters are made visible.

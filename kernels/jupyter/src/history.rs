@@ -1,12 +1,14 @@
 //! What was executed, for clients that ask: consoles, and JupyterLab's history search.
 
+use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// What is asked for, in the protocol's words.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(default)]
 pub struct Request {
+    /// `tail`, `search`, or a range for anything else.
     hist_access_type: String,
     output: bool,
     session: Option<i32>,
@@ -17,27 +19,9 @@ pub struct Request {
     unique: bool,
 }
 
-impl Default for Request {
-    fn default() -> Self {
-        let hist_access_type = "range".to_owned();
-        Request {
-            hist_access_type,
-            output: false,
-            session: None,
-            start: None,
-            stop: None,
-            n: None,
-            pattern: None,
-            unique: false,
-        }
-    }
-}
-
 /// One cell.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
-    /// Always 0, the session that is running: nothing is kept beyond it.
-    pub session: i32,
     pub line: i32,
     pub input: String,
     pub output: String,
@@ -50,7 +34,7 @@ pub struct History {
 
 impl History {
     pub fn add(&mut self, line: i32, input: &str, output: &str) {
-        self.entries.push(Entry { session: 0, line, input: input.to_owned(), output: output.to_owned() });
+        self.entries.push(Entry { line, input: input.to_owned(), output: output.to_owned() });
     }
 
     /// The content of a `history_reply`.
@@ -60,9 +44,10 @@ impl History {
             "search" => self.search(asked.pattern.as_deref().unwrap_or("*"), asked.unique, asked.n.unwrap_or(0)),
             _ => self.range(asked.session.unwrap_or(0), asked.start.unwrap_or(0), asked.stop.unwrap_or(0)),
         };
-        let line = |Entry { session, line, input, output }: &Entry| match asked.output {
-            true => json!([session, line, [input, output]]),
-            false => json!([session, line, input]),
+        // Of session 0, the one that is running: nothing is kept beyond it.
+        let line = |Entry { line, input, output }: &Entry| match asked.output {
+            true => json!([0, line, [input, output]]),
+            false => json!([0, line, input]),
         };
         json!({ "status": "ok", "history": entries.into_iter().map(line).collect::<Vec<_>>() })
     }
@@ -83,11 +68,13 @@ impl History {
     /// The last `n` that match a pattern in which `*` and `?` stand for any text and any character; `n` of 0 or less
     /// means all.
     pub fn search(&self, pattern: &str, unique: bool, n: i32) -> Vec<&Entry> {
-        let pattern: Vec<char> = pattern.chars().collect();
+        let regex = regex::escape(pattern).replace(r"\*", ".*").replace(r"\?", ".");
+        // A pattern of megabytes is none.
+        let Ok(regex) = Regex::new(&format!("(?s)^{regex}$")) else { return Vec::new() };
         let mut found: Vec<&Entry> = Vec::new();
         for entry in self.entries.iter().rev() {
             let is_old = unique && found.iter().any(|other| other.input == entry.input);
-            if !is_old && matches(&pattern, &entry.input.chars().collect::<Vec<_>>()) {
+            if !is_old && regex.is_match(&entry.input) {
                 found.push(entry);
             }
         }
@@ -97,28 +84,6 @@ impl History {
         found.reverse();
         found
     }
-}
-
-fn matches(pattern: &[char], text: &[char]) -> bool {
-    // How far the text was matched when the last star was met: the place to go on from when a match fails.
-    let (mut p, mut t, mut star) = (0, 0, None);
-    while t < text.len() {
-        match pattern.get(p) {
-            Some('*') => {
-                star = Some((p, t));
-                p += 1;
-            }
-            Some(c) if *c == '?' || *c == text[t] => (p, t) = (p + 1, t + 1),
-            _ => match star {
-                Some((at, from)) => {
-                    star = Some((at, from + 1));
-                    (p, t) = (at + 1, from + 1);
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|c| *c == '*')
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! What the name at the cursor is: its type or signature, and its documentation.
 
+use pulldown_cmark::{Event, HeadingLevel, Parser, Tag, TagEnd};
 use ra_ap_syntax::ast::{self, AstNode, HasName};
 use ra_ap_syntax::{Edition, SyntaxKind};
 
 use crate::api::{Item, Member};
-use crate::complete::MACROS;
 use crate::scope::{Cell, Place, Scope};
+use crate::std_names;
 
 /// The same text in the forms that Jupyter's frontends show.
 #[derive(Debug, Default, PartialEq)]
@@ -112,8 +113,8 @@ fn of_name(scope: &Scope, cell: &Cell, name: &str) -> Option<Found> {
     let parent = cell.token.parent()?;
     let is_macro = parent.ancestors().take(4).any(|node| ast::MacroCall::can_cast(node.kind()));
     let macro_name = format!("{name}!");
-    if let Some((_, usage)) = MACROS.iter().find(|(known, _)| is_macro && *known == macro_name) {
-        return Some(Found { headline: (*usage).to_owned(), ..Default::default() });
+    if let Some((_, usage)) = std_names::macros().find(|(known, _)| is_macro && *known == macro_name) {
+        return Some(Found { headline: usage.to_owned(), ..Default::default() });
     }
     let variable = match ast::Name::can_cast(parent.kind()) {
         true => {
@@ -126,11 +127,8 @@ fn of_name(scope: &Scope, cell: &Cell, name: &str) -> Option<Found> {
     if let Some(ty) = variable {
         let item = scope.api.type_at(ty.trim_start_matches('&').split('<').next().unwrap_or(&ty));
         let headline = format!("{name}: {ty}");
-        return Some(item.map_or(Found { headline: headline.clone(), ..Default::default() }, |item| Found {
-            headline,
-            docs: item.docs.clone(),
-            inside: inside(item),
-        }));
+        let (docs, inside) = item.map(|item| (item.docs.clone(), inside(item))).unwrap_or_default();
+        return Some(Found { headline, docs, inside });
     }
     if let Some(item) = scope.item(name) {
         return Some(of_item(item));
@@ -181,46 +179,18 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
-/// The part of Markdown that documentation uses: paragraphs, headings, lists, code.
+/// Documentation as HTML. What looks like HTML in it is text, `Vec<T>` say; and headings are small, for a tooltip.
 fn html(markdown: &str) -> String {
-    let mut out = String::new();
-    let mut open = "";
-    for line in markdown.lines() {
-        if line.trim_start().starts_with("```") {
-            let closes = open == "</pre>";
-            out.push_str(open);
-            out.push_str(if closes { "" } else { "<pre>" });
-            open = if closes { "" } else { "</pre>" };
-        } else if open == "</pre>" {
-            out.push_str(&escaped(line));
-            out.push('\n');
-        } else if line.trim().is_empty() {
-            out.push_str(open);
-            open = "";
-        } else if let Some(heading) = line.strip_prefix('#') {
-            out.push_str(&format!("{open}<h4>{}</h4>", inline(heading.trim_start_matches('#').trim())));
-            open = "";
-        } else if let Some(point) = line.strip_prefix("- ").or(line.strip_prefix("* ")) {
-            out.push_str(if open == "</li></ul>" { "</li><li>" } else { open });
-            out.push_str(if open == "</li></ul>" { "" } else { "<ul><li>" });
-            out.push_str(&inline(point));
-            open = "</li></ul>";
-        } else {
-            out.push_str(if open.is_empty() { "<p>" } else { "\n" });
-            out.push_str(&inline(line.trim()));
-            open = if open.is_empty() { "</p>" } else { open };
+    let events = Parser::new(markdown).map(|event| match event {
+        Event::Html(text) | Event::InlineHtml(text) => Event::Text(text),
+        Event::Start(Tag::Heading { id, classes, attrs, .. }) => {
+            Event::Start(Tag::Heading { level: HeadingLevel::H4, id, classes, attrs })
         }
-    }
-    out + open
-}
-
-/// `code` in a line.
-fn inline(line: &str) -> String {
+        Event::End(TagEnd::Heading(_)) => Event::End(TagEnd::Heading(HeadingLevel::H4)),
+        event => event,
+    });
     let mut out = String::new();
-    for (number, part) in line.split('`').enumerate() {
-        let part = escaped(part);
-        out.push_str(&if number % 2 == 1 { format!("<code>{part}</code>") } else { part });
-    }
+    pulldown_cmark::html::push_html(&mut out, events);
     out
 }
 
@@ -279,8 +249,9 @@ mod tests {
         );
         assert_eq!(
             html(&shown(docs)),
-            "<p>Trains <code>n &lt; 3</code>.</p><pre>let a = 1 &lt; 2;\n</pre><h4>Errors</h4>\
-             <ul><li>one</li><li>two\nmore</li></ul><p>End.</p>"
+            "<p>Trains <code>n &lt; 3</code>.</p>\n<pre><code class=\"language-rust\">let a = 1 &lt; 2;\n</code></pre>\n\
+             <h4>Errors</h4>\n<ul>\n<li>one</li>\n<li>two\nmore</li>\n</ul>\n<p>End.</p>\n"
         );
+        assert_eq!(html("A Vec<T> of `u8`s"), "<p>A Vec&lt;T&gt; of <code>u8</code>s</p>\n");
     }
 }

@@ -16,18 +16,29 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use cargo_metadata::{Artifact, DependencyKind, Message, Metadata, Node, NodeDep, Package, PackageId};
 
-use crate::layout::{Layout, first_line, rustc_version};
-
-use crate::layout::{BINARY_ENTRY, LIBRARY_ENTRIES, Place, Staging, Target, cannot, create_folder, write_if_changed};
+use crate::layout::{API, BINARY, BINARY_ENTRY, BUILT, DYLIB, LIBRARY_ENTRIES, Layout, Place, RUSTC, Staging, Target};
+use crate::layout::{cannot, create_folder, first_line, rustc_version, write_if_changed};
 use crate::{api, kernelspec};
 
-pub fn install(target: &Target, source: Option<&Path>) -> Result<()> {
+/// The library's package.
+const LIBRARY: &str = "qlora-nb";
+
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    target: Target,
+    /// The qlora-nb sources [default: where this binary was built]
+    #[arg(long, value_name = "DIR")]
+    source: Option<PathBuf>,
+}
+
+pub fn install(options: &Options) -> Result<()> {
     let begin = Instant::now();
-    let Place { layout, kernelspec } = target.place()?;
+    let Place { layout, kernelspec } = options.target.place()?;
     let rustc = rustc_version()?;
-    let source = sources(source)?;
+    let source = sources(options.source.as_deref())?;
     kernelspec::refuse_foreign(&kernelspec)?;
     // Before the build, so that a folder that cannot be written costs no minutes.
     let _claim = layout.claim(&kernelspec)?;
@@ -76,8 +87,8 @@ fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> 
     write_if_changed(&staging.path("built"), built.stamp()?.as_bytes())?;
     write_if_changed(&staging.path("rustc"), rustc.as_bytes())?;
     staging.commit(&LIBRARY_ENTRIES)?;
-    let size = fs::metadata(layout.dylib())?.len() >> 20;
-    println!("  linked {} ({size} MiB) in {:.1} s", layout.dylib().display(), begin.elapsed().as_secs_f64());
+    let size = fs::metadata(layout.at(DYLIB))?.len() >> 20;
+    println!("  linked {} ({size} MiB) in {:.1} s", layout.at(DYLIB).display(), begin.elapsed().as_secs_f64());
     Ok(true)
 }
 
@@ -85,28 +96,28 @@ fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> 
 fn install_binary(layout: &Layout) -> Result<bool> {
     let own = std::env::current_exe().context("cannot find this program's own file")?;
     let read = |path: &Path| fs::read(path).map_err(|error| cannot("read", path, error));
-    if layout.binary().exists() && read(&own)? == read(&layout.binary())? {
+    if layout.at(BINARY).exists() && read(&own)? == read(&layout.at(BINARY))? {
         return Ok(false);
     }
     let staging = Staging::new(layout)?;
-    let copy = staging.path(BINARY_ENTRY).join("qlora-nb");
+    let copy = staging.path(BINARY);
     create_folder(&staging.path(BINARY_ENTRY))?;
     let bytes = fs::copy(&own, &copy).map_err(|error| cannot("copy the kernel to", &copy, error))?;
     staging.commit(&[BINARY_ENTRY])?;
-    println!("  copied the kernel to {} ({} MiB)", layout.binary().display(), bytes >> 20);
+    println!("  copied the kernel to {} ({} MiB)", layout.at(BINARY).display(), bytes >> 20);
     Ok(true)
 }
 
 /// Notebooks run without the index, so what goes wrong here is said and no more.
 fn install_api(layout: &Layout, built: &Built) -> Result<bool> {
     let stamp = built.stamp()?;
-    if api::is_current(&layout.api(), &stamp) {
+    if api::is_current(&layout.at(API), &stamp) {
         return Ok(false);
     }
     let begin = Instant::now();
     match api::make(&built.documented, &stamp) {
         Ok(api) => {
-            write_if_changed(&layout.api(), &api.to_json())?;
+            write_if_changed(&layout.at(API), &api.to_json())?;
             println!("  indexed {} items for completion in {:.1} s", api.items.len(), begin.elapsed().as_secs_f64());
         }
         Err(error) => println!("  no index of the library: completion will know less ({error:#})"),
@@ -141,66 +152,82 @@ impl Built {
 fn build(source: &Path) -> Result<Built> {
     let build = ["build", "--release", "--workspace", "--message-format=json-render-diagnostics"];
     let messages = cargo(source, &build)?;
-    let metadata: Value = serde_json::from_slice(&cargo(source, &["metadata", "--format-version=1"])?)?;
-    let needed = dependencies(&metadata);
+    let metadata = cargo(source, &["metadata", "--format-version=1"])?;
+    let metadata: Metadata = serde_json::from_slice(&metadata).context("cargo's metadata is not understood")?;
+    let needed = needed(&metadata);
     let mut built = Built::default();
     let mut artifacts = HashMap::new();
-    for line in messages.split(|b| *b == b'\n') {
-        let Ok(message) = serde_json::from_slice::<Value>(line) else { continue };
-        let Some(id) = message["package_id"].as_str().filter(|id| needed.contains(id)) else { continue };
-        let strings = |key: &str| message[key].as_array().into_iter().flatten().filter_map(Value::as_str);
-        built.native.extend(strings("linked_paths").map(str::to_owned));
-        let is_proc_macro =
-            message["target"]["kind"].as_array().is_some_and(|kinds| kinds.iter().any(|k| k == "proc-macro"));
-        // A crate that is built as a C library too has no rmeta of its own: its rlib holds the metadata. (Its .so
-        // has none, and would be taken for a damaged crate.)
-        let has_rmeta = strings("filenames").any(|name| name.ends_with(".rmeta"));
-        for file in strings("filenames").map(PathBuf::from) {
-            let extension = file.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            if message["target"]["name"] != "qlora_nb" {
-                let needed = match extension {
-                    "rmeta" => true,
-                    "rlib" => !has_rmeta,
-                    "so" => is_proc_macro,
-                    _ => false,
-                };
-                if needed {
-                    artifacts.insert(id.to_owned(), file.clone());
+    for message in Message::parse_stream(&messages[..]) {
+        match message? {
+            Message::BuildScriptExecuted(script) if needed.contains(&script.package_id) => {
+                built.native.extend(script.linked_paths.into_iter().map(String::from));
+            }
+            Message::CompilerArtifact(artifact) if needed.contains(&artifact.package_id) => {
+                if artifact.target.name == "qlora_nb" {
+                    let rlib = artifact.filenames.iter().find(|file| file.extension() == Some("rlib"));
+                    built.rlib = rlib.map_or(built.rlib, PathBuf::from);
+                } else if let Some(file) = metadata_file(&artifact) {
+                    artifacts.insert(artifact.package_id, file.clone());
                     built.metadata.push(file);
                 }
-            } else if extension == "rlib" {
-                built.rlib = file;
             }
+            _ => {}
         }
     }
     if built.rlib.as_os_str().is_empty() {
         bail!("cargo built no rlib of qlora_nb from {}", source.display());
     }
-    built.documented = ["qlora-nb", "candle-core"].map(|name| documented(name, &metadata, &artifacts)).into();
+    let described = [LIBRARY, "candle-core"].into_iter().filter_map(|name| documented(&metadata, name, &artifacts));
+    built.documented = described.collect();
     Ok(built)
 }
 
+/// Where a crate's metadata is: its rmeta, or the library of a proc macro. A crate that is built as a C library too has no
+/// rmeta of its own: its rlib holds the metadata. (Its .so has none, and would be taken for a damaged crate.)
+fn metadata_file(artifact: &Artifact) -> Option<PathBuf> {
+    let with = |extension| artifact.filenames.iter().find(|file| file.extension() == Some(extension));
+    let proc_macro = || with("so").filter(|_| artifact.target.is_proc_macro());
+    with("rmeta").or_else(|| with("rlib")).or_else(proc_macro).map(PathBuf::from)
+}
+
+fn package<'a>(metadata: &'a Metadata, name: &str) -> Option<&'a Package> {
+    metadata.packages.iter().find(|package| package.name == name)
+}
+
+/// The dependencies of a package.
+fn node<'a>(metadata: &'a Metadata, id: &PackageId) -> Option<&'a Node> {
+    metadata.resolve.as_ref()?.nodes.iter().find(|node| node.id == *id)
+}
+
+/// The library's package and all packages whose metadata its own metadata refers to.
+fn needed(metadata: &Metadata) -> HashSet<&PackageId> {
+    let mut queue: Vec<&PackageId> = package(metadata, LIBRARY).map(|library| &library.id).into_iter().collect();
+    let mut needed = HashSet::new();
+    while let Some(id) = queue.pop() {
+        if needed.insert(id) {
+            let is_normal = |dep: &&NodeDep| dep.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal);
+            let deps = node(metadata, id).into_iter().flat_map(|node| &node.deps);
+            queue.extend(deps.filter(is_normal).map(|dep| &dep.pkg));
+        }
+    }
+    needed
+}
+
 /// What rustdoc needs for a package, from what cargo has built.
-fn documented(package: &str, metadata: &Value, artifacts: &HashMap<String, PathBuf>) -> api::Documented {
-    let list = |value: &'_ Value| value.as_array().cloned().unwrap_or_default();
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let found = list(&metadata["packages"]).into_iter().find(|found| found["name"] == package).unwrap_or_default();
-    let node = list(&metadata["resolve"]["nodes"]).into_iter().find(|node| node["id"] == found["id"]);
-    let node = node.unwrap_or_default();
-    let is_library = |target: &&Value| list(&target["kind"]).iter().any(|kind| kind == "lib" || kind == "rlib");
-    let targets = list(&found["targets"]);
-    let target = targets.iter().find(is_library).cloned().unwrap_or_default();
-    let externs = list(&node["deps"]).into_iter();
-    let externs = externs.filter_map(|dep| Some((text(&dep["name"]), artifacts.get(dep["pkg"].as_str()?)?.clone())));
-    api::Documented {
-        name: text(&target["name"]).replace('-', "_"),
-        root: PathBuf::from(text(&target["src_path"])),
-        edition: text(&target["edition"]),
-        version: text(&found["version"]),
-        features: list(&node["features"]).iter().map(text).collect(),
+fn documented(metadata: &Metadata, name: &str, artifacts: &HashMap<PackageId, PathBuf>) -> Option<api::Documented> {
+    let package = package(metadata, name)?;
+    let node = node(metadata, &package.id)?;
+    let target = package.targets.iter().find(|target| target.is_lib() || target.is_rlib())?;
+    let externs = node.deps.iter().filter_map(|dep| Some((dep.name.to_string(), artifacts.get(&dep.pkg)?.clone())));
+    Some(api::Documented {
+        name: target.name.replace('-', "_"),
+        root: target.src_path.clone().into(),
+        edition: target.edition.to_string(),
+        version: package.version.to_string(),
+        features: node.features.iter().map(|feature| feature.to_string()).collect(),
         externs: externs.collect(),
         folders: artifacts.values().filter_map(|file| file.parent()).map(Path::to_owned).collect(),
-    }
+    })
 }
 
 fn cargo(source: &Path, args: &[&str]) -> Result<Vec<u8>> {
@@ -222,30 +249,9 @@ fn cargo(source: &Path, args: &[&str]) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The ids of the library's package and of all packages whose metadata its own metadata refers to.
-fn dependencies(metadata: &Value) -> HashSet<&str> {
-    let mut nodes = HashMap::new();
-    for node in metadata["resolve"]["nodes"].as_array().into_iter().flatten() {
-        nodes.insert(node["id"].as_str().unwrap_or_default(), &node["deps"]);
-    }
-    let packages = metadata["packages"].as_array().into_iter().flatten();
-    let library = packages.filter(|package| package["name"] == "qlora-nb").filter_map(|package| package["id"].as_str());
-    let mut queue: Vec<&str> = library.collect();
-    let mut needed = HashSet::new();
-    while let Some(id) = queue.pop() {
-        if needed.insert(id) {
-            let deps = nodes.get(id).and_then(|deps| deps.as_array()).into_iter().flatten();
-            let normal =
-                |dep: &&Value| dep["dep_kinds"].as_array().is_some_and(|k| k.iter().any(|k| k["kind"].is_null()));
-            queue.extend(deps.filter(normal).filter_map(|dep| dep["pkg"].as_str()));
-        }
-    }
-    needed
-}
-
 fn is_current(layout: &Layout, built: &Built, rustc: &str) -> bool {
-    fs::read_to_string(layout.rustc_stamp()).is_ok_and(|text| text == rustc)
-        && fs::read_to_string(layout.built_stamp()).is_ok_and(|text| built.stamp().is_ok_and(|now| now == text))
+    fs::read_to_string(layout.at(RUSTC)).is_ok_and(|text| text == rustc)
+        && fs::read_to_string(layout.at(BUILT)).is_ok_and(|text| built.stamp().is_ok_and(|now| now == text))
         && layout.check().is_ok()
 }
 
@@ -301,8 +307,8 @@ fn join(before: &str, path: &Path) -> OsString {
 fn init_evcxr(layout: &Layout) -> String {
     let flags = [
         "-Cprefer-dynamic".to_owned(),
-        format!("--extern=qlora_nb={}", layout.dylib().display()),
-        format!("-Ldependency={}", layout.deps().display()),
+        format!("--extern=qlora_nb={}", layout.at(DYLIB).display()),
+        format!("-Ldependency={}", layout.at("deps").display()),
     ];
     format!(":build_env CARGO_ENCODED_RUSTFLAGS={}\n", flags.join("\u{1f}"))
 }

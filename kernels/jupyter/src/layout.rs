@@ -26,14 +26,23 @@ use std::process::Command;
 use anyhow::{Context, Error, Result, anyhow, bail};
 use serde_json::{Value, json};
 
-/// All that an installation puts into its layout. The stamps of the library are the last of its own entries: an
-/// install that is cut short never passes for a whole one.
-pub const LIBRARY_ENTRIES: [&str; 5] = ["lib", "deps", "evcxr", "built", "rustc"];
+use crate::files;
+
+/// The library's entries, as an installation puts them into its layout. Its stamps are the last of them: an install that
+/// is cut short never passes for a whole one.
+pub const LIBRARY_ENTRIES: [&str; 5] = ["lib", "deps", "evcxr", BUILT, RUSTC];
 pub const BINARY_ENTRY: &str = "bin";
-pub const API_ENTRY: &str = "api.json";
-const STAMP: &str = "qlora-nb.json";
+pub const API: &str = "api.json";
+pub const STAMP: &str = "qlora-nb.json";
+pub const RUSTC: &str = "rustc";
+pub const BUILT: &str = "built";
+/// Files in entries.
+pub const DYLIB: &str = "lib/libqlora_nb.so";
+pub const INIT: &str = "evcxr/init.evcxr";
+pub const BINARY: &str = "bin/qlora-nb";
 
 /// Where notebooks find the library.
+#[derive(Clone)]
 pub struct Layout {
     pub prefix: PathBuf,
 }
@@ -43,57 +52,30 @@ impl Layout {
         Layout { prefix: prefix.to_owned() }
     }
 
-    pub fn dylib(&self) -> PathBuf {
-        self.prefix.join("lib/libqlora_nb.so")
-    }
-
-    pub fn deps(&self) -> PathBuf {
-        self.prefix.join("deps")
-    }
-
-    pub fn evcxr_config(&self) -> PathBuf {
-        self.prefix.join("evcxr")
-    }
-
-    pub fn binary(&self) -> PathBuf {
-        self.prefix.join(BINARY_ENTRY).join("qlora-nb")
-    }
-
-    pub fn api(&self) -> PathBuf {
-        self.prefix.join(API_ENTRY)
-    }
-
-    pub fn rustc_stamp(&self) -> PathBuf {
-        self.prefix.join("rustc")
-    }
-
-    pub fn built_stamp(&self) -> PathBuf {
-        self.prefix.join("built")
-    }
-
-    pub fn stamp(&self) -> PathBuf {
-        self.prefix.join(STAMP)
+    /// The place of an entry, or of a file in one.
+    pub fn at(&self, entry: &str) -> PathBuf {
+        self.prefix.join(entry)
     }
 
     /// Whether an installation of ours lies there, whole or not. One of before the stamp is known by its init.evcxr.
     pub fn is_ours(&self) -> bool {
-        let init = || fs::read_to_string(self.evcxr_config().join("init.evcxr"));
-        self.stamp().is_file() || init().is_ok_and(|text| text.contains("--extern=qlora_nb="))
+        let init = || fs::read_to_string(self.at(INIT));
+        self.at(STAMP).is_file() || init().is_ok_and(|text| text.contains("--extern=qlora_nb="))
     }
 
     /// The kernelspec that was installed for this layout, as its stamp says.
     pub fn kernelspec(&self) -> Option<PathBuf> {
-        let stamp: Value = serde_json::from_slice(&fs::read(self.stamp()).ok()?).ok()?;
+        let stamp: Value = serde_json::from_slice(&fs::read(self.at(STAMP)).ok()?).ok()?;
         stamp["kernelspec"].as_str().map(PathBuf::from)
     }
 
     /// Whether notebooks can use what is there; else what is wrong and the remedy.
     pub fn check(&self) -> Result<()> {
         let prefix = self.prefix.display();
-        let Ok(installed_for) = fs::read_to_string(self.rustc_stamp()) else {
+        let Ok(installed_for) = fs::read_to_string(self.at(RUSTC)) else {
             bail!("no library for notebooks in {prefix}\nremedy: qlora-nb install (or --prefix DIR, where it is)");
         };
-        for needed in [self.dylib(), self.deps(), self.evcxr_config().join("init.evcxr")] {
+        for needed in [self.at(DYLIB), self.at("deps"), self.at(INIT)] {
             if !needed.exists() {
                 bail!("{} is missing\nremedy: qlora-nb install", needed.display());
             }
@@ -107,8 +89,8 @@ impl Layout {
                 first_line(&rustc)
             );
         }
-        let init = fs::read_to_string(self.evcxr_config().join("init.evcxr"))?;
-        if !init.contains(&*self.dylib().to_string_lossy()) {
+        let init = fs::read_to_string(self.at(INIT))?;
+        if !init.contains(&*self.at(DYLIB).to_string_lossy()) {
             bail!("{prefix} was moved after it was installed\nremedy: qlora-nb install, for the new place");
         }
         Ok(())
@@ -127,7 +109,7 @@ impl Layout {
             );
         }
         create_folder(folder)?;
-        let stamp = self.stamp();
+        let stamp = self.at(STAMP);
         let open = File::options().read(true).write(true).create(true).truncate(false).open(&stamp);
         let mut file = open.map_err(|error| cannot("write", &stamp, error))?;
         file.lock().map_err(|error| cannot("lock", &stamp, error))?;
@@ -151,7 +133,7 @@ pub struct Claim<'a> {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         if !LIBRARY_ENTRIES.iter().any(|entry| self.layout.prefix.join(entry).exists()) {
-            let _ = fs::remove_file(self.layout.stamp());
+            let _ = fs::remove_file(self.layout.at(STAMP));
             let _ = fs::remove_dir(&self.layout.prefix);
         }
     }
@@ -163,39 +145,37 @@ pub struct Place {
     pub kernelspec: PathBuf,
 }
 
-/// For whom to install.
-#[derive(Debug, Default, PartialEq)]
-pub enum Target {
-    /// `QLORA_NB_PREFIX` if that is set, else the user.
-    #[default]
-    Unsaid,
-    User,
-    /// The Python environment that is active.
-    SysPrefix,
-    Prefix(PathBuf),
+/// For whom to install; `QLORA_NB_PREFIX` if nothing is said and that is set, else the user.
+#[derive(Debug, Default, clap::Args)]
+#[group(multiple = false)]
+pub struct Target {
+    /// For this user: $XDG_DATA_HOME/qlora-nb or ~/.local/share/qlora-nb (the default)
+    #[arg(long)]
+    pub user: bool,
+    /// In the active Python environment: share/qlora-nb in it
+    #[arg(long)]
+    pub sys_prefix: bool,
+    /// In DIR/share/qlora-nb ($QLORA_NB_PREFIX, without a flag, names the installation's own folder)
+    #[arg(long, value_name = "DIR")]
+    pub prefix: Option<PathBuf>,
 }
 
 impl Target {
     pub fn place(&self) -> Result<Place> {
-        let user = || -> Result<Place> {
-            let kernels = variable("JUPYTER_DATA_DIR").or_else(|| Some(data_home()?.join("jupyter")));
-            let kernels =
-                kernels.context("neither JUPYTER_DATA_DIR, XDG_DATA_HOME nor HOME is set: pass --prefix DIR")?;
-            Place::new(&user_layout()?, &kernels.join("kernels/qlora-nb"))
-        };
         let kernelspec_in = |prefix: &Path| prefix.join("share/jupyter/kernels/qlora-nb");
-        match self {
-            Target::Unsaid => match variable("QLORA_NB_PREFIX") {
-                Some(prefix) => Place::new(&prefix, &kernelspec_in(&prefix)),
-                None => user(),
-            },
-            Target::User => user(),
-            Target::SysPrefix => {
-                let prefix = python_prefix()?;
-                Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(&prefix))
-            }
-            Target::Prefix(prefix) => Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(prefix)),
+        let under = |prefix: &Path| Place::new(&prefix.join("share/qlora-nb"), &kernelspec_in(prefix));
+        if let Some(prefix) = &self.prefix {
+            return under(prefix);
         }
+        if self.sys_prefix {
+            return under(&python_prefix()?);
+        }
+        if let Some(prefix) = variable("QLORA_NB_PREFIX").filter(|_| !self.user) {
+            return Place::new(&prefix, &kernelspec_in(&prefix));
+        }
+        let kernels = variable("JUPYTER_DATA_DIR").or_else(|| Some(data_home()?.join("jupyter")));
+        let kernels = kernels.context("neither JUPYTER_DATA_DIR, XDG_DATA_HOME nor HOME is set: pass --prefix DIR")?;
+        Place::new(&user_layout()?, &kernels.join("kernels/qlora-nb"))
     }
 }
 
@@ -205,24 +185,34 @@ impl Place {
     }
 }
 
-/// The layout that notebooks use: of a prefix, if one is given, the layout under it or the prefix itself; else
-/// `QLORA_NB_PREFIX`; else the first that exists of the one to which this binary belongs, the user's, and the one in
-/// the active Python environment.
-pub fn find(prefix: Option<&Path>) -> Result<Layout> {
-    let absolute = |path: &Path| std::path::absolute(path).map(|path| Layout::new(&path));
-    if let Some(prefix) = prefix {
-        let under = absolute(&prefix.join("share/qlora-nb"))?;
-        return if under.is_ours() { Ok(under) } else { Ok(absolute(prefix)?) };
-    }
-    if let Some(prefix) = variable("QLORA_NB_PREFIX") {
-        return Ok(absolute(&prefix)?);
-    }
-    let own = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.to_owned()));
-    let python = variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX")).map(|dir| dir.join("share/qlora-nb"));
-    let candidates = own.into_iter().chain(user_layout()).chain(python);
-    match candidates.map(|path| Layout::new(&path)).find(Layout::is_ours) {
-        Some(layout) => Ok(absolute(&layout.prefix)?),
-        None => Ok(absolute(&user_layout()?)?),
+/// Which installation is used.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Installation {
+    /// Use the installation under DIR/share, or DIR itself [default: $QLORA_NB_PREFIX, or what is found]
+    #[arg(long, value_name = "DIR")]
+    prefix: Option<PathBuf>,
+}
+
+impl Installation {
+    /// The layout that notebooks use: of a prefix, if one is given, the layout under it or the prefix itself; else
+    /// `QLORA_NB_PREFIX`; else the first that exists of the one to which this binary belongs, the user's, and the one in
+    /// the active Python environment.
+    pub fn layout(&self) -> Result<Layout> {
+        let absolute = |path: &Path| std::path::absolute(path).map(|path| Layout::new(&path));
+        if let Some(prefix) = &self.prefix {
+            let under = absolute(&prefix.join("share/qlora-nb"))?;
+            return if under.is_ours() { Ok(under) } else { Ok(absolute(prefix)?) };
+        }
+        if let Some(prefix) = variable("QLORA_NB_PREFIX") {
+            return Ok(absolute(&prefix)?);
+        }
+        let own = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.to_owned()));
+        let python = active_environment().map(|dir| dir.join("share/qlora-nb"));
+        let candidates = own.into_iter().chain(user_layout()).chain(python);
+        match candidates.map(|path| Layout::new(&path)).find(Layout::is_ours) {
+            Some(layout) => Ok(absolute(&layout.prefix)?),
+            None => Ok(absolute(&user_layout()?)?),
+        }
     }
 }
 
@@ -239,9 +229,14 @@ fn user_layout() -> Result<PathBuf> {
     Ok(home.join("qlora-nb"))
 }
 
-/// The folder of the active Python environment.
+/// The folder of the Python environment that was activated.
+fn active_environment() -> Option<PathBuf> {
+    variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX"))
+}
+
+/// The folder of the Python environment that `python3` belongs to.
 fn python_prefix() -> Result<PathBuf> {
-    if let Some(prefix) = variable("VIRTUAL_ENV").or_else(|| variable("CONDA_PREFIX")) {
+    if let Some(prefix) = active_environment() {
         return Ok(prefix);
     }
     let remedy = "remedy: activate the environment, or pass its folder with --prefix DIR";
@@ -264,11 +259,15 @@ pub fn rustc_version() -> Result<String> {
         Err(error) => bail!("cannot run rustc, which compiles the cells: {error}\n{remedy}"),
     };
     let numbers = |text: &str| -> Vec<u32> { text.split(['.', '-']).map_while(|part| part.parse().ok()).collect() };
-    let release = version.lines().find_map(|line| line.strip_prefix("release: ")).unwrap_or_default();
-    if numbers(release) < numbers(needed) {
+    if numbers(release_in(&version)) < numbers(needed) {
         bail!("{} is too old: Rust {needed} or newer is needed\nremedy: rustup update", first_line(&version));
     }
     Ok(version)
+}
+
+/// `1.95.0`, of what `rustc -vV` says.
+pub fn release_in(version: &str) -> &str {
+    version.lines().find_map(|line| line.strip_prefix("release: ")).unwrap_or("unknown")
 }
 
 /// Where this rustc's toolchain lies.
@@ -340,22 +339,13 @@ impl Staging {
     }
 }
 
-/// Writes a file by way of a sibling, unless it holds the same already. Returns whether it did.
+/// Writes a file unless it holds the same already. Returns whether it did.
 pub fn write_if_changed(path: &Path, content: &[u8]) -> Result<bool> {
     if fs::read(path).is_ok_and(|old| old == content) {
         return Ok(false);
     }
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    create_folder(folder)?;
-    let write = || -> io::Result<()> {
-        // Others than the owner may read it: a Python environment is often shared.
-        let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-        let mut file = tempfile::Builder::new().permissions(readable).tempfile_in(folder)?;
-        file.write_all(content)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|error| cannot("write", path, error))?;
+    create_folder(path.parent().unwrap_or(Path::new("/")))?;
+    files::write(path, content).map_err(|error| cannot("write", path, error))?;
     Ok(true)
 }
 
@@ -375,7 +365,7 @@ mod tests {
         drop(layout.claim(Path::new("/spec")).expect("claimed"));
         assert!(!layout.prefix.exists());
         let claim = layout.claim(Path::new("/spec")).expect("claimed");
-        fs::write(layout.rustc_stamp(), "x").expect("written");
+        fs::write(layout.at(RUSTC), "x").expect("written");
         drop(claim);
         assert_eq!(layout.kernelspec(), Some(PathBuf::from("/spec")));
     }
@@ -386,7 +376,7 @@ mod tests {
         fs::create_dir_all(layout.prefix.join("lib")).expect("made");
         let error = layout.claim(Path::new("/spec")).err().expect("refused").to_string();
         assert!(error.contains("holds no installation") && error.contains("remedy"), "{error}");
-        assert!(!layout.stamp().exists());
+        assert!(!layout.at(STAMP).exists());
     }
 
     #[test]
@@ -400,7 +390,7 @@ mod tests {
         fs::create_dir(staging.path("lib")).expect("made");
         fs::write(staging.path("rustc"), "new").expect("written");
         staging.commit(&["lib", "rustc"]).expect("committed");
-        assert_eq!(fs::read_to_string(layout.rustc_stamp()).expect("read"), "new");
+        assert_eq!(fs::read_to_string(layout.at(RUSTC)).expect("read"), "new");
         let names = |folder: &Path| fs::read_dir(folder).expect("read").count();
         assert_eq!((names(&layout.prefix), names(&layout.prefix.join("lib"))), (2, 0));
     }

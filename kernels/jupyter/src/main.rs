@@ -1,107 +1,136 @@
 //! `qlora-nb`: runs Rust notebooks against the qlora-nb library, without Python and without a browser.
 //!
-//! The same binary plays four parts, and reads top to bottom in this order:
+//! The same binary plays four parts:
 //!
-//! 1. [`install`] links the library as one dylib and writes where cells find it ([`layout`]), the [`kernelspec`], and
-//!    an index of the library ([`api`]) for completion and inspection ([`complete`], [`inspect`]);
-//! 2. a [`session`] runs cells and loses no variable ([`keep`]), and says what they show while they run ([`outputs`]):
-//!    to Jupyter ([`kernel`]), to a terminal ([`repl`]), or to a notebook file: [`batch`] runs notebooks, and
-//!    [`testing`] holds them to what they promise ([`check`], [`diff`], [`junit`]), each in a process of its own
-//!    ([`runner`]);
-//! 3. [`supervisor`] is the process that evcxr believes to run the cells. It starts the one that does, and
-//!    reports what evcxr hides: panics, `Err` through `?`, a death;
-//! 4. [`types`] stands before rustc: it asks it for the types of a cell's variables, and has it not optimise where
-//!    nothing is to be gained ([`plain`]).
+//! 1. [`install`] links the library as one dylib and writes where cells find it ([`layout`]), Jupyter's [`kernelspec`],
+//!    and an index of the library ([`api`]) for completion and inspection;
+//! 2. a [`session`] runs cells and loses no variable, and says what they show while they run ([`outputs`]): to Jupyter
+//!    ([`kernel`]), to a terminal ([`repl`]), or to a notebook file: [`batch`] runs notebooks, and [`testing`] holds them
+//!    to what they promise, each in a process of its own ([`runner`]);
+//! 3. [`supervisor`] is the process that evcxr believes to run the cells. It starts the one that does, and reports what
+//!    evcxr hides: panics, `Err` through `?`, a death;
+//! 4. [`wrapper`] stands before rustc: it asks it for the types of a cell's variables ([`types`]), and has it not optimise
+//!    where nothing is to be gained ([`plain`]).
+//!
+//! The modules in the order in which they can be read: each uses those before it, and none behind it.
+//!
+//! - the machine: [`files`], [`processes`], [`highlight`];
+//! - what is installed: [`layout`], [`kernelspec`], [`api`], [`install`], [`uninstall`], [`doctor`];
+//! - the text of a cell: [`syntax`], [`std_names`], [`scope`], [`complete`], [`inspect`], [`assistance`], [`plain`];
+//! - rustc: [`types`], [`wrapper`];
+//! - a session: [`supervisor`], [`diagnostics`], [`outputs`], [`keep`], [`engine`], [`session`];
+//! - who talks to it: [`history`], [`messages`], [`executor`], [`kernel`], [`repl`];
+//! - notebook files: [`notebook`], [`runner`], [`diff`], [`check`], [`junit`], [`batch`], [`testing`].
+
+mod files;
+mod highlight;
+mod processes;
 
 mod api;
-mod assistance;
-mod batch;
-mod check;
-mod complete;
-mod diagnostics;
-mod diff;
 mod doctor;
-mod highlight;
-mod history;
-mod inspect;
 mod install;
-mod junit;
-mod keep;
-mod kernel;
 mod kernelspec;
 mod layout;
-mod notebook;
-mod outputs;
-mod plain;
-mod processes;
-mod repl;
-mod runner;
-mod scope;
-mod session;
-mod std_names;
-mod supervisor;
-mod syntax;
-mod testing;
-mod types;
 mod uninstall;
 
+mod assistance;
+mod complete;
+mod inspect;
+mod plain;
+mod scope;
+mod std_names;
+mod syntax;
+
+mod types;
+mod wrapper;
+
+mod diagnostics;
+mod engine;
+mod keep;
+mod outputs;
+mod session;
+mod supervisor;
+
+mod executor;
+mod history;
+mod kernel;
+mod messages;
+mod repl;
+
+mod batch;
+mod check;
+mod diff;
+mod junit;
+mod notebook;
+mod runner;
+mod testing;
+
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::layout::Target;
+use crate::layout::{Installation, Target};
 
-const USAGE: &str = "\
-qlora-nb: Rust notebooks against the qlora-nb library
+#[derive(Parser)]
+#[command(name = "qlora-nb", version, about = "Rust notebooks against the qlora-nb library")]
+#[command(after_help = "Exit status 1: a cell failed or differs. 2: wrong usage, or unreadable input.")]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
 
-usage:
-  qlora-nb install [--user | --sys-prefix | --prefix DIR] [--source DIR]
-      build the library, link it as a dylib for this rustc, lay it out for notebooks, and tell Jupyter
-      of the kernel; what is there already and still fits stays
-  qlora-nb uninstall [--user | --sys-prefix | --prefix DIR]
-      remove what install wrote, and nothing else
-  qlora-nb run NOTEBOOK... [-o OUT] [options]
-      execute notebooks cell by cell and write the outputs into them (or into OUT: a file, or a
-      folder for several); a failing cell ends its notebook, and the exit status is 1
-  qlora-nb test NOTEBOOK... [--update] [--junit FILE] [options]
-      execute notebooks and compare the outputs with those stored, which stay as they are;
-      the exit status is 1 if any cell fails or differs from what its notebook promises
-  qlora-nb repl
-      cells in a terminal, with history, completion and progress bars
-  qlora-nb kernel CONNECTION_FILE
-      serve a Jupyter client, which writes that file and starts this
-  qlora-nb doctor [--prefix DIR]
-      say what is missing or does not match, and the remedy
-
-  --user            install for this user (the default): $XDG_DATA_HOME/qlora-nb or ~/.local/share/qlora-nb
-  --sys-prefix      install into the active Python environment: share/qlora-nb in it
-  --prefix DIR      install: into DIR/share/qlora-nb; otherwise: use what is there, or DIR itself
-                    (without a flag $QLORA_NB_PREFIX names the installation's own folder)
-  --source DIR      the qlora-nb sources (default: where this binary was built)
-  --timeout SECONDS give up on a cell after so long (default: 3600)
-  --jobs N          run at most so many notebooks at once (default: the number of cores)
-  --memory MIB      let notebooks that run at once need so much together (default: what is available);
-                    one needs 1536, or the \"qlora_nb\": {\"memory_mib\": N} of its metadata
-  --write-types     (run) name the types of variables in the executed notebook, for stock evcxr_jupyter
-  --update          rewrite outputs that differ, in notebooks in which no cell failed
-  --junit FILE      write the results as JUnit XML
-  A notebook may be a folder: all *.ipynb in it. Exit status 2: wrong usage, or unreadable input.
-";
+#[derive(Subcommand)]
+enum Command {
+    /// Build the library, lay it out for notebooks, and tell Jupyter of the kernel
+    ///
+    /// Links the library as a dylib for this rustc. What is there already and still fits stays.
+    Install(install::Options),
+    /// Remove what install wrote, and nothing else
+    Uninstall(Target),
+    /// Execute notebooks cell by cell and write the outputs into them
+    ///
+    /// A failing cell ends its notebook, and the exit status is 1.
+    Run(batch::RunOptions),
+    /// Execute notebooks and compare the outputs with those stored, which stay as they are
+    ///
+    /// The exit status is 1 if any cell fails or differs from what its notebook promises.
+    Test(testing::TestOptions),
+    /// Cells in a terminal, with history, completion and progress bars
+    Repl(Installation),
+    /// Serve a Jupyter client, which writes the connection file and starts this
+    Kernel {
+        connection_file: PathBuf,
+        #[command(flatten)]
+        installation: Installation,
+    },
+    /// Say what is missing or does not match, and the remedy
+    Doctor(Installation),
+    /// Print what makes a shell complete this command line: eval "$(qlora-nb completions bash)"
+    Completions { shell: clap_complete::Shell },
+    /// How `run` and `test` start this binary for one notebook
+    #[command(name = batch::CELLS, hide = true)]
+    Cells {
+        notebook: PathBuf,
+        #[command(flatten)]
+        options: batch::CellOptions,
+    },
+}
 
 fn main() -> ExitCode {
     // The order matters: evcxr starts this binary for the cells, cargo starts it for rustc.
     if supervisor::is_asked_for() {
         supervisor::run();
     }
-    if types::is_asked_for() {
-        return types::stand_before_rustc();
+    if wrapper::is_asked_for() {
+        return wrapper::stand_before_rustc();
     }
     supervisor::prepare_worker();
     evcxr::runtime_hook();
 
-    match command_line(std::env::args().skip(1).collect()) {
+    match obey(CommandLine::parse().command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("qlora-nb: {error:#}");
@@ -110,79 +139,57 @@ fn main() -> ExitCode {
     }
 }
 
-fn command_line(args: Vec<String>) -> Result<ExitCode> {
-    let mut prefix: Option<PathBuf> = None;
-    let mut target = Target::Unsaid;
-    let mut source = None;
-    let mut output = None;
-    let mut timeout = Duration::from_secs(3600);
-    let (mut jobs, mut memory_mib) = (None, None);
-    let mut write_types = false;
-    let mut test = testing::TestOptions { junit: None, update: false };
-    let mut words = Vec::new();
-    let mut args = args.into_iter();
-    while let Some(arg) = args.next() {
-        let mut value = || args.next().with_context(|| format!("{arg} needs a value\n\n{USAGE}"));
-        match arg.as_str() {
-            "--prefix" => prefix = Some(PathBuf::from(value()?)),
-            "--user" => target = Target::User,
-            "--sys-prefix" => target = Target::SysPrefix,
-            "--source" => source = Some(PathBuf::from(value()?)),
-            "-o" | "--output" => output = Some(PathBuf::from(value()?)),
-            "--timeout" => {
-                let text = value()?;
-                let seconds = text.parse::<f64>().ok().filter(|s| *s > 0.0 && s.is_finite());
-                let seconds = seconds.with_context(|| format!("--timeout: expected seconds, got {text:?}"))?;
-                timeout = Duration::from_secs_f64(seconds);
-            }
-            "--jobs" => jobs = Some(usize::try_from(positive(&arg, &value()?)?)?),
-            "--memory" => memory_mib = Some(positive(&arg, &value()?)?),
-            "--junit" => test.junit = Some(PathBuf::from(value()?)),
-            "--update" => test.update = true,
-            "--write-types" => write_types = true,
-            "-h" | "--help" => {
-                print!("{USAGE}");
-                return Ok(ExitCode::SUCCESS);
-            }
-            "-V" | "--version" => {
-                println!("qlora-nb {}", env!("CARGO_PKG_VERSION"));
-                return Ok(ExitCode::SUCCESS);
-            }
-            flag if flag.starts_with('-') => bail!("unknown option {flag}\n\n{USAGE}"),
-            _ => words.push(arg),
+fn obey(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Install(options) => install::install(&options)?,
+        Command::Uninstall(target) => uninstall::uninstall(&target)?,
+        Command::Run(options) => return batch::run(&options),
+        Command::Test(options) => return testing::test(&options),
+        Command::Repl(installation) => repl::run(&installation.layout()?)?,
+        Command::Kernel { connection_file, installation } => kernel::run(&connection_file, &installation.layout()?)?,
+        Command::Doctor(installation) => return doctor::doctor(&installation.layout()?),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut CommandLine::command(), "qlora-nb", &mut script);
+            std::io::stdout().write_all(&script).context("nobody reads the completions")?;
+        }
+        Command::Cells { notebook, options } => {
+            runner::run_cells(&notebook, options.timeout, &options.installation.layout()?)?;
         }
     }
-    if let Some(prefix) = &prefix {
-        if target != Target::Unsaid {
-            bail!("--prefix, --user and --sys-prefix exclude each other");
-        }
-        target = Target::Prefix(prefix.clone());
-    }
-    let prefix = || layout::find(prefix.as_deref()).map(|layout| layout.prefix);
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let options = || -> Result<batch::Options> {
-        Ok(batch::Options { timeout, prefix: prefix()?, jobs, write_types, memory_mib })
-    };
-    match words.as_slice() {
-        ["install"] => install::install(&target, source.as_deref()).map(|()| ExitCode::SUCCESS),
-        ["uninstall"] => uninstall::uninstall(&target).map(|()| ExitCode::SUCCESS),
-        ["run", notebooks @ ..] if !notebooks.is_empty() => batch::run(notebooks, output.as_deref(), &options()?),
-        ["test", ..] if output.is_some() => {
-            bail!("test writes no other notebook\nremedy: --update, or qlora-nb run -o")
-        }
-        ["test", notebooks @ ..] if !notebooks.is_empty() => testing::test(notebooks, &test, &options()?),
-        [batch::CELLS, notebook] => {
-            runner::run_cells(notebook.as_ref(), timeout, &prefix()?).map(|()| ExitCode::SUCCESS)
-        }
-        ["kernel", connection_file] => kernel::run(connection_file.as_ref(), &prefix()?),
-        ["repl"] => repl::run(&prefix()?),
-        ["doctor"] => doctor::doctor(&prefix()?),
-        [] => bail!("no command\n\n{USAGE}"),
-        other => bail!("cannot make sense of `{}`\n\n{USAGE}", other.join(" ")),
-    }
+    Ok(ExitCode::SUCCESS)
 }
 
-fn positive(option: &str, text: &str) -> Result<u64> {
-    let number = text.parse().ok().filter(|number| *number > 0);
-    number.with_context(|| format!("{option}: expected a positive integer, got {text:?}"))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        CommandLine::command().debug_assert();
+    }
+
+    /// No module uses one that stands behind it in this file's documentation, tests aside.
+    #[test]
+    fn modules_stand_in_one_order() {
+        let own = include_str!("main.rs");
+        let list = own.lines().filter_map(|line| line.strip_prefix("//! - "));
+        let order: Vec<&str> = list.flat_map(|line| line.split('`').skip(1).step_by(2)).collect();
+        let declared = own.lines().filter_map(|line| line.strip_prefix("mod ")?.strip_suffix(';'));
+        assert!(declared.clone().all(|module| order.contains(&module)), "a module without a place in {order:?}");
+        assert_eq!(declared.count(), order.len());
+        for (place, module) in order.iter().enumerate() {
+            let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("src/{module}.rs"));
+            let text = std::fs::read_to_string(path).expect("a module's file");
+            let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+            let code: String = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+            for used in code.split("crate::").skip(1) {
+                // A path, or the paths of a `use`.
+                let used = used.split([';', '(', '!']).next().unwrap_or_default();
+                let mut words = used.split(|c: char| !c.is_alphanumeric() && c != '_');
+                let later = words.find(|word| order[place + 1..].contains(word));
+                assert_eq!(later, None, "{module} uses it, which stands before it");
+            }
+        }
+    }
 }

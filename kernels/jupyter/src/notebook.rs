@@ -1,14 +1,13 @@
 //! Notebook files: nbformat 4 in, nbformat 4.5 out.
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::files;
 use crate::outputs::Output;
 
 /// A cell with this tag must fail; nbclient knows the same tag.
@@ -62,23 +61,13 @@ impl Notebook {
         Ok(Notebook { json })
     }
 
-    /// Writes beside the file first, so that no reader ever meets half a notebook.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let context = || format!("cannot write the notebook {}", path.display());
         let mut bytes = Vec::new();
         let indent = serde_json::ser::PrettyFormatter::with_indent(b" ");
         let mut serializer = serde_json::Serializer::with_formatter(&mut bytes, indent);
         self.json.serialize(&mut serializer)?;
         bytes.push(b'\n');
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::create_dir_all(folder).with_context(context)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder).with_context(context)?;
-        file.write_all(&bytes).with_context(context)?;
-        // A temporary file is for its owner alone, a notebook is not.
-        let permissions = fs::metadata(path).map_or(fs::Permissions::from_mode(0o644), |m| m.permissions());
-        file.as_file().set_permissions(permissions).with_context(context)?;
-        file.persist(path).with_context(context)?;
-        Ok(())
+        files::write(path, &bytes).with_context(|| format!("cannot write the notebook {}", path.display()))
     }
 
     fn cells(&self) -> &[Value] {
@@ -161,39 +150,11 @@ impl Notebook {
     }
 }
 
-impl Output {
-    /// As nbformat has it.
-    pub fn to_json(&self, count: usize) -> Value {
-        match self {
-            Output::Stream { name, text } => json!({ "output_type": "stream", "name": name, "text": lines(text) }),
-            Output::Display { data, is_result, metadata, .. } => {
-                let data = bundle(data);
-                match is_result {
-                    true => {
-                        json!({ "output_type": "execute_result", "execution_count": count, "data": data, "metadata": metadata })
-                    }
-                    false => json!({ "output_type": "display_data", "data": data, "metadata": metadata }),
-                }
-            }
-            Output::Error { name, message, traceback } => {
-                json!({ "output_type": "error", "ename": name, "evalue": message, "traceback": traceback })
-            }
-        }
-    }
-}
-
-/// Representations as a MIME bundle. In a file, text is a list of lines.
-fn bundle(data: &[(String, String)]) -> serde_json::Map<String, Value> {
-    data.iter().map(|(mime, data)| (mime.clone(), representation(mime, data))).collect()
-}
-
-/// JSON types hold JSON; images other than SVG hold base64 in one string; all else is text.
-fn representation(mime: &str, data: &str) -> Value {
-    if mime == "application/json" || mime.ends_with("+json") {
-        return serde_json::from_str(data).unwrap_or_else(|_| json!(data));
-    }
-    let is_text = mime.starts_with("text/") || mime == "image/svg+xml" || mime == "application/javascript";
-    if is_text { lines(data) } else { json!(data) }
+/// An output as nbformat has it.
+pub fn output(of: &Output, count: usize) -> Value {
+    let (kind, fields) = of.to_json(count, lines);
+    let kind = [("output_type".to_owned(), json!(kind))];
+    kind.into_iter().chain(fields.as_object().cloned().into_iter().flatten()).collect()
 }
 
 /// Text as Jupyter stores it: a list of lines, which makes for readable differences.
@@ -239,7 +200,7 @@ mod tests {
         let data = vec![("text/plain".into(), "1\n2".into())];
         let result = Output::Display { data, is_result: true, id: None, metadata: json!({}) };
         let stream = Output::Stream { name: "stdout", text: "诗\n".into() };
-        notebook.set_outputs(0, 7, vec![stream.to_json(7), result.to_json(7)]);
+        notebook.set_outputs(0, 7, vec![output(&stream, 7), output(&result, 7)]);
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("new/out.ipynb");
         notebook.write(&path)?;

@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::diagnostics;
-use crate::session::{Failure, FailureKind, Reply};
+use crate::diagnostics::{self, Failure, FailureKind};
 use crate::supervisor::Event;
 
 const PLAIN: &str = "text/plain";
+/// How long text on stderr waits for a panic that may follow, and a rich output for the end of the cell, where somebody
+/// watches.
+const HOLD: Duration = Duration::from_millis(40);
 
 /// Stands on stderr before the text of an error that leaves a cell through `?`, to part it from what the cell itself wrote
 /// there before. No text has it: Unicode keeps it for such uses.
@@ -56,6 +58,42 @@ impl Output {
     pub fn is_blank(&self) -> bool {
         matches!(self, Output::Display { data, is_result: false, .. } if data.iter().all(|(_, data)| data.is_empty()))
     }
+
+    /// Its name and its fields, which notebooks and messages share but for the form of text.
+    pub fn to_json(&self, count: impl Into<Value>, text: Form) -> (&'static str, Value) {
+        match self {
+            Output::Stream { name, text: shown } => ("stream", json!({ "name": name, "text": text(shown) })),
+            Output::Display { data, is_result: true, metadata, .. } => {
+                let data = bundle(data, text);
+                ("execute_result", json!({ "execution_count": count.into(), "data": data, "metadata": metadata }))
+            }
+            Output::Display { data, metadata, .. } => {
+                ("display_data", json!({ "data": bundle(data, text), "metadata": metadata }))
+            }
+            Output::Error { name, message, traceback } => {
+                ("error", json!({ "ename": name, "evalue": message, "traceback": traceback }))
+            }
+        }
+    }
+}
+
+/// How text is written: in one piece in messages, as a list of lines in notebooks.
+pub type Form = fn(&str) -> Value;
+
+pub fn in_one_piece(text: &str) -> Value {
+    json!(text)
+}
+
+/// Representations as a MIME bundle. JSON types hold JSON; images other than SVG hold base64 in one string; all else is
+/// text.
+pub fn bundle(data: &[(String, String)], text: Form) -> Value {
+    let one = |(mime, data): &(String, String)| {
+        let is_json = mime == "application/json" || mime.ends_with("+json");
+        let json = is_json.then(|| serde_json::from_str(data).unwrap_or_else(|_| json!(data)));
+        let is_text = mime.starts_with("text/") || mime == "image/svg+xml" || mime == "application/javascript";
+        (mime.clone(), json.unwrap_or_else(|| if is_text { text(data) } else { json!(data) }))
+    };
+    Value::Object(data.iter().map(one).collect())
 }
 
 /// What changes on a reader's screen.
@@ -72,6 +110,10 @@ pub enum Update {
 /// Who watches a cell.
 pub trait Client {
     fn show(&mut self, update: Update);
+    /// How long something is held back until it is known what it is; None: as long as it takes.
+    fn patience(&self) -> Option<Duration> {
+        Some(HOLD)
+    }
     /// Asks for a line of text, which [`crate::session::Controls::answer`] brings; false if there is nobody to ask.
     fn ask(&mut self, prompt: &str, is_password: bool) -> bool;
 }
@@ -135,6 +177,10 @@ impl Client for Recorder {
         }
     }
 
+    fn patience(&self) -> Option<Duration> {
+        None
+    }
+
     fn ask(&mut self, _: &str, _: bool) -> bool {
         false
     }
@@ -143,30 +189,32 @@ impl Client for Recorder {
 /// A carriage return takes the line back, as for progress bars; what was overwritten is not kept. A return at the very
 /// end stays, for more may come.
 fn as_a_terminal_shows(text: &str) -> String {
-    let mut shown = String::new();
-    for line in text.split_inclusive('\n') {
-        match line.strip_suffix('\n') {
-            Some(line) => {
-                let line = line.trim_end_matches('\r');
-                shown.push_str(line.rsplit('\r').next().unwrap_or(line));
-                shown.push('\n');
-            }
-            None => {
-                let body = line.trim_end_matches('\r');
-                shown.push_str(body.rsplit('\r').next().unwrap_or(body));
-                shown.push_str(&line[body.len()..]);
-            }
-        }
-    }
-    shown
+    let shown = text.split_inclusive('\n').map(|line| {
+        let body = line.trim_end_matches(['\r', '\n']);
+        let end = if line.ends_with('\n') { "\n" } else { &line[body.len()..] };
+        format!("{}{end}", body.rsplit('\r').next().unwrap_or(body))
+    });
+    shown.collect()
 }
+
+/// What evcxr said of a cell.
+pub struct Reply {
+    pub result: Result<Forms, Failure>,
+    /// The source that was compiled last, in which panics name their lines.
+    pub compiled: String,
+    /// Variables that were there before the cell and are not any more.
+    pub lost: Vec<String>,
+    /// The cell with the types of its variables written out.
+    pub typed: Option<String>,
+}
+
+/// Outputs of evcxr's own commands, by MIME type.
+pub type Forms = HashMap<String, String>;
 
 /// Turns the events of one cell into updates.
 pub struct Outputs<'a> {
     client: &'a mut dyn Client,
     is_result: bool,
-    /// How long something is held back; None: until it is known what it is.
-    hold: Option<Duration>,
     held: Option<Held>,
     death: Option<String>,
     failed: Option<FailureKind>,
@@ -189,11 +237,10 @@ enum What {
 
 impl<'a> Outputs<'a> {
     /// `is_result`: whether the cell ends in an expression.
-    pub fn new(client: &'a mut dyn Client, is_result: bool, hold: Option<Duration>) -> Outputs<'a> {
+    pub fn new(client: &'a mut dyn Client, is_result: bool) -> Outputs<'a> {
         Outputs {
             client,
             is_result,
-            hold,
             held: None,
             death: None,
             failed: None,
@@ -204,7 +251,7 @@ impl<'a> Outputs<'a> {
 
     /// When [`Outputs::release_old`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
-        Some(self.held.as_ref()?.since + self.hold?)
+        Some(self.held.as_ref()?.since + self.client.patience()?)
     }
 
     /// Shows what has been held back long enough.
@@ -223,6 +270,11 @@ impl<'a> Outputs<'a> {
     pub fn remark(&mut self, text: &str) {
         self.release();
         self.stream("stderr", text.to_owned());
+    }
+
+    /// Takes a line of what evcxr passes on.
+    pub fn line(&mut self, line: &str) {
+        Event::from_line(line).into_iter().for_each(|event| self.event(event));
     }
 
     pub fn event(&mut self, event: Event) {
@@ -253,20 +305,21 @@ impl<'a> Outputs<'a> {
     }
 
     /// Shows the rest, and the failure if there is one.
-    pub fn finish(mut self, code: &str, reply: Reply) -> Option<Failure> {
+    pub fn finish(mut self, code: &str, reply: &Reply) -> Option<Failure> {
         if let Ok(more) = &reply.result {
             let mut more: Vec<_> = more.iter().collect();
             more.sort();
             more.into_iter().for_each(|(mime, data)| self.content(mime.clone(), data.clone()));
         }
         self.release_last(self.is_result && self.failed.is_none() && reply.result.is_ok());
-        match (self.failed, reply.result) {
+        match (self.failed, &reply.result) {
             (Some(FailureKind::Panic), _) => Some(diagnostics::panic(&self.said, code, &reply.compiled)),
             (Some(kind), _) => {
                 let said = self.said.trim();
                 Some(Failure::new(kind, said.lines().next().unwrap_or("an Err left the cell through `?`"), said))
             }
-            (None, Err(mut failure)) => {
+            (None, Err(failure)) => {
+                let mut failure = failure.clone();
                 if let (FailureKind::Died, Some(how)) = (failure.kind, &self.death) {
                     failure.message = format!("the process that runs the cells died: {how}");
                     failure.details = format!("{}\nall variables are gone", failure.message);
@@ -390,19 +443,16 @@ pub fn error(failure: &Failure) -> Output {
     }
 }
 
-/// Outputs of evcxr's own commands, by MIME type.
-pub type Forms = HashMap<String, String>;
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn outputs(events: &[Event], result: Result<Forms, Failure>) -> (Vec<Output>, Option<Failure>) {
         let mut recorder = Recorder::default();
-        let mut outputs = Outputs::new(&mut recorder, true, None);
+        let mut outputs = Outputs::new(&mut recorder, true);
         events.iter().for_each(|event| outputs.event(event.clone()));
         let reply = Reply { result, compiled: "one\nassert!(x == 2);\n".into(), lost: Vec::new(), typed: None };
-        let failure = outputs.finish("let x = 1;\nassert!(x == 2);", reply);
+        let failure = outputs.finish("let x = 1;\nassert!(x == 2);", &reply);
         (recorder.outputs, failure)
     }
 
@@ -530,10 +580,27 @@ mod tests {
         assert_eq!(shown(&[op("display", "1"), clear(false)]), []);
     }
 
+    /// A client who does not wait.
+    struct Hasty(Recorder);
+
+    impl Client for Hasty {
+        fn show(&mut self, update: Update) {
+            self.0.show(update);
+        }
+
+        fn patience(&self) -> Option<Duration> {
+            Some(Duration::ZERO)
+        }
+
+        fn ask(&mut self, _: &str, _: bool) -> bool {
+            false
+        }
+    }
+
     #[test]
     fn what_is_held_back_is_shown_in_time() {
-        let mut recorder = Recorder::default();
-        let mut outputs = Outputs::new(&mut recorder, true, Some(Duration::ZERO));
+        let mut hasty = Hasty(Recorder::default());
+        let mut outputs = Outputs::new(&mut hasty, true);
         assert_eq!(outputs.deadline(), None);
         outputs.event(Event::Stderr("note\n".into()));
         assert!(outputs.deadline().is_some());
@@ -541,7 +608,7 @@ mod tests {
         outputs.event(Event::UserError);
         let reply = Reply { result: Ok(Forms::new()), compiled: String::new(), lost: Vec::new(), typed: None };
         // Shown already, and the message all the same.
-        assert_eq!(outputs.finish("", reply).map(|failure| failure.message), Some("note".into()));
-        assert_eq!(recorder.outputs, [stderr("note\n")]);
+        assert_eq!(outputs.finish("", &reply).map(|failure| failure.message), Some("note".into()));
+        assert_eq!(hasty.0.outputs, [stderr("note\n")]);
     }
 }

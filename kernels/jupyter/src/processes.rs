@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 /// Kills whatever descends from this process, but for the `spared` processes and their descendants. Returns whether
 /// there was any.
 pub fn kill_compilers(spared: &[i32]) -> bool {
@@ -19,8 +22,8 @@ pub fn kill_compilers(spared: &[i32]) -> bool {
         }
     }
     for id in &doomed[1..] {
-        // SAFETY: a signal. The process is a descendant of ours, which nobody but its parent waits for.
-        unsafe { libc::kill(*id, libc::SIGKILL) };
+        // A descendant of ours, which nobody but its parent waits for.
+        let _ = kill(Pid::from_raw(*id), Signal::SIGKILL);
     }
     doomed.len() > 1
 }

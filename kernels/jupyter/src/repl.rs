@@ -2,11 +2,10 @@
 
 use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
-use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
+use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -15,11 +14,12 @@ use rustyline::validate::{ValidationContext, ValidationResult, Validator};
 use rustyline::{CompletionType, Config, Editor, Helper};
 
 use crate::assistance::Assistance;
+use crate::highlight;
 use crate::layout::{self, Layout};
 use crate::outputs::{Client, Output, Update};
-use crate::session::{Controls, Names, Options, Session};
+use crate::scope::Names;
+use crate::session::{Controls, Session};
 use crate::syntax::{self, Completeness};
-use crate::{highlight, kernel};
 
 const HELP: &str = "\
 Rust, one cell at a time; a cell that is not whole goes on in the next line.
@@ -29,12 +29,12 @@ Rust, one cell at a time; a cell that is not whole goes on in the next line.
   :quit, Ctrl-D               leave
   Ctrl-C                      asks the running cell to stop; again, a second later, kills it and all variables";
 
-pub fn run(prefix: &Path) -> Result<ExitCode> {
+pub fn run(layout: &Layout) -> Result<()> {
     let folder = std::env::current_dir().context("the current folder is gone")?;
     println!("qlora-nb {}. Ctrl-D leaves, :help helps.", env!("CARGO_PKG_VERSION"));
-    let assistance = Assistance::new(prefix);
-    let session = Arc::new(Session::start(&Layout::new(prefix), assistance.api.clone(), &folder)?);
-    interrupt_on_ctrl_c(session.controls());
+    let assistance = Assistance::new(layout);
+    let session = Arc::new(Session::start(layout, assistance.api.clone(), &folder)?);
+    session.controls().interrupt_on_ctrl_c();
     let config = Config::builder().auto_add_history(true).completion_type(CompletionType::List).build();
     let mut editor: Editor<Assistant, _> = Editor::with_config(config).context("the terminal cannot be used")?;
     editor.set_helper(Some(Assistant { assistance, names: session.names(), session: session.clone() }));
@@ -53,7 +53,7 @@ pub fn run(prefix: &Path) -> Result<ExitCode> {
                 }
                 session.forget_interrupts();
                 let mut terminal = Terminal { controls: Some(session.controls()), ..Terminal::default() };
-                session.execute(&code, &Options { timeout: None, hold: Some(kernel::HOLD) }, &mut terminal);
+                session.execute(&code, None, &mut terminal);
                 terminal.finish();
             }
             Err(ReadlineError::Interrupted) => {}
@@ -69,19 +69,7 @@ pub fn run(prefix: &Path) -> Result<ExitCode> {
     if let Ok(session) = Arc::try_unwrap(session) {
         session.close();
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Has Ctrl-C ask the running cell to stop, instead of ending this process.
-pub fn interrupt_on_ctrl_c(controls: Controls) {
-    std::thread::spawn(move || {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-        runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
-                controls.interrupt()
-            }
-        });
-    });
+    Ok(())
 }
 
 /// What a terminal shows of a cell.
@@ -121,13 +109,10 @@ impl Client for Terminal {
             text.unwrap_or_else(|| data.first().map_or(String::new(), |(mime, _)| format!("[{mime}]")))
         };
         match update {
-            Update::Add(Output::Display { data, id: Some(id), .. }) if plain(&data).lines().count() <= 1 => {
+            Update::Add(Output::Display { data, id: Some(id), .. }) | Update::Replace { id, data, .. }
+                if plain(&data).lines().count() <= 1 =>
+            {
                 self.live(&id, &plain(&data));
-            }
-            Update::Replace { id, data, .. } => {
-                if plain(&data).lines().count() <= 1 {
-                    self.live(&id, &plain(&data));
-                }
             }
             Update::Add(output) => {
                 self.finish();
@@ -143,7 +128,7 @@ impl Client for Terminal {
                 let _ = std::io::stdout().flush();
             }
             // A terminal keeps what it has shown.
-            Update::Clear { .. } => {}
+            Update::Replace { .. } | Update::Clear { .. } => {}
         }
     }
 
@@ -164,28 +149,21 @@ impl Client for Terminal {
 }
 
 /// While it lives, the terminal does not show what is typed.
-struct Echo(libc::termios);
+struct Echo(Termios);
 
 impl Echo {
     fn off() -> Option<Echo> {
-        // SAFETY: both calls fill or read the struct that they are given.
-        unsafe {
-            let mut settings: libc::termios = std::mem::zeroed();
-            if libc::tcgetattr(libc::STDIN_FILENO, &mut settings) != 0 {
-                return None;
-            }
-            let before = settings;
-            settings.c_lflag &= !libc::ECHO;
-            libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &settings);
-            Some(Echo(before))
-        }
+        let before = tcgetattr(std::io::stdin()).ok()?;
+        let mut silent = before.clone();
+        silent.local_flags.remove(LocalFlags::ECHO);
+        tcsetattr(std::io::stdin(), SetArg::TCSANOW, &silent).ok()?;
+        Some(Echo(before))
     }
 }
 
 impl Drop for Echo {
     fn drop(&mut self) {
-        // SAFETY: the struct came from tcgetattr.
-        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &self.0) };
+        let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.0);
         println!();
     }
 }
@@ -211,7 +189,7 @@ impl Highlighter for Assistant {
 impl Validator for Assistant {
     fn validate(&self, context: &mut ValidationContext) -> rustyline::Result<ValidationResult> {
         Ok(match syntax::is_complete(context.input()) {
-            Completeness::Incomplete(_) => ValidationResult::Incomplete,
+            Completeness::Incomplete { .. } => ValidationResult::Incomplete,
             // The compiler says better than we why it is not valid.
             Completeness::Complete | Completeness::Invalid => ValidationResult::Valid(None),
         })

@@ -10,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::api::Api;
-use crate::layout::Layout;
-use crate::notebook::Notebook;
+use crate::diagnostics::{Failure, FailureKind};
+use crate::layout::{API, Layout};
+use crate::notebook::{self, Notebook};
 use crate::outputs::{Client, Output, Recorder, Update, error};
-use crate::session::{Ending, Failure, FailureKind, Options, Session};
+use crate::session::{Ending, Session};
 
 /// What the process says, one JSON object a line. Cells are named by their position in the notebook.
 #[derive(Serialize, Deserialize)]
@@ -42,30 +43,21 @@ pub struct CellRun {
     /// As nbformat has them.
     pub outputs: Vec<Value>,
     /// The cell failed, or should have and did not.
-    pub failure: Option<CellFailure>,
+    pub failure: Option<Failure>,
     /// Its source with the types of its variables written out.
     pub typed: Option<String>,
 }
 
-#[derive(Serialize, Deserialize)]
-pub struct CellFailure {
-    pub kind: String,
-    pub message: String,
-    pub details: String,
-}
-
 /// Executes cells until one fails. The notebook's file is left alone.
-pub fn run_cells(path: &Path, timeout: Duration, prefix: &Path) -> Result<()> {
+pub fn run_cells(path: &Path, timeout: Duration, layout: &Layout) -> Result<()> {
     let begin = Instant::now();
     let notebook = Notebook::read(path)?;
     // Cells run in the notebook's folder.
     let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
-    let layout = Layout::new(prefix);
-    let api = Arc::new(Api::load(&layout.api()));
-    let session = Session::start(&layout, api, path.parent().unwrap_or(Path::new("/")))?;
+    let api = Arc::new(Api::load(&layout.at(API)));
+    let session = Session::start(layout, api, path.parent().unwrap_or(Path::new("/")))?;
     report(&Report::Ready { seconds: begin.elapsed().as_secs_f64() })?;
-    crate::repl::interrupt_on_ctrl_c(session.controls());
-    let options = Options { timeout: Some(timeout), hold: None };
+    session.controls().interrupt_on_ctrl_c();
     let mut displays = Displays::default();
     let mut count = 0;
     for cell in notebook.code_cells() {
@@ -76,17 +68,12 @@ pub fn run_cells(path: &Path, timeout: Duration, prefix: &Path) -> Result<()> {
         count += 1;
         let step = Instant::now();
         let mut recorder = Recorder::default();
-        let mut ending = session.execute(&notebook.source(cell), &options, &mut recorder);
+        let mut ending = session.execute(&notebook.source(cell), Some(timeout), &mut recorder);
         let typed = ending.typed.take();
         let failure = judge(ending, notebook.must_fail(cell), &mut recorder);
         let seconds = step.elapsed().as_secs_f64();
         recorder.outputs.retain(|output| !output.is_blank());
-        let outputs = recorder.outputs.iter().map(|output| output.to_json(count)).collect();
-        let failure = failure.map(|failure| CellFailure {
-            kind: failure.kind.name().to_owned(),
-            message: failure.message,
-            details: failure.details,
-        });
+        let outputs = recorder.outputs.iter().map(|output| notebook::output(output, count)).collect();
         let is_last = failure.is_some();
         report(&Report::Cell(CellRun { cell, count, seconds, outputs, failure, typed }))?;
         for (cell, outputs) in displays.record(cell, count, recorder) {
@@ -119,7 +106,7 @@ impl Displays {
             recorder.of_earlier_cells.iter().for_each(|update| earlier.show(update.clone()));
             *outputs = earlier.outputs;
             if *outputs != before {
-                changed.push((*cell, outputs.iter().map(|output| output.to_json(*count)).collect()));
+                changed.push((*cell, outputs.iter().map(|output| notebook::output(output, *count)).collect()));
             }
         }
         if recorder.outputs.iter().any(|output| matches!(output, Output::Display { id: Some(_), .. })) {

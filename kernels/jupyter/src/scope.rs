@@ -6,10 +6,24 @@
 use std::collections::{BTreeMap, HashMap};
 
 use ra_ap_syntax::ast::{self, AstNode, HasArgList, HasGenericParams, HasLoopBody, HasName, HasTypeBounds};
-use ra_ap_syntax::{Edition, SourceFile, SyntaxKind, SyntaxNode, SyntaxToken, TextSize};
+use ra_ap_syntax::{Edition, SyntaxKind, SyntaxNode, SyntaxToken, TextRange};
 
-use crate::api::{Api, Item, Member, last_segment, replace_word};
-use crate::{std_names, types};
+use crate::api::{Api, Item, Member, last_segment};
+use crate::{std_names, syntax};
+
+/// What earlier cells defined.
+#[derive(Clone, Default)]
+pub struct Names {
+    /// Variables and their types.
+    pub variables: Vec<(String, String)>,
+    pub items: Vec<String>,
+}
+
+impl Names {
+    pub fn has_variable(&self, name: &str) -> bool {
+        self.variables.iter().any(|(known, _)| known == name)
+    }
+}
 
 /// What a cell sees.
 pub(crate) struct Scope<'a> {
@@ -27,8 +41,6 @@ pub(crate) struct Scope<'a> {
 pub(crate) struct Cell {
     code: String,
     pub token: SyntaxToken,
-    /// Add to an offset in the parsed text to have one in the cell.
-    shift: usize,
     /// Where the cursor is, in the cell.
     cursor: usize,
 }
@@ -46,7 +58,6 @@ pub(crate) enum Place {
     Plain,
 }
 
-const BEFORE: &str = "fn cell() {";
 const MADE_UP: &str = "qloraNbCursor";
 
 impl Cell {
@@ -62,12 +73,13 @@ impl Cell {
     }
 
     fn parse(code: &str, parsed: &str, at: usize, cursor: usize) -> Option<Cell> {
-        let begin = types::rust_begins(parsed);
-        let shift = begin.wrapping_sub(BEFORE.len());
-        let offset = TextSize::try_from(at.checked_sub(begin)? + BEFORE.len()).ok()?;
-        let mut text = format!("{BEFORE}{}\n}}", &parsed[begin..]);
+        if at < syntax::rust_begins(parsed) {
+            return None;
+        }
+        let offset = syntax::place_in_function(at)?;
+        let mut text = syntax::as_function(parsed);
         loop {
-            let file = SourceFile::parse(&text, Edition::Edition2024).syntax_node();
+            let file = syntax::parse(&text);
             // To the right, where two meet: there is the made-up name, or the name on which the cursor stands.
             let token = file.token_at_offset(offset).right_biased()?;
             // What stands in a macro's brackets is parsed as the arguments of a call.
@@ -75,9 +87,9 @@ impl Cell {
             let outermost =
                 trees.filter(|tree| tree.parent().is_some_and(|node| ast::MacroCall::can_cast(node.kind())));
             let Some(call) = outermost.last().and_then(|tree| tree.parent()).and_then(ast::MacroCall::cast) else {
-                return Some(Cell { code: code.to_owned(), token, shift, cursor });
+                return Some(Cell { code: code.to_owned(), token, cursor });
             };
-            text = as_a_call(&text, &call)?;
+            text = syntax::as_a_call(&text, &call)?;
         }
     }
 
@@ -87,7 +99,7 @@ impl Cell {
 
     /// Where the token begins, in the cell.
     pub fn token_start(&self) -> usize {
-        usize::from(self.token.text_range().start()).wrapping_add(self.shift)
+        syntax::place_in_cell(self.token.text_range().start())
     }
 
     /// What is typed of the name at the cursor.
@@ -98,14 +110,15 @@ impl Cell {
 
     /// An expression that stands before the cursor, with the statements of the cell that stand before it.
     fn question(&self, expr: &ast::Expr) -> Option<String> {
-        let at = |offset: TextSize| usize::from(offset).wrapping_add(self.shift);
+        let code = |from: TextRange, to: TextRange| {
+            self.code.get(syntax::place_in_cell(from.start())..syntax::place_in_cell(to.end()))
+        };
         let range = expr.syntax().text_range();
-        let text = self.code.get(at(range.start())..at(range.end()))?;
-        let cell = self.root().children().find_map(ast::Fn::cast)?.body()?.stmt_list()?;
-        let before = cell.statements().map(|statement| statement.syntax().text_range());
+        let text = code(range, range)?;
+        let before = syntax::statements_in(&self.root())?.statements().map(|statement| statement.syntax().text_range());
         let before: Vec<_> = before.take_while(|statement| statement.end() <= range.start()).collect();
         let (Some(first), Some(last)) = (before.first(), before.last()) else { return Some(text.to_owned()) };
-        Some(format!("{{\n{}\n{text}\n}}", self.code.get(at(first.start())..at(last.end()))?))
+        Some(format!("{{\n{}\n{text}\n}}", code(*first, *last)?))
     }
 
     pub fn place(&self) -> Place {
@@ -148,19 +161,6 @@ impl Cell {
         names.dedup();
         names
     }
-}
-
-/// The text with `name![...]` as `name (...)`, of the same length.
-pub(crate) fn as_a_call(text: &str, call: &ast::MacroCall) -> Option<String> {
-    let mut bytes = text.as_bytes().to_vec();
-    let mut put = |at: TextSize, byte: u8| bytes[usize::from(at)] = byte;
-    put(call.excl_token()?.text_range().start(), b' ');
-    let tree = call.token_tree()?;
-    let left = tree.left_delimiter_token().map(|token| token.text_range().start());
-    let right = tree.right_delimiter_token().map(|token| token.text_range().start());
-    left.into_iter().for_each(|at| put(at, b'('));
-    right.into_iter().for_each(|at| put(at, b')'));
-    String::from_utf8(bytes).ok()
 }
 
 /// What stands before the last `::` of a path, with the paths of `use a::{b::{` around it.
@@ -281,10 +281,11 @@ impl Scope<'_> {
     /// that any cell can name them. Whoever uses them must have rustc check them: imports can make a name mean another
     /// thing.
     pub fn variables_of(&self, code: &str) -> HashMap<String, String> {
-        let list = types::statements(code).map(|(list, _)| list);
-        let lets = list.iter().flat_map(|list| list.statements()).filter_map(|statement| match statement {
-            ast::Stmt::LetStmt(statement) => Some(statement),
-            _ => None,
+        let lets = syntax::statements(code).into_iter().flat_map(|list| list.statements()).filter_map(|statement| {
+            match statement {
+                ast::Stmt::LetStmt(statement) => Some(statement),
+                _ => None,
+            }
         });
         lets.filter_map(|statement| {
             let ast::Pat::IdentPat(pattern) = statement.pat()? else { return None };
@@ -437,8 +438,8 @@ impl Scope<'_> {
         let position = arguments.args().position(|argument| argument.syntax() == closure.syntax())?;
         let call = ast::MethodCallExpr::cast(arguments.syntax().parent()?)?;
         let member = self.member(&self.type_of(&call.receiver()?)?, call.name_ref()?.text())?;
-        let file = SourceFile::parse(&format!("{} {{}}", member.signature), Edition::Edition2024);
-        let function = file.syntax_node().children().find_map(ast::Fn::cast)?;
+        let file = syntax::parse(&format!("{} {{}}", member.signature));
+        let function = file.children().find_map(ast::Fn::cast)?;
         let ty = function.param_list()?.params().nth(position)?.ty()?;
         let generic = function.generic_param_list().and_then(|list| {
             let mut params =
@@ -487,12 +488,6 @@ fn of_literal(kind: SyntaxKind, text: &str) -> Option<&str> {
         SyntaxKind::TRUE_KW | SyntaxKind::FALSE_KW => "bool",
         _ => return None,
     })
-}
-
-/// A type with its parameters replaced.
-pub(crate) fn instantiated(ty: &str, parameters: &[&str], arguments: &[&str]) -> String {
-    let pairs = parameters.iter().zip(arguments);
-    pairs.fold(ty.to_owned(), |ty, (parameter, argument)| replace_word(&ty, parameter, argument))
 }
 
 #[cfg(test)]

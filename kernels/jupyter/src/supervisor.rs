@@ -7,12 +7,19 @@
 //! type, and text without a newline at the end, which would run into evcxr's own markers.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 
+use nix::errno::Errno;
+use nix::libc::{self, c_int};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
+use nix::unistd::{Pid, setpgid};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// Set by evcxr for the process that it starts to run cells.
@@ -41,7 +48,8 @@ const MARKER: &str = "EVCXR_";
 const EVENT: char = '\u{1}';
 
 /// What a cell did, in the order in which it did it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Event {
     Stdout(String),
     Stderr(String),
@@ -62,32 +70,12 @@ pub enum Event {
 
 impl Event {
     fn to_line(&self) -> String {
-        let value = match self {
-            Event::Stdout(text) => json!(["stdout", text]),
-            Event::Stderr(text) => json!(["stderr", text]),
-            Event::Content { mime, data } => json!(["content", mime, data]),
-            Event::Display(operation) => json!(["display", operation]),
-            Event::Panic => json!(["panic"]),
-            Event::UserError => json!(["error"]),
-            Event::Died(how) => json!(["died", how]),
-        };
-        format!("{EVENT}{value}\n")
+        format!("{EVENT}{}\n", json!(self))
     }
 
     /// The event in a line of evcxr's output; None for a line that is none.
     pub fn from_line(line: &str) -> Option<Event> {
-        let value: Value = serde_json::from_str(line.strip_prefix(EVENT)?).ok()?;
-        let text = |i: usize| value.get(i).and_then(Value::as_str).map(str::to_owned);
-        Some(match value.get(0)?.as_str()? {
-            "stdout" => Event::Stdout(text(1)?),
-            "stderr" => Event::Stderr(text(1)?),
-            "content" => Event::Content { mime: text(1)?, data: text(2)? },
-            "display" => Event::Display(value.get(1)?.clone()),
-            "panic" => Event::Panic,
-            "error" => Event::UserError,
-            "died" => Event::Died(text(1)?),
-            _ => return None,
-        })
+        serde_json::from_str(line.strip_prefix(EVENT)?).ok()
     }
 }
 
@@ -112,39 +100,31 @@ pub fn survive_interrupts() {
     on_sigint(nothing);
 }
 
-extern "C" fn nothing(_: libc::c_int) {}
+extern "C" fn nothing(_: c_int) {}
 
 /// The process that [`forward`] tells of a SIGINT.
 static WORKER_ID: AtomicI32 = AtomicI32::new(0);
 
-extern "C" fn forward(signal: libc::c_int) {
+extern "C" fn forward(_: c_int) {
     let worker = WORKER_ID.load(SeqCst);
     if worker > 0 {
-        // SAFETY: kill is async-signal-safe.
-        unsafe { libc::kill(worker, signal) };
+        // kill is one of the few functions that a signal handler may call.
+        let _ = kill(Pid::from_raw(worker), Signal::SIGINT);
     }
 }
 
-fn on_sigint(handler: extern "C" fn(libc::c_int)) {
-    // SAFETY: the struct is valid for the call, and both handlers do only what a signal handler may.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler as libc::sighandler_t;
-        // A read that the signal meets goes on instead of failing.
-        action.sa_flags = libc::SA_RESTART;
-        libc::sigemptyset(&mut action.sa_mask);
-        libc::sigaction(libc::SIGINT, &action, std::ptr::null_mut());
-    }
+fn on_sigint(handler: extern "C" fn(c_int)) {
+    // A read that the signal meets goes on instead of failing.
+    let action = SigAction::new(SigHandler::Handler(handler), SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: both handlers do only what a signal handler may.
+    let _ = unsafe { sigaction(Signal::SIGINT, &action) };
 }
 
 /// Starts the worker and carries what it prints until it ends.
 pub fn run() -> ! {
-    // SAFETY: neither call touches memory. A Ctrl-C in the terminal is for the session, which passes it on as it sees
-    // fit; and when the session dies, so do we.
-    unsafe {
-        libc::setpgid(0, 0);
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-    }
+    // A Ctrl-C in the terminal is for the session, which passes it on as it sees fit; and when the session dies, so do we.
+    let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0));
+    let _ = set_pdeathsig(Signal::SIGKILL);
     on_sigint(forward);
     let code = match start_worker().and_then(|mut worker| carry(&mut worker)) {
         Ok(status) => status.code().unwrap_or(1),
@@ -162,12 +142,7 @@ fn start_worker() -> std::io::Result<Child> {
     command.env(WORKER, "1").env(DISPLAY_IS_UNDERSTOOD, "1").env("RUST_BACKTRACE", "0");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: prctl is async-signal-safe. It makes the worker die with us, for evcxr can only kill us.
-    unsafe {
-        command.pre_exec(|| {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            Ok(())
-        });
-    }
+    unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
     command.spawn()
 }
 
@@ -177,19 +152,18 @@ fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
         return worker.wait();
     };
     let mut commands = worker.stdin.take();
-    let (out_fd, err_fd) = (out.as_raw_fd(), err.as_raw_fd());
     let started = std::env::var_os("EVCXR_TMPDIR").is_some_and(|folder| Path::new(&folder).join(STARTED).exists());
     let mut relay = Relay { mute: !started, ..Default::default() };
-    let mut reading = Reading::default();
     let mut buffer = vec![0; 1 << 16];
     let (mut out_open, mut err_open) = (true, true);
     while out_open || err_open {
-        let open = |is_open: bool, fd: RawFd| if is_open { fd } else { -1 };
-        let fds = [open(out_open, out_fd), open(err_open, err_fd), open(commands.is_some(), libc::STDIN_FILENO)];
-        let ready = readable(&fds, if reading.is_possible() { Reading::LOOK_MS } else { -1 })?;
+        let stdin = std::io::stdin();
+        let pipes = [(out_open, out.as_fd()), (err_open, err.as_fd()), (commands.is_some(), stdin.as_fd())];
+        let look = if relay.reading.is_possible() { Reading::LOOK_MS.into() } else { PollTimeout::NONE };
+        let ready = readable(&pipes.map(|(is_open, pipe)| is_open.then_some(pipe)), look)?;
         if ready[2] {
             let n = std::io::stdin().read(&mut buffer)?;
-            reading.bytes_came();
+            relay.reading.bytes_came();
             // A worker that died between two cells is noticed by its pipes.
             let is_written = commands.as_mut().is_some_and(|pipe| pipe.write_all(&buffer[..n]).is_ok());
             if n == 0 || !is_written {
@@ -204,16 +178,14 @@ fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
         }
         // Whatever a cell wrote to stderr before a marker on stdout is in the pipe by now; it must precede the marker,
         // for a panic's message is there.
-        while err_open && readable(&[err_fd], 0)?[0] {
+        while err_open && readable(&[Some(err.as_fd())], PollTimeout::ZERO)?[0] {
             let n = err.read(&mut buffer)?;
             err_open = n > 0;
             relay.stderr(&buffer[..n]);
         }
         relay.stdout(&text.unwrap_or_default());
-        reading.marker_passed(relay.last_marker.take());
-        if !ready.contains(&true) && reading.is_noticed(worker.id()) {
+        if !ready.contains(&true) && relay.reading.is_noticed(worker.id()) {
             relay.marker(None, &format!("{INPUT_REQUEST}:"));
-            reading.marker_passed(relay.last_marker.take());
         }
         relay.send()?;
     }
@@ -235,7 +207,7 @@ struct Reading {
 }
 
 impl Reading {
-    const LOOK_MS: i32 = 100;
+    const LOOK_MS: u8 = 100;
 
     fn is_possible(&self) -> bool {
         self.is_running && !self.is_asked
@@ -246,14 +218,6 @@ impl Reading {
         self.is_running = true;
         self.is_asked = false;
         self.seen = 0;
-    }
-
-    fn marker_passed(&mut self, marker: Option<Marker>) {
-        match marker {
-            Some(Marker::Complete) => *self = Reading::default(),
-            Some(Marker::Input) => self.is_asked = true,
-            None => {}
-        }
     }
 
     /// Whether the worker waits for input, at the second look: a cell that has just begun waits for nothing.
@@ -271,20 +235,17 @@ fn reads_stdin(process: u32) -> bool {
     calls.any(|call| call.starts_with(&read))
 }
 
-/// Which of some pipes has something to read or was closed; a descriptor of -1 is passed over.
-fn readable(fds: &[RawFd], timeout_ms: i32) -> std::io::Result<Vec<bool>> {
-    let mut polled: Vec<_> = fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
-    loop {
-        // SAFETY: the pointer and the count describe `polled`, which outlives the call.
-        let n = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };
-        if n >= 0 {
-            return Ok(polled.iter().map(|p| p.revents != 0).collect());
-        }
-        let error = std::io::Error::last_os_error();
-        if error.kind() != std::io::ErrorKind::Interrupted {
-            return Err(error);
+/// Which of some pipes has something to read or was closed; None is passed over.
+fn readable(pipes: &[Option<BorrowedFd>], timeout: PollTimeout) -> std::io::Result<Vec<bool>> {
+    let open = pipes.iter().flatten();
+    let mut polled: Vec<PollFd> = open.map(|pipe| PollFd::new(*pipe, PollFlags::POLLIN)).collect();
+    while let Err(error) = poll(&mut polled, timeout) {
+        if error != Errno::EINTR {
+            return Err(error.into());
         }
     }
+    let mut ready = polled.iter().map(|pipe| pipe.any() != Some(false));
+    Ok(pipes.iter().map(|pipe| pipe.is_some() && ready.next() == Some(true)).collect())
 }
 
 fn death(status: ExitStatus) -> String {
@@ -312,15 +273,8 @@ struct Relay {
     errors: String,
     /// Whether events are dropped, up to the end of evcxr's first cell.
     mute: bool,
-    /// The last one that says what a cell does with its input.
-    last_marker: Option<Marker>,
+    reading: Reading,
     lines: String,
-}
-
-#[derive(Clone, Copy)]
-enum Marker {
-    Complete,
-    Input,
 }
 
 impl Relay {
@@ -355,15 +309,9 @@ impl Relay {
                 data.push('\n');
                 self.content = Some((mime, data));
             }
-        } else if let Some(before) = line.strip_suffix(EXECUTION_COMPLETE) {
+        } else if let Some((before, marker, event)) = ends_in_marker(line) {
             self.text.push_str(before);
-            self.marker(None, EXECUTION_COMPLETE);
-        } else if let Some(before) = line.strip_suffix(PANIC) {
-            self.text.push_str(before);
-            self.marker(Some(Event::Panic), PANIC);
-        } else if let Some(before) = line.strip_suffix(USER_ERROR) {
-            self.text.push_str(before);
-            self.marker(Some(Event::UserError), USER_ERROR);
+            self.marker(event, marker);
         } else if let Some((before, mime)) = line.split_once(BEGIN_CONTENT) {
             self.text.push_str(before);
             self.flush_text();
@@ -406,9 +354,9 @@ impl Relay {
         }
         if line == EXECUTION_COMPLETE {
             self.mute = false;
-            self.last_marker = Some(Marker::Complete);
+            self.reading = Reading::default();
         } else if line.starts_with(INPUT_REQUEST) {
-            self.last_marker = Some(Marker::Input);
+            self.reading.is_asked = true;
         }
         self.lines.push_str(line);
         self.lines.push('\n');
@@ -441,6 +389,12 @@ impl Relay {
         stdout.write_all(std::mem::take(&mut self.lines).as_bytes())?;
         stdout.flush()
     }
+}
+
+/// What stands before a marker at the end of a line, the marker, and what it means to the cell's reader.
+fn ends_in_marker(line: &str) -> Option<(&str, &'static str, Option<Event>)> {
+    let markers = [(EXECUTION_COMPLETE, None), (PANIC, Some(Event::Panic)), (USER_ERROR, Some(Event::UserError))];
+    markers.into_iter().find_map(|(marker, event)| Some((line.strip_suffix(marker)?, marker, event)))
 }
 
 /// The operation that a line of the display protocol asks for, and the text before it; None if it is mere text.

@@ -1,53 +1,186 @@
-//! Whether code is whole, for clients that decide by it what the Enter key does.
+//! A cell as text: its statements, the variables that it binds, and whether it is whole.
 
-use ra_ap_syntax::ast::AstToken;
-use ra_ap_syntax::{Edition, SourceFile, SyntaxKind, ast};
-use serde_json::{Value, json};
+use std::collections::HashMap;
 
-use crate::types;
+use ra_ap_syntax::ast::{self, AstNode, HasName};
+use ra_ap_syntax::{Edition, SourceFile, SyntaxKind, SyntaxNode, SyntaxToken, TextSize};
+use serde::Serialize;
 
-#[derive(Debug, Clone, PartialEq)]
+const BEFORE: &str = "fn cell() {";
+
+/// A cell as the body of a function, which can be parsed. evcxr's own lines become blanks.
+pub fn as_function(code: &str) -> String {
+    let begin = rust_begins(code);
+    format!("{BEFORE}{}{}\n}}", " ".repeat(begin), &code[begin..])
+}
+
+/// The place in the cell of a place in [`as_function`]'s text.
+pub fn place_in_cell(offset: TextSize) -> usize {
+    usize::from(offset).saturating_sub(BEFORE.len())
+}
+
+/// The place in [`as_function`]'s text of a place in the cell.
+pub fn place_in_function(at: usize) -> Option<TextSize> {
+    TextSize::try_from(at + BEFORE.len()).ok()
+}
+
+pub fn parse(text: &str) -> SyntaxNode {
+    SourceFile::parse(text, Edition::Edition2024).syntax_node()
+}
+
+/// The statements in a parsed text of [`as_function`].
+pub fn statements_in(file: &SyntaxNode) -> Option<ast::StmtList> {
+    file.children().find_map(ast::Fn::cast)?.body()?.stmt_list()
+}
+
+pub fn statements(code: &str) -> Option<ast::StmtList> {
+    statements_in(&parse(&as_function(code)))
+}
+
+/// The text with `name![...]` as `name (...)`, of the same length: what stands in a macro's brackets is then parsed, too.
+pub fn as_a_call(text: &str, call: &ast::MacroCall) -> Option<String> {
+    let tree = call.token_tree()?;
+    let tokens = [(call.excl_token(), " "), (tree.left_delimiter_token(), "("), (tree.right_delimiter_token(), ")")];
+    let mut text = text.to_owned();
+    for (token, with) in tokens {
+        let range = token.map(|token| token.text_range());
+        range.into_iter().for_each(|range| text.replace_range(std::ops::Range::<usize>::from(range), with));
+    }
+    Some(text)
+}
+
+/// Where the Rust code of a cell begins: behind evcxr's own lines (`:dep`, `!ls`) and leading comments.
+pub fn rust_begins(code: &str) -> usize {
+    let is_rust = |line: &&str| {
+        let start = line.trim_start();
+        !(start.is_empty() || start.starts_with(':') || line.starts_with('!') || line.starts_with("//"))
+    };
+    code.split_inclusive('\n').take_while(|line| !is_rust(line)).map(str::len).sum()
+}
+
+/// Whether the cell's last expression has a value to show. evcxr would compile a cell twice to find out that a loop's
+/// cannot be shown.
+pub fn ends_in_expression(code: &str) -> bool {
+    let Some(list) = statements(code) else { return false };
+    match list.syntax().children().last().and_then(ast::Expr::cast) {
+        None | Some(ast::Expr::ForExpr(_) | ast::Expr::WhileExpr(_)) => false,
+        Some(ast::Expr::IfExpr(branch)) => branch.else_branch().is_some(),
+        Some(_) => true,
+    }
+}
+
+/// A variable that a cell binds at its top level.
+#[derive(Debug, PartialEq)]
+pub struct Binding {
+    pub name: String,
+    /// Whether the type is written there.
+    pub is_typed: bool,
+    is_mut: bool,
+    /// Byte offset in the cell, behind the `let` statement that binds it last.
+    end: usize,
+    /// Behind the name, where a type can be written; None in a larger pattern, and where a part of a type stands.
+    type_place: Option<usize>,
+}
+
+/// The variables of a cell, in the order of the statements that bind them last.
+pub fn bindings(code: &str) -> Vec<Binding> {
+    let Some(list) = statements(code) else { return Vec::new() };
+    let mut found: Vec<Binding> = Vec::new();
+    for statement in list.statements() {
+        let ast::Stmt::LetStmt(statement) = statement else { continue };
+        let Some(pattern) = statement.pat() else { continue };
+        let inferred = |ty: ast::Type| ty.syntax().descendants().any(|node| ast::InferType::can_cast(node.kind()));
+        let typed = statement.ty().is_some_and(|ty| !inferred(ty));
+        let end = place_in_cell(statement.syntax().text_range().end());
+        for binding in pattern.syntax().descendants().filter_map(ast::IdentPat::cast) {
+            let Some(name) = binding.name().map(|name| name.text().to_string()) else { continue };
+            // A name with a capital is a constant or a unit struct in a pattern, not a variable.
+            if name.starts_with(char::is_uppercase) {
+                continue;
+            }
+            found.retain(|earlier| earlier.name != name);
+            let is_plain = matches!(&pattern, ast::Pat::IdentPat(_));
+            // What is declared only, evcxr infers; the types of a pattern's parts are written nowhere.
+            let is_typed = statement.initializer().is_none() || (typed && is_plain);
+            let behind_name = binding.name().map(|name| place_in_cell(name.syntax().text_range().end()));
+            let type_place = behind_name.filter(|_| is_plain && statement.ty().is_none());
+            found.push(Binding { name, is_typed, is_mut: binding.mut_token().is_some(), end, type_place });
+        }
+    }
+    found
+}
+
+/// Adds to a cell the types of its variables. The additions stand behind the statements, on the same line, so
+/// that the compiler's messages keep their lines and columns.
+pub fn annotate(code: &str, variables: &[Binding], types: &HashMap<String, String>) -> String {
+    with_types_at(|_| None, code, variables, types)
+}
+
+/// The cell as somebody would write it who has to name the types: for stock evcxr, which cannot find them out.
+pub fn with_types(code: &str, variables: &[Binding], types: &HashMap<String, String>) -> String {
+    with_types_at(|variable| variable.type_place, code, variables, types)
+}
+
+/// Writes types where `place` says, and elsewhere as `let x: T = x;` behind the statement.
+fn with_types_at(
+    place: impl Fn(&Binding) -> Option<usize>,
+    code: &str,
+    variables: &[Binding],
+    types: &HashMap<String, String>,
+) -> String {
+    let mut insertions = Vec::new();
+    for variable in variables.iter().filter(|variable| !variable.is_typed) {
+        let Binding { name, is_mut, end, .. } = variable;
+        let Some(ty) = types.get(name) else { continue };
+        let is_mut = if *is_mut { "mut " } else { "" };
+        insertions.push(match place(variable) {
+            Some(place) => (place, format!(": {ty}")),
+            None => (*end, format!(" let {is_mut}{name}: {ty} = {name};")),
+        });
+    }
+    insertions.sort_by_key(|(place, _)| *place);
+    let mut typed = code.to_owned();
+    insertions.iter().rev().for_each(|(place, text)| typed.insert_str(*place, text));
+    typed
+}
+
+/// In the words of the protocol's `is_complete_reply`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "status", rename_all = "snake_case")]
 pub enum Completeness {
     Complete,
-    /// More must follow, indented so.
-    Incomplete(String),
+    /// More must follow.
+    Incomplete {
+        indent: String,
+    },
     Invalid,
 }
 
-impl Completeness {
-    pub fn to_json(&self) -> Value {
-        match self {
-            Completeness::Complete => json!({ "status": "complete" }),
-            Completeness::Incomplete(indent) => json!({ "status": "incomplete", "indent": indent }),
-            Completeness::Invalid => json!({ "status": "invalid" }),
-        }
-    }
-}
-
-/// Judges a cell by its brackets, strings and comments, and by what rust-analyzer's parser says of the rest.
+/// Judges a cell, for clients that decide by it what the Enter key does, by its brackets and its last token, and by what
+/// rust-analyzer's parser says of the rest.
 pub fn is_complete(code: &str) -> Completeness {
-    let rust = &code[types::rust_begins(code)..];
-    let open = match open_brackets(rust) {
-        Some(open) => open,
-        None => return Completeness::Invalid,
-    };
+    let file = parse(&code[rust_begins(code)..]);
+    let tokens = file.descendants_with_tokens().filter_map(|element| element.into_token());
+    let tokens: Vec<SyntaxToken> = tokens.filter(|token| !token.kind().is_trivia()).collect();
+    let Some(open) = open_brackets(&tokens) else { return Completeness::Invalid };
     if open > 0 {
-        return Completeness::Incomplete("    ".repeat(open));
+        return Completeness::Incomplete { indent: "    ".repeat(open) };
     }
-    if has_open_literal(rust) || ends_in_the_middle(rust) {
-        return Completeness::Incomplete(String::new());
+    let parsed = SourceFile::parse(&as_function(code), Edition::Edition2024);
+    let errors: Vec<String> = parsed.errors().iter().map(|error| error.to_string()).collect();
+    // What the parser says of a string and of a block comment without an end.
+    const OPEN: [&str; 3] = ["Missing trailing `\"`", "Missing trailing `*/`", "Invalid raw string literal"];
+    let is_open = |error: &String| OPEN.iter().any(|open| error.starts_with(open));
+    if errors.iter().any(is_open) || ends_in_the_middle(&tokens) {
+        return Completeness::Incomplete { indent: String::new() };
     }
-    let file = SourceFile::parse(&format!("fn cell() {{{rust}\n}}"), Edition::Edition2024);
-    match file.errors().is_empty() {
-        true => Completeness::Complete,
-        false => Completeness::Invalid,
-    }
+    if errors.is_empty() { Completeness::Complete } else { Completeness::Invalid }
 }
 
 /// How many brackets are open at the end; None if one is closed that was not open.
-fn open_brackets(code: &str) -> Option<usize> {
+fn open_brackets(tokens: &[SyntaxToken]) -> Option<usize> {
     let mut open = Vec::new();
-    for token in tokens(code) {
+    for token in tokens {
         match token.kind() {
             SyntaxKind::L_CURLY | SyntaxKind::L_PAREN | SyntaxKind::L_BRACK => open.push(token.kind()),
             SyntaxKind::R_CURLY => (open.pop() == Some(SyntaxKind::L_CURLY)).then_some(())?,
@@ -59,40 +192,11 @@ fn open_brackets(code: &str) -> Option<usize> {
     Some(open.len())
 }
 
-/// A string or a block comment without an end.
-fn has_open_literal(code: &str) -> bool {
-    tokens(code).iter().any(|token| {
-        let text = token.text();
-        match token.kind() {
-            SyntaxKind::STRING => match ast::String::cast(token.clone()) {
-                Some(_) if text.starts_with('r') => {
-                    let hashes = text[1..].chars().take_while(|c| *c == '#').count();
-                    let end = format!("\"{}", "#".repeat(hashes));
-                    text.len() < 2 * (hashes + 1) + 1 || !text.ends_with(&end)
-                }
-                _ => text.len() < 2 || !text.ends_with('"') || ends_escaped(text),
-            },
-            SyntaxKind::COMMENT => text.starts_with("/*") && !text.ends_with("*/"),
-            _ => false,
-        }
-    })
-}
-
-/// Whether the closing quote is none, for a backslash stands before it.
-fn ends_escaped(text: &str) -> bool {
-    text[..text.len() - 1].chars().rev().take_while(|c| *c == '\\').count() % 2 == 1
-}
-
 /// An operator, a dot or a comma at the end wants more.
-fn ends_in_the_middle(code: &str) -> bool {
-    let tokens = tokens(code);
-    let last = tokens.iter().rev().find(|token| !token.kind().is_trivia());
-    last.is_some_and(|token| matches!(token.text(), "." | "," | "=" | "+" | "-" | "/" | "::" | "->" | "=>" | "&&"))
-}
-
-fn tokens(code: &str) -> Vec<ra_ap_syntax::SyntaxToken> {
-    let file = SourceFile::parse(code, Edition::Edition2024);
-    file.syntax_node().descendants_with_tokens().filter_map(|element| element.into_token()).collect()
+fn ends_in_the_middle(tokens: &[SyntaxToken]) -> bool {
+    let is_unfinished =
+        |last: &SyntaxToken| matches!(last.text(), "." | "," | "=" | "+" | "-" | "/" | "::" | "->" | "=>" | "&&");
+    tokens.last().is_some_and(is_unfinished)
 }
 
 #[cfg(test)]
@@ -101,7 +205,7 @@ mod tests {
 
     #[test]
     fn tells_whole_code_from_code_that_goes_on() {
-        let more = |indent: &str| Completeness::Incomplete(indent.into());
+        let more = |indent: &str| Completeness::Incomplete { indent: indent.into() };
         for (code, expected) in [
             ("", Completeness::Complete),
             ("let a = 1;", Completeness::Complete),
@@ -124,5 +228,54 @@ mod tests {
         ] {
             assert_eq!(is_complete(code), expected, "{code:?}");
         }
+    }
+
+    fn names(code: &str) -> Vec<String> {
+        bindings(code).into_iter().filter(|variable| !variable.is_typed).map(|variable| variable.name).collect()
+    }
+
+    #[test]
+    fn finds_the_variables_that_need_a_type() {
+        assert_eq!(names("let a = 1; let b: u8 = 2; let (mut c, Some(d)) = f() else { panic!() };"), ["a", "c", "d"]);
+        assert_eq!(
+            names(":dep x = \"1\"\n// note\nlet a = 1;\nif true { let hidden = 2; }\nfn f() { let g = 3; }"),
+            ["a"]
+        );
+        assert_eq!(names("let v: Vec<_> = it.collect();\nlet w;\nw = 1;\n"), ["v"]);
+        assert!(names("}} not rust {{ let").is_empty());
+    }
+
+    #[test]
+    fn annotates_the_last_binding_of_a_name() {
+        let code = "// two\nlet a = 1; let a = \"x\"; // shadows\nlet (b, mut c) = f()?;\nb";
+        let types = [("a", "&str"), ("b", "u8"), ("c", "u16")];
+        let types = types.map(|(name, ty)| (name.to_owned(), ty.to_owned())).into();
+        let expected = "// two\nlet a = 1; let a = \"x\"; let a: &str = a; // shadows\n\
+                        let (b, mut c) = f()?; let b: u8 = b; let mut c: u16 = c;\nb";
+        assert_eq!(annotate(code, &bindings(code), &types), expected);
+    }
+
+    #[test]
+    fn writes_types_where_people_do() {
+        let code = "let mut a = 1; // 诗\nlet (b, c): (_, u8) = f()?;\nlet d: u8 = 1;\nlet e = 2;";
+        let types = [("a", "i32"), ("b", "&str"), ("c", "u8"), ("e", "i32")];
+        let types = types.map(|(name, ty)| (name.to_owned(), ty.to_owned())).into();
+        let expected = "let mut a: i32 = 1; // 诗\nlet (b, c): (_, u8) = f()?; let b: &str = b; let c: u8 = c;\n\
+                        let d: u8 = 1;\nlet e: i32 = 2;";
+        assert_eq!(with_types(code, &bindings(code), &types), expected);
+    }
+
+    #[test]
+    fn tells_a_shown_expression_from_a_statement() {
+        assert!(ends_in_expression("let a = 1;\na"));
+        assert!(ends_in_expression("ds.head(3)? // shown\n"));
+        assert!(ends_in_expression("if a { 1 } else { 2 }"));
+        assert!(ends_in_expression("loop { break 1 }"));
+        assert!(!ends_in_expression("for a in 0..3 { println!(\"{a}\"); } // no value"));
+        assert!(!ends_in_expression("while f() {}"));
+        assert!(!ends_in_expression("if let Some(a) = f() { g(a) }"));
+        assert!(!ends_in_expression("a;"));
+        assert!(!ends_in_expression("fn f() {}"));
+        assert!(!ends_in_expression(""));
     }
 }

@@ -1,23 +1,35 @@
 //! `qlora-nb test`: notebooks are tests, and what they show is what they promise ([`check`] has the terms).
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use quick_junit::{TestCaseStatus, TestSuite};
 use serde_json::Value;
 
-use crate::batch::{self, Job, Options, Progress, Said};
+use crate::batch::{self, Job, Progress, Said};
 use crate::check::{self, Terms};
-use crate::junit::{Case, Outcome, Suite};
+use crate::diagnostics::Failure;
+use crate::files;
+use crate::junit::{self, Case};
 use crate::notebook::Notebook;
-use crate::runner::{CellFailure, CellRun, Report};
+use crate::runner::{CellRun, Report};
 
+#[derive(clap::Args)]
 pub struct TestOptions {
-    pub junit: Option<PathBuf>,
-    /// Rewrite outputs that differ, where no cell failed.
-    pub update: bool,
+    #[command(flatten)]
+    options: batch::Options,
+    /// Write the results as JUnit XML
+    #[arg(long, value_name = "FILE")]
+    junit: Option<PathBuf>,
+    /// Rewrite outputs that differ, in notebooks in which no cell failed
+    #[arg(long)]
+    update: bool,
+    // There is no such option; whoever looks for it learns where it is.
+    #[arg(short, long, hide = true)]
+    output: Option<PathBuf>,
 }
 
 /// A notebook and what became of its cells.
@@ -41,18 +53,21 @@ enum State {
     Passed,
     /// The difference, for people.
     Differs(Vec<String>),
-    Failed(CellFailure),
+    Failed(Failure),
 }
 
-pub fn test(words: &[&str], test: &TestOptions, options: &Options) -> Result<ExitCode> {
-    let jobs = Job::all(words)?;
+pub fn test(test: &TestOptions) -> Result<ExitCode> {
+    if test.output.is_some() {
+        bail!("test writes no other notebook\nremedy: --update, or qlora-nb run -o")
+    }
+    let jobs = Job::all(&test.options.notebooks)?;
     let mut tested = batch::every(jobs.iter().map(Tested::before))?;
     if let Some(folder) = test.junit.as_deref().and_then(Path::parent) {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
     let progress = Progress { jobs: &jobs };
     let mut wrong = Vec::new();
-    batch::run_all(&jobs, options, |i, said| match said {
+    batch::run_all(&jobs, &test.options, |i, said| match said {
         Said::Report(Report::Ready { seconds }) => progress.ready(i, seconds),
         Said::Report(Report::Skipped { cell }) => {
             tested[i].cells[jobs[i].number(cell) - 1].state = State::Skipped;
@@ -79,11 +94,11 @@ pub fn test(words: &[&str], test: &TestOptions, options: &Options) -> Result<Exi
         }
     })?;
     if let Some(path) = &test.junit {
-        let suites: Vec<Suite> = tested.iter().zip(&jobs).map(|(tested, job)| tested.suite(job)).collect();
-        write_beside(path, &crate::junit::xml(&suites))?;
+        let xml = junit::xml(tested.iter().zip(&jobs).map(|(tested, job)| tested.suite(job)).collect())?;
+        files::write(path, xml.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if !wrong.is_empty() {
-        anyhow::bail!("{}", wrong.join("\n"));
+        bail!("{}", wrong.join("\n"));
     }
     for (tested, job) in tested.iter().zip(&jobs) {
         if jobs.len() > 1 && tested.differences() + tested.failures() > 0 {
@@ -154,24 +169,9 @@ impl Tested {
         for (n, (cell, position)) in self.cells.iter().zip(&job.cells).enumerate() {
             let _ = match &cell.state {
                 State::Differs(lines) if !is_bare => {
-                    writeln!(
-                        text,
-                        "
-cell {} of {path} differs
-{}
-",
-                        n + 1,
-                        lines.join(
-                            "
-"
-                        )
-                    )
+                    writeln!(text, "\ncell {} of {path} differs\n{}\n", n + 1, lines.join("\n"))
                 }
-                State::Failed(failure) => {
-                    let source = batch::indented(&job.notebook.source(*position));
-                    let (kind, details) = (&failure.kind, batch::indented(&failure.details));
-                    writeln!(text, "\ncell {} of {path} failed: {kind}\n\n{source}\n\n{details}\n", n + 1)
-                }
+                State::Failed(failure) => writeln!(text, "{}", job.failure(*position, failure)),
                 _ => Ok(()),
             };
         }
@@ -204,38 +204,22 @@ cell {} of {path} differs
             return Ok(0);
         }
         if Notebook::read(&job.path)? != job.notebook {
-            anyhow::bail!("{} was changed while it ran, so it is not rewritten", job.path.display());
+            bail!("{} was changed while it ran, so it is not rewritten", job.path.display());
         }
         notebook.write(&job.path)?;
         Ok(rewritten)
     }
 
-    fn suite(&self, job: &Job) -> Suite {
+    fn suite(&self, job: &Job) -> TestSuite {
         let mut cases: Vec<Case> = Vec::new();
         for (n, (cell, position)) in self.cells.iter().zip(&job.cells).enumerate() {
-            let outcome = match &cell.state {
-                State::Passed => Outcome::Passed,
-                State::Skipped => Outcome::Skipped("tagged skip".into()),
-                State::NotReached => Outcome::Skipped("not reached".into()),
-                State::Differs(lines) => Outcome::Failed {
-                    kind: "Difference".into(),
-                    message: "not what is stored".into(),
-                    details: lines.join("\n"),
-                },
-                State::Failed(failure) => Outcome::Failed {
-                    kind: failure.kind.clone(),
-                    message: failure.message.clone(),
-                    details: failure.details.clone(),
-                },
-            };
             let name = format!("cell {}: {}", n + 1, batch::first_line(&job.notebook.source(*position)));
-            cases.push(Case { name, seconds: cell.seconds, outcome });
+            cases.push(Case { name, seconds: cell.seconds, status: cell.state.status() });
         }
-        if let Some(broken) = &self.broken {
-            let outcome = Outcome::Broken(broken.clone());
-            cases.push(Case { name: "the notebook's process".into(), seconds: 0.0, outcome });
+        if let Some(why) = &self.broken {
+            cases.push(Case { name: "the notebook's process".into(), seconds: 0.0, status: junit::broken(why) });
         }
-        Suite { name: job.path.display().to_string(), seconds: self.seconds, cases }
+        junit::suite(&job.path.display().to_string(), self.seconds, cases)
     }
 }
 
@@ -247,6 +231,16 @@ impl State {
             State::Passed => "ok",
             State::Differs(_) => "DIFFERS",
             State::Failed(_) => "FAILED",
+        }
+    }
+
+    fn status(&self) -> TestCaseStatus {
+        match self {
+            State::Passed => TestCaseStatus::success(),
+            State::Skipped => junit::skipped("tagged skip"),
+            State::NotReached => junit::skipped("not reached"),
+            State::Differs(lines) => junit::failed("Difference", "not what is stored", &lines.join("\n")),
+            State::Failed(Failure { kind, message, details }) => junit::failed(kind.name(), message, details),
         }
     }
 }
@@ -281,16 +275,4 @@ fn show(text: &str) {
             _ => println!("{line}"),
         }
     }
-}
-
-/// Writes to a file beside it first, so that no reader meets half of it.
-fn write_beside(path: &Path, text: &str) -> Result<()> {
-    let context = || format!("cannot write {}", path.display());
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(context)?;
-    file.write_all(text.as_bytes()).with_context(context)?;
-    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-    file.as_file().set_permissions(readable).with_context(context)?;
-    file.persist(path).with_context(context)?;
-    Ok(())
 }

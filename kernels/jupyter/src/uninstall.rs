@@ -6,11 +6,11 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::kernelspec;
-use crate::layout::{API_ENTRY, BINARY_ENTRY, LIBRARY_ENTRIES, Layout, Place, Target, cannot};
+use crate::layout::{API, BINARY_ENTRY, LIBRARY_ENTRIES, Layout, Place, STAMP, Target, cannot};
 
 pub fn uninstall(target: &Target) -> Result<()> {
     let Place { mut layout, mut kernelspec } = target.place()?;
-    if let Target::Prefix(prefix) = target
+    if let Some(prefix) = &target.prefix
         && !layout.is_ours()
     {
         // A prefix may be named as QLORA_NB_PREFIX names it: the layout itself.
@@ -46,8 +46,8 @@ pub fn uninstall(target: &Target) -> Result<()> {
 
 fn remove(layout: &Layout) -> Result<()> {
     // The stamp goes last: what an uninstall leaves when it is cut short is still ours to remove.
-    let stamp = layout.stamp();
-    let entries = LIBRARY_ENTRIES.into_iter().rev().chain([BINARY_ENTRY, API_ENTRY]);
+    let stamp = layout.at(STAMP);
+    let entries = LIBRARY_ENTRIES.into_iter().rev().chain([BINARY_ENTRY, API]);
     for path in entries.map(|entry| layout.prefix.join(entry)).chain(left_behind(layout)).chain([stamp]) {
         let removed = match path.is_dir() {
             true => fs::remove_dir_all(&path),
@@ -88,11 +88,12 @@ fn remove_empty_parents(path: &Path, within: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::RUSTC;
 
     #[test]
     fn other_files_stay() {
         let folder = tempfile::tempdir().expect("a folder");
-        let target = Target::Prefix(folder.path().to_owned());
+        let target = Target { prefix: Some(folder.path().to_owned()), ..Target::default() };
         let Place { layout, kernelspec } = target.place().expect("a place");
         let claim = layout.claim(&kernelspec).expect("claimed");
         for entry in ["lib", "deps", "evcxr", "bin", ".new-abc"] {
@@ -120,10 +121,10 @@ mod tests {
         let layout = Layout::new(&folder.path().join("layout"));
         let spec = layout.prefix.join("share/jupyter/kernels/qlora-nb");
         let claim = layout.claim(&spec).expect("claimed");
-        fs::write(layout.rustc_stamp(), "").expect("written");
+        fs::write(layout.at(RUSTC), "").expect("written");
         drop(claim);
         kernelspec::write(&spec, &layout).expect("written");
-        uninstall(&Target::Prefix(layout.prefix.clone())).expect("uninstalled");
+        uninstall(&Target { prefix: Some(layout.prefix.clone()), ..Target::default() }).expect("uninstalled");
         assert!(!layout.prefix.exists());
     }
 }
