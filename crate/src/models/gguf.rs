@@ -220,7 +220,7 @@ impl Gguf {
             ] {
                 rope.insert(key.into(), value);
             }
-            let ours = super::llama::RopeScaling::from_json(&Value::Null, &Value::Object(rope.clone()))?;
+            let ours = super::rope_scaling::RopeScaling::from_json(&Value::Null, &Value::Object(rope.clone()))?;
             let plain = crate::backend::operands::Rope::frequencies(theta, head_dim);
             let same = |(f, want): (&f32, &f32)| {
                 (f64::from(*f) / ours.apply(f64::from(*f)) / f64::from(*want) - 1.0).abs() < 1e-3

@@ -14,6 +14,7 @@ mod parts;
 mod perplexity;
 mod qwen2;
 mod qwen3;
+mod rope_scaling;
 pub mod weights;
 
 pub use perplexity::perplexity;
