@@ -248,7 +248,7 @@ impl Parameters for Gpu {
         moments: usize,
         paged: bool,
     ) -> Result<Option<Box<dyn States>>> {
-        Ok(Some(Box::new(optim::OnCard::new(self.forever()?, params, parts, moments, paged)?)))
+        Ok(Some(Box::new(optim::StatesOnCard::new(self.forever()?, params, parts, moments, paged)?)))
     }
 }
 

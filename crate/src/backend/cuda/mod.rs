@@ -50,14 +50,15 @@ pub use grads::{Grads, Outputs};
 pub use graph::Repeated;
 pub use inputs::{HostInputs, InputDraw, InputShape, Inputs, Scalars};
 pub use managed::{Managed, Place};
-pub(crate) use passes::{Decode, OnCard};
+pub(crate) use passes::Decode;
+pub use passes::OnCard;
 pub use quant::{dequantize_into, dequantize_transposed_into};
 pub use results::Results;
 pub(crate) use select::first;
 pub use select::{TOOLKIT, check_capability, check_driver, count};
 pub use staging::{Piece, Staging};
-pub(crate) use tensor::write;
 pub use tensor::{address, alloc, copy_to_host, dtype_suffix, fill_zero, uninit, zeros};
+pub(crate) use tensor::{copy_on_card, write};
 
 // MODULES: the compiled files. EARLY: the kernels that wait themselves for the one in front of them, in order. told: what
 // the files tell the host.

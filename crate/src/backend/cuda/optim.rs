@@ -82,7 +82,7 @@ impl Memory {
 }
 
 /// The states of all parameters, in one block of memory.
-pub(super) struct OnCard {
+pub(super) struct StatesOnCard {
     gpu: &'static Gpu,
     memory: Memory,
     parts: Vec<Vec<Part>>,
@@ -92,7 +92,7 @@ pub(super) struct OnCard {
     table: Table,
 }
 
-impl OnCard {
+impl StatesOnCard {
     /// Zeros, for an optimizer of that many moments: parts are the moments and, in 8 bits, their maxima. `paged`: in
     /// memory that the driver moves to the host when the card has no room for it.
     pub fn new(
@@ -125,7 +125,7 @@ impl OnCard {
     }
 }
 
-impl States for OnCard {
+impl States for StatesOnCard {
     fn step(&self, step: &Step) -> Result<()> {
         if self.table.num_blocks == 0 {
             return Ok(());
