@@ -132,7 +132,7 @@ impl PeftModel {
         if let Some(modules) = config.modules_to_save.as_ref().filter(|modules| !modules.is_empty()) {
             return Err(Error::unsupported(
                 "modules_to_save",
-                &format!("{modules:?}"),
+                format!("{modules:?}"),
                 ["none"],
                 "leave it out: adapters are trained, whole modules are not yet",
             ));

@@ -173,10 +173,10 @@ pub fn rotated(x: &Matrix, head_dim: usize, positions: &[usize], inv_freq: &[f32
     let mut y = x.clone();
     for (row, position) in positions.iter().enumerate() {
         for head in 0..x.columns / head_dim {
-            for i in 0..head_dim / 2 {
+            for (i, frequency) in inv_freq.iter().enumerate() {
                 let (a, b) = (head * head_dim + i, head * head_dim + i + head_dim / 2);
                 // The angle is rounded to f32, as in transformers.
-                let (sin, cos) = f64::from(*position as f32 * inv_freq[i]).sin_cos();
+                let (sin, cos) = f64::from(*position as f32 * frequency).sin_cos();
                 let (re, im) = (x.at(row, a), x.at(row, b));
                 (*y.at_mut(row, a), *y.at_mut(row, b)) = (re * cos - sign * im * sin, im * cos + sign * re * sin);
             }

@@ -66,9 +66,11 @@ impl SharedMut {
     }
 }
 
+type Change<'a> = &'a mut dyn FnMut(&mut [f32]);
+
 /// Runs `f` on the elements of a contiguous f32 tensor, in place.
-pub(super) fn modify_f32(tensor: &Tensor, f: &mut dyn FnMut(&mut [f32])) -> Result<()> {
-    struct Op<'a>(RefCell<&'a mut dyn FnMut(&mut [f32])>);
+pub(super) fn modify_f32(tensor: &Tensor, f: Change) -> Result<()> {
+    struct Op<'a>(RefCell<Change<'a>>);
     impl InplaceOp1 for Op<'_> {
         fn name(&self) -> &'static str {
             "modify_f32"

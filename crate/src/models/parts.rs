@@ -189,7 +189,7 @@ impl Parts {
     }
 }
 
-fn part_tree<'a>(part: &Part, linears: &mut dyn Iterator<Item = &'a Linear>) -> ModuleNode {
+fn part_tree(part: &Part, linears: &mut dyn Iterator<Item = &Linear>) -> ModuleNode {
     match part {
         Part::Linear { name, shape, bias } => match linears.next() {
             Some(linear) => linear.module_tree(name),
