@@ -285,7 +285,7 @@ mod tests {
         let args = TrainingArguments::default();
         args.validate().unwrap();
         let fields = args.to_json();
-        assert_eq!(fields.len(), 34);
+        assert_eq!(fields.len(), 32);
         assert_eq!(fields["eval_strategy"], "no");
         assert_eq!(fields["save_strategy"], "steps");
         assert_eq!(fields["train_sampling_strategy"], "random");
