@@ -287,13 +287,14 @@ impl<'a> Reader<'a> {
         list(&inner["variants"]).filter_map(|id| self.get(id)).map(|variant| {
             let name = text(&variant["name"]);
             let kind = &variant["inner"]["variant"]["kind"];
-            let types = |ids: &'a Value| list(ids).filter_map(|id| self.get(id)).map(field).collect::<Vec<_>>();
+            let parts = |ids: &'a Value, part: fn(Member) -> String| {
+                let fields = list(ids).filter_map(|id| self.get(id)).map(field);
+                fields.map(part).collect::<Vec<_>>().join(", ")
+            };
             let signature = if kind["tuple"].is_array() {
-                let types = types(&kind["tuple"]).into_iter().filter_map(|field| field.ty).collect::<Vec<_>>();
-                format!("{name}({})", types.join(", "))
+                format!("{name}({})", parts(&kind["tuple"], |field| field.ty.unwrap_or_default()))
             } else if kind["struct"].is_object() {
-                let fields = types(&kind["struct"]["fields"]).into_iter().map(|field| field.signature);
-                format!("{name} {{ {} }}", fields.collect::<Vec<_>>().join(", "))
+                format!("{name} {{ {} }}", parts(&kind["struct"]["fields"], |field| field.signature))
             } else {
                 name.clone()
             };

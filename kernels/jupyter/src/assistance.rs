@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::api::Api;
 use crate::complete::{self, Completions};
 use crate::inspect;
-use crate::layout::Layout;
+use crate::layout::{API, Layout};
 use crate::scope::{Names, Scope};
 
 /// What is known of the library.
@@ -20,7 +20,7 @@ pub type Ask<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl Assistance {
     pub fn new(layout: &Layout) -> Assistance {
-        Assistance { api: Arc::new(Api::load(&layout.api())) }
+        Assistance { api: Arc::new(Api::load(&layout.at(API))) }
     }
 
     fn scope<'a>(&'a self, names: &'a Names, ask: Ask<'a>) -> Scope<'a> {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::api::Api;
 use crate::kernelspec;
-use crate::layout::{Layout, first_line, rustc_version};
+use crate::layout::{API, DYLIB, Layout, first_line, rustc_version};
 
 pub fn doctor(layout: &Layout) -> Result<ExitCode> {
     let mut healthy = true;
@@ -17,13 +17,12 @@ pub fn doctor(layout: &Layout) -> Result<ExitCode> {
     report("cargo", says("cargo", &["--version"]).context("remedy: install Rust with rustup"));
     report("sysroot", sysroot());
     report("linker", says("cc", &["--version"]).context("cc is missing\nremedy: apt-get install build-essential"));
-    report("library for notebooks", layout.check().map(|()| layout.dylib().display().to_string()));
+    report("library for notebooks", layout.check().map(|()| layout.at(DYLIB).display().to_string()));
     let spec = layout.kernelspec();
     report("kernelspec", kernelspec_of(layout, spec.as_deref()));
     // What notebooks do without, if need be.
     let note = |what, finding| tell("note    ", what, finding);
-    let indexed = Api::load(&layout.api()).items.len();
-    note("completion", if indexed > 0 { Ok(format!("{indexed} items indexed")) } else { no_index() });
+    note("completion", index(&layout.at(API)));
     note("Jupyter", jupyter(spec.as_deref()));
     note("GPU driver", gpu_driver());
     Ok(if healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -64,8 +63,11 @@ fn kernelspec_of(layout: &Layout, spec: Option<&Path>) -> Result<String> {
     Ok(spec.display().to_string())
 }
 
-fn no_index() -> Result<String> {
-    bail!("no index of the library: completion knows less\nremedy: qlora-nb install, which says why it fails")
+fn index(path: &Path) -> Result<String> {
+    match Api::load(path).items.len() {
+        0 => bail!("no index of the library: completion knows less\nremedy: qlora-nb install, which says why it fails"),
+        items => Ok(format!("{items} items indexed")),
+    }
 }
 
 /// Whether Jupyter is there, and looks where the kernelspec is.

@@ -99,7 +99,7 @@ pub fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
             std::env::set_var("CARGO_HOME", home);
         }
         std::env::set_var("EVCXR_TMPDIR", folder);
-        std::env::set_var("EVCXR_CONFIG_DIR", layout.evcxr_config());
+        std::env::set_var("EVCXR_CONFIG_DIR", layout.at("evcxr"));
         std::env::set_var("RUST_SRC_PATH", no_std);
         std::env::set_var("LD_LIBRARY_PATH", libraries);
         std::env::set_var("PATH", path);

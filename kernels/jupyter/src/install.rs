@@ -18,7 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use cargo_metadata::{Artifact, DependencyKind, Message, Metadata, Node, NodeDep, Package, PackageId};
 
-use crate::layout::{BINARY_ENTRY, LIBRARY_ENTRIES, Layout, Place, Staging, Target};
+use crate::layout::{API, BINARY, BINARY_ENTRY, BUILT, DYLIB, LIBRARY_ENTRIES, Layout, Place, RUSTC, Staging, Target};
 use crate::layout::{cannot, create_folder, first_line, rustc_version, write_if_changed};
 use crate::{api, kernelspec};
 
@@ -87,8 +87,8 @@ fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> 
     write_if_changed(&staging.path("built"), built.stamp()?.as_bytes())?;
     write_if_changed(&staging.path("rustc"), rustc.as_bytes())?;
     staging.commit(&LIBRARY_ENTRIES)?;
-    let size = fs::metadata(layout.dylib())?.len() >> 20;
-    println!("  linked {} ({size} MiB) in {:.1} s", layout.dylib().display(), begin.elapsed().as_secs_f64());
+    let size = fs::metadata(layout.at(DYLIB))?.len() >> 20;
+    println!("  linked {} ({size} MiB) in {:.1} s", layout.at(DYLIB).display(), begin.elapsed().as_secs_f64());
     Ok(true)
 }
 
@@ -96,28 +96,28 @@ fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> 
 fn install_binary(layout: &Layout) -> Result<bool> {
     let own = std::env::current_exe().context("cannot find this program's own file")?;
     let read = |path: &Path| fs::read(path).map_err(|error| cannot("read", path, error));
-    if layout.binary().exists() && read(&own)? == read(&layout.binary())? {
+    if layout.at(BINARY).exists() && read(&own)? == read(&layout.at(BINARY))? {
         return Ok(false);
     }
     let staging = Staging::new(layout)?;
-    let copy = staging.path(BINARY_ENTRY).join("qlora-nb");
+    let copy = staging.path(BINARY);
     create_folder(&staging.path(BINARY_ENTRY))?;
     let bytes = fs::copy(&own, &copy).map_err(|error| cannot("copy the kernel to", &copy, error))?;
     staging.commit(&[BINARY_ENTRY])?;
-    println!("  copied the kernel to {} ({} MiB)", layout.binary().display(), bytes >> 20);
+    println!("  copied the kernel to {} ({} MiB)", layout.at(BINARY).display(), bytes >> 20);
     Ok(true)
 }
 
 /// Notebooks run without the index, so what goes wrong here is said and no more.
 fn install_api(layout: &Layout, built: &Built) -> Result<bool> {
     let stamp = built.stamp()?;
-    if api::is_current(&layout.api(), &stamp) {
+    if api::is_current(&layout.at(API), &stamp) {
         return Ok(false);
     }
     let begin = Instant::now();
     match api::make(&built.documented, &stamp) {
         Ok(api) => {
-            write_if_changed(&layout.api(), &api.to_json())?;
+            write_if_changed(&layout.at(API), &api.to_json())?;
             println!("  indexed {} items for completion in {:.1} s", api.items.len(), begin.elapsed().as_secs_f64());
         }
         Err(error) => println!("  no index of the library: completion will know less ({error:#})"),
@@ -250,8 +250,8 @@ fn cargo(source: &Path, args: &[&str]) -> Result<Vec<u8>> {
 }
 
 fn is_current(layout: &Layout, built: &Built, rustc: &str) -> bool {
-    fs::read_to_string(layout.rustc_stamp()).is_ok_and(|text| text == rustc)
-        && fs::read_to_string(layout.built_stamp()).is_ok_and(|text| built.stamp().is_ok_and(|now| now == text))
+    fs::read_to_string(layout.at(RUSTC)).is_ok_and(|text| text == rustc)
+        && fs::read_to_string(layout.at(BUILT)).is_ok_and(|text| built.stamp().is_ok_and(|now| now == text))
         && layout.check().is_ok()
 }
 
@@ -307,8 +307,8 @@ fn join(before: &str, path: &Path) -> OsString {
 fn init_evcxr(layout: &Layout) -> String {
     let flags = [
         "-Cprefer-dynamic".to_owned(),
-        format!("--extern=qlora_nb={}", layout.dylib().display()),
-        format!("-Ldependency={}", layout.deps().display()),
+        format!("--extern=qlora_nb={}", layout.at(DYLIB).display()),
+        format!("-Ldependency={}", layout.at("deps").display()),
     ];
     format!(":build_env CARGO_ENCODED_RUSTFLAGS={}\n", flags.join("\u{1f}"))
 }

@@ -8,8 +8,8 @@
 //! want the rest of them to work on what is not there.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -21,7 +21,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use zeromq::{PubSocket, RepSocket, SocketRecv, SocketSend};
 
 use crate::executor::{Executor, Job, Shared, lock};
-use crate::layout::Layout;
+use crate::layout::{self, Layout};
 use crate::messages::{self, Channel, content, message, parsed, refusal, reply_to};
 use crate::session::Controls;
 use crate::syntax;
@@ -182,6 +182,10 @@ fn on_control(
     is_end
 }
 
+/// What `rustc -vV` calls its release. Asked once: the kernel's rustc does not change under it.
+static RUST: LazyLock<String> =
+    LazyLock::new(|| layout::release_in(&layout::rustc_version().unwrap_or_default()).to_owned());
+
 fn kernel_info() -> Value {
     let version = env!("CARGO_PKG_VERSION");
     json!({
@@ -192,7 +196,7 @@ fn kernel_info() -> Value {
         "banner": format!("qlora-nb {version}: QLoRA fine-tuning in Rust. First cell: use qlora_nb::prelude::*;"),
         "language_info": {
             "name": "rust",
-            "version": rustc_release(),
+            "version": *RUST,
             "mimetype": "text/rust",
             "file_extension": ".rs",
             "pygments_lexer": "rust",
@@ -205,16 +209,6 @@ fn kernel_info() -> Value {
         ],
         "debugger": false,
         "supported_features": [],
-    })
-}
-
-/// `1.95.0`, asked once: the kernel's rustc does not change under it.
-fn rustc_release() -> &'static str {
-    static RELEASE: std::sync::OnceLock<String> = std::sync::OnceLock::new();
-    RELEASE.get_or_init(|| {
-        let version = crate::layout::rustc_version().unwrap_or_default();
-        let release = version.lines().find_map(|line| line.strip_prefix("release: "));
-        release.unwrap_or("unknown").to_owned()
     })
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use crate::layout::{Layout, cannot, write_if_changed};
+use crate::layout::{BINARY, Layout, cannot, write_if_changed};
 
 const KERNEL_JSON: &str = "kernel.json";
 const LOGOS: [(&str, &[u8]); 3] = [
@@ -18,7 +18,7 @@ const LOGOS: [(&str, &[u8]); 3] = [
 /// What Jupyter reads. `interrupt_mode: message`: the kernel decides what an interrupt ends, and keeps the variables.
 fn content(layout: &Layout) -> Value {
     json!({
-        "argv": [layout.binary(), "kernel", "{connection_file}"],
+        "argv": [layout.at(BINARY), "kernel", "{connection_file}"],
         "display_name": "Rust (qlora-nb)",
         "language": "rust",
         "interrupt_mode": "message",
@@ -110,7 +110,7 @@ mod tests {
         assert_eq!(read["interrupt_mode"], "message");
         assert!(check(&spec, &layout).expect_err("no binary").to_string().contains("does not exist"));
         fs::create_dir_all(layout.prefix.join("bin")).expect("made");
-        fs::write(layout.binary(), "").expect("written");
+        fs::write(layout.at(BINARY), "").expect("written");
         check(&spec, &layout).expect("well");
         let other = Layout::new(Path::new("/other"));
         assert!(check(&spec, &other).is_err() && !remove(&spec, &other).expect("kept"));

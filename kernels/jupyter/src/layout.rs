@@ -28,12 +28,18 @@ use serde_json::{Value, json};
 
 use crate::files;
 
-/// All that an installation puts into its layout. The stamps of the library are the last of its own entries: an
-/// install that is cut short never passes for a whole one.
-pub const LIBRARY_ENTRIES: [&str; 5] = ["lib", "deps", "evcxr", "built", "rustc"];
+/// The library's entries, as an installation puts them into its layout. Its stamps are the last of them: an install that
+/// is cut short never passes for a whole one.
+pub const LIBRARY_ENTRIES: [&str; 5] = ["lib", "deps", "evcxr", BUILT, RUSTC];
 pub const BINARY_ENTRY: &str = "bin";
-pub const API_ENTRY: &str = "api.json";
-const STAMP: &str = "qlora-nb.json";
+pub const API: &str = "api.json";
+pub const STAMP: &str = "qlora-nb.json";
+pub const RUSTC: &str = "rustc";
+pub const BUILT: &str = "built";
+/// Files in entries.
+pub const DYLIB: &str = "lib/libqlora_nb.so";
+pub const INIT: &str = "evcxr/init.evcxr";
+pub const BINARY: &str = "bin/qlora-nb";
 
 /// Where notebooks find the library.
 #[derive(Clone)]
@@ -46,57 +52,30 @@ impl Layout {
         Layout { prefix: prefix.to_owned() }
     }
 
-    pub fn dylib(&self) -> PathBuf {
-        self.prefix.join("lib/libqlora_nb.so")
-    }
-
-    pub fn deps(&self) -> PathBuf {
-        self.prefix.join("deps")
-    }
-
-    pub fn evcxr_config(&self) -> PathBuf {
-        self.prefix.join("evcxr")
-    }
-
-    pub fn binary(&self) -> PathBuf {
-        self.prefix.join(BINARY_ENTRY).join("qlora-nb")
-    }
-
-    pub fn api(&self) -> PathBuf {
-        self.prefix.join(API_ENTRY)
-    }
-
-    pub fn rustc_stamp(&self) -> PathBuf {
-        self.prefix.join("rustc")
-    }
-
-    pub fn built_stamp(&self) -> PathBuf {
-        self.prefix.join("built")
-    }
-
-    pub fn stamp(&self) -> PathBuf {
-        self.prefix.join(STAMP)
+    /// The place of an entry, or of a file in one.
+    pub fn at(&self, entry: &str) -> PathBuf {
+        self.prefix.join(entry)
     }
 
     /// Whether an installation of ours lies there, whole or not. One of before the stamp is known by its init.evcxr.
     pub fn is_ours(&self) -> bool {
-        let init = || fs::read_to_string(self.evcxr_config().join("init.evcxr"));
-        self.stamp().is_file() || init().is_ok_and(|text| text.contains("--extern=qlora_nb="))
+        let init = || fs::read_to_string(self.at(INIT));
+        self.at(STAMP).is_file() || init().is_ok_and(|text| text.contains("--extern=qlora_nb="))
     }
 
     /// The kernelspec that was installed for this layout, as its stamp says.
     pub fn kernelspec(&self) -> Option<PathBuf> {
-        let stamp: Value = serde_json::from_slice(&fs::read(self.stamp()).ok()?).ok()?;
+        let stamp: Value = serde_json::from_slice(&fs::read(self.at(STAMP)).ok()?).ok()?;
         stamp["kernelspec"].as_str().map(PathBuf::from)
     }
 
     /// Whether notebooks can use what is there; else what is wrong and the remedy.
     pub fn check(&self) -> Result<()> {
         let prefix = self.prefix.display();
-        let Ok(installed_for) = fs::read_to_string(self.rustc_stamp()) else {
+        let Ok(installed_for) = fs::read_to_string(self.at(RUSTC)) else {
             bail!("no library for notebooks in {prefix}\nremedy: qlora-nb install (or --prefix DIR, where it is)");
         };
-        for needed in [self.dylib(), self.deps(), self.evcxr_config().join("init.evcxr")] {
+        for needed in [self.at(DYLIB), self.at("deps"), self.at(INIT)] {
             if !needed.exists() {
                 bail!("{} is missing\nremedy: qlora-nb install", needed.display());
             }
@@ -110,8 +89,8 @@ impl Layout {
                 first_line(&rustc)
             );
         }
-        let init = fs::read_to_string(self.evcxr_config().join("init.evcxr"))?;
-        if !init.contains(&*self.dylib().to_string_lossy()) {
+        let init = fs::read_to_string(self.at(INIT))?;
+        if !init.contains(&*self.at(DYLIB).to_string_lossy()) {
             bail!("{prefix} was moved after it was installed\nremedy: qlora-nb install, for the new place");
         }
         Ok(())
@@ -130,7 +109,7 @@ impl Layout {
             );
         }
         create_folder(folder)?;
-        let stamp = self.stamp();
+        let stamp = self.at(STAMP);
         let open = File::options().read(true).write(true).create(true).truncate(false).open(&stamp);
         let mut file = open.map_err(|error| cannot("write", &stamp, error))?;
         file.lock().map_err(|error| cannot("lock", &stamp, error))?;
@@ -154,7 +133,7 @@ pub struct Claim<'a> {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         if !LIBRARY_ENTRIES.iter().any(|entry| self.layout.prefix.join(entry).exists()) {
-            let _ = fs::remove_file(self.layout.stamp());
+            let _ = fs::remove_file(self.layout.at(STAMP));
             let _ = fs::remove_dir(&self.layout.prefix);
         }
     }
@@ -280,11 +259,15 @@ pub fn rustc_version() -> Result<String> {
         Err(error) => bail!("cannot run rustc, which compiles the cells: {error}\n{remedy}"),
     };
     let numbers = |text: &str| -> Vec<u32> { text.split(['.', '-']).map_while(|part| part.parse().ok()).collect() };
-    let release = version.lines().find_map(|line| line.strip_prefix("release: ")).unwrap_or_default();
-    if numbers(release) < numbers(needed) {
+    if numbers(release_in(&version)) < numbers(needed) {
         bail!("{} is too old: Rust {needed} or newer is needed\nremedy: rustup update", first_line(&version));
     }
     Ok(version)
+}
+
+/// `1.95.0`, of what `rustc -vV` says.
+pub fn release_in(version: &str) -> &str {
+    version.lines().find_map(|line| line.strip_prefix("release: ")).unwrap_or("unknown")
 }
 
 /// Where this rustc's toolchain lies.
@@ -382,7 +365,7 @@ mod tests {
         drop(layout.claim(Path::new("/spec")).expect("claimed"));
         assert!(!layout.prefix.exists());
         let claim = layout.claim(Path::new("/spec")).expect("claimed");
-        fs::write(layout.rustc_stamp(), "x").expect("written");
+        fs::write(layout.at(RUSTC), "x").expect("written");
         drop(claim);
         assert_eq!(layout.kernelspec(), Some(PathBuf::from("/spec")));
     }
@@ -393,7 +376,7 @@ mod tests {
         fs::create_dir_all(layout.prefix.join("lib")).expect("made");
         let error = layout.claim(Path::new("/spec")).err().expect("refused").to_string();
         assert!(error.contains("holds no installation") && error.contains("remedy"), "{error}");
-        assert!(!layout.stamp().exists());
+        assert!(!layout.at(STAMP).exists());
     }
 
     #[test]
@@ -407,7 +390,7 @@ mod tests {
         fs::create_dir(staging.path("lib")).expect("made");
         fs::write(staging.path("rustc"), "new").expect("written");
         staging.commit(&["lib", "rustc"]).expect("committed");
-        assert_eq!(fs::read_to_string(layout.rustc_stamp()).expect("read"), "new");
+        assert_eq!(fs::read_to_string(layout.at(RUSTC)).expect("read"), "new");
         let names = |folder: &Path| fs::read_dir(folder).expect("read").count();
         assert_eq!((names(&layout.prefix), names(&layout.prefix.join("lib"))), (2, 0));
     }

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::api::Api;
 use crate::diagnostics::{Failure, FailureKind};
-use crate::layout::Layout;
+use crate::layout::{API, Layout};
 use crate::notebook::{self, Notebook};
 use crate::outputs::{Client, Output, Recorder, Update, error};
 use crate::session::{Ending, Session};
@@ -54,7 +54,7 @@ pub fn run_cells(path: &Path, timeout: Duration, layout: &Layout) -> Result<()> 
     let notebook = Notebook::read(path)?;
     // Cells run in the notebook's folder.
     let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
-    let api = Arc::new(Api::load(&layout.api()));
+    let api = Arc::new(Api::load(&layout.at(API)));
     let session = Session::start(layout, api, path.parent().unwrap_or(Path::new("/")))?;
     report(&Report::Ready { seconds: begin.elapsed().as_secs_f64() })?;
     session.controls().interrupt_on_ctrl_c();

@@ -13,7 +13,9 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -96,13 +98,8 @@ pub fn unnameable(ty: &str) -> Option<&'static str> {
 
 /// A type in a message: closures without the place where they stand in generated code.
 pub fn for_people(ty: &str) -> String {
-    let mut parts = ty.split("{closure@");
-    let mut out = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        out.push_str("{closure}");
-        out.push_str(part.split_once('}').map_or("", |(_, rest)| rest));
-    }
-    out
+    static CLOSURE: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\{closure@[^}]*\}").expect("a constant"));
+    CLOSURE.replace_all(ty, "{closure}").into_owned()
 }
 
 /// evcxr's source for checking a cell ends with a call `evcxr_variable_store(name);` a variable, on a line of its

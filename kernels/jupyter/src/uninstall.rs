@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::kernelspec;
-use crate::layout::{API_ENTRY, BINARY_ENTRY, LIBRARY_ENTRIES, Layout, Place, Target, cannot};
+use crate::layout::{API, BINARY_ENTRY, LIBRARY_ENTRIES, Layout, Place, STAMP, Target, cannot};
 
 pub fn uninstall(target: &Target) -> Result<()> {
     let Place { mut layout, mut kernelspec } = target.place()?;
@@ -46,8 +46,8 @@ pub fn uninstall(target: &Target) -> Result<()> {
 
 fn remove(layout: &Layout) -> Result<()> {
     // The stamp goes last: what an uninstall leaves when it is cut short is still ours to remove.
-    let stamp = layout.stamp();
-    let entries = LIBRARY_ENTRIES.into_iter().rev().chain([BINARY_ENTRY, API_ENTRY]);
+    let stamp = layout.at(STAMP);
+    let entries = LIBRARY_ENTRIES.into_iter().rev().chain([BINARY_ENTRY, API]);
     for path in entries.map(|entry| layout.prefix.join(entry)).chain(left_behind(layout)).chain([stamp]) {
         let removed = match path.is_dir() {
             true => fs::remove_dir_all(&path),
@@ -88,6 +88,7 @@ fn remove_empty_parents(path: &Path, within: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::RUSTC;
 
     #[test]
     fn other_files_stay() {
@@ -120,7 +121,7 @@ mod tests {
         let layout = Layout::new(&folder.path().join("layout"));
         let spec = layout.prefix.join("share/jupyter/kernels/qlora-nb");
         let claim = layout.claim(&spec).expect("claimed");
-        fs::write(layout.rustc_stamp(), "").expect("written");
+        fs::write(layout.at(RUSTC), "").expect("written");
         drop(claim);
         kernelspec::write(&spec, &layout).expect("written");
         uninstall(&Target { prefix: Some(layout.prefix.clone()), ..Target::default() }).expect("uninstalled");
