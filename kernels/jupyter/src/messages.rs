@@ -13,6 +13,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 use zeromq::{RouterSocket, Socket, SocketRecv, SocketSend};
 
+/// Reads the ports and the key that Jupyter has chosen.
 pub fn read_connection_file(path: &Path) -> Result<ConnectionInfo> {
     let shown = path.display();
     let remedy = "remedy: Jupyter writes this file and starts the kernel with it: jupyter lab, or \

@@ -19,6 +19,8 @@ use crate::{std_names, syntax};
 
 const FUNCTIONS: [&str; 9] =
     ["Some", "None", "Ok", "Err", "drop", "Default::default", "String::new", "String::from", "Box::new"];
+/// Methods of collections that take no time that grows with them.
+const METHODS: [&str; 5] = ["enumerate", "first", "get", "iter", "last"];
 /// Types of std whose methods take next to no time.
 const QUICK: [&str; 5] = ["Option", "Result", "String", "Path", "f64"];
 /// Crates whose code is in a dylib, and those of std.
@@ -122,7 +124,10 @@ impl PlainCell<'_> {
         let is_range = receiver
             .is_some_and(|receiver| receiver.syntax().descendants().any(|node| ast::RangeExpr::can_cast(node.kind())));
         let has_it = |member: &Member| member.name == name;
-        let is_std = || QUICK.iter().any(|ty| std_names::members(ty, &[], "").iter().any(has_it));
+        let is_std = || {
+            METHODS.contains(&name.as_str())
+                || QUICK.iter().any(|ty| std_names::members(ty, &[], "").iter().any(has_it))
+        };
         !is_range && (self.scope.api.items.iter().flat_map(|item| &item.members).any(has_it) || is_std())
     }
 }
@@ -219,6 +224,8 @@ mod tests {
                 "let modules: Modules = [\"query_key_value\"].into();",
                 "assert_eq!(text.len(), 3, \"{}\", vec![\"a\", \"b\"][0]);",
                 "for (name, out) in t.names() { println!(\"{name} {}\", out.loss); }",
+                "for out in trainer.history.iter().enumerate() {\n    let loss = 1;\n    println!(\"{loss} {out:?}\");\n}",
+                "if let Some(last) = trainer.history.first() { println!(\"{}\", last.loss * 2.0) }",
                 // Once, over data that is in memory.
                 "let a = Tensor::arange(1000000u32)?;\na.to_vec1::<f32>()?",
                 "println!(\"{numbers:?}\");",
