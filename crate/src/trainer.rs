@@ -133,6 +133,10 @@ impl Trainer {
         let betas = (args.adam_beta1, args.adam_beta2);
         let (eps, weight_decay) = (args.adam_epsilon, args.weight_decay);
         let optimizer = optim::new(args.optim, &params, &Hyperparameters { betas, eps, weight_decay })?;
+        if params.iter().any(|p| p.value().device().is_cuda()) {
+            // What a block keeps is seen in a pass, and the error of a card without room is to say it.
+            model.memory_of_step(crate::models::memory::StepShape::default())?;
+        }
         let state = TrainerState {
             max_steps: plan.max_steps,
             num_train_epochs: plan.num_train_epochs,

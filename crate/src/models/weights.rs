@@ -305,7 +305,7 @@ impl Weights {
         let doing = format!("loading {:.2} GiB of weights to {}", gib(needed), backend.name());
         let remedy = self.smaller(options, needed);
         if needed > available {
-            let doing = format!("{doing}: {:.2} GiB of it are free", gib(available));
+            let doing = format!("{doing}: {:.2} GiB are free", gib(available));
             return Err(Error::OutOfDeviceMemory { doing, remedy });
         }
         load(self).map_err(|e| match e {
