@@ -21,7 +21,7 @@ use crate::{
 /// model is a base model or one with an adapter, and is shared, not copied.
 ///
 /// ```no_run
-/// # use qlora_nb::{error::Result, generation::GenerationConfig, model::{AutoModelForCausalLM, ModelOptions},
+/// # use qlora_nb::{error::Result, model::{AutoModelForCausalLM, ModelOptions}, pipeline::GenerationConfig,
 /// #     pipeline::pipeline, tokenizer::AutoTokenizer};
 /// # fn main() -> Result<()> {
 /// let tokenizer = AutoTokenizer::from_pretrained("models/poet-bloom-zh")?;
@@ -98,7 +98,7 @@ impl TextGenerationPipeline {
     /// whole; the pieces together are the `new_text` of the result.
     ///
     /// ```no_run
-    /// # use qlora_nb::{error::Result, generation::GenerationConfig, pipeline::TextGenerationPipeline};
+    /// # use qlora_nb::{error::Result, pipeline::{GenerationConfig, TextGenerationPipeline}};
     /// # fn f(pipe: TextGenerationPipeline) -> Result<()> {
     /// pipe.stream("春眠不觉晓", &GenerationConfig::default(), |piece| print!("{piece}"))?;
     /// # Ok(())

@@ -127,7 +127,7 @@ impl LossScale {
     /// `GradScaler`'s `growth_interval`.
     const GROWTH_INTERVAL: usize = 2000;
 
-    /// After a pass that did not overflow: twice as large after [`Self::GROWTH_INTERVAL`] of them.
+    /// After a pass that did not overflow: twice as large after 2000 of them.
     pub fn after_good_pass(self) -> Self {
         match self.good_passes + 1 {
             n if n >= Self::GROWTH_INTERVAL => Self { scale: (2.0 * self.scale).min(Self::MAX), good_passes: 0 },
@@ -258,7 +258,7 @@ pub trait Linears {
     fn linear(&self, frozen: &Frozen, lora: Option<&Lora>, x: &Input, around: &Around, run: &mut Run)
     -> Result<Tensor>;
 
-    /// Saves what [`Backend::linear`] saves for `lora`, without the result.
+    /// Saves what [`Linears::linear`] saves for `lora`, without the result.
     fn remember_lora(&self, lora: &Lora, x: &Tensor, run: &mut Run) -> Result<()>;
 
     /// dy to dx; adds to the gradients of `lora`. With `need_dx` false (nothing below learns) dx is not computed.
@@ -321,7 +321,7 @@ pub trait Activations {
 pub trait Attends {
     /// q, k and v side by side in rows of `layout`, q and k turned to their positions; saves nothing.
     fn rope(&self, rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Run) -> Result<Tensor>;
-    /// The gradient of what [`Backend::rope`] gave to those of q, k and v.
+    /// The gradient of what [`Attends::rope`] gave to those of q, k and v.
     fn rope_backward(&self, rope: &Rope, d: &Tensor, layout: &HeadLayout, run: &Run) -> Result<[Tensor; 3]>;
 
     /// `projected` `[M, row]` to `[M, heads * head_dim]`.
@@ -411,7 +411,7 @@ pub trait Memory {
 /// The backend of a device.
 ///
 /// # Errors
-/// A device that this build has no kernels for, and a CUDA device that was not made by [`cuda::device`].
+/// A device that this build has no kernels for, and a CUDA device that was not made by [`gpu`].
 pub fn of(device: &Device) -> Result<&'static dyn Backend> {
     match device {
         Device::Cpu => Ok(&cpu::Cpu),

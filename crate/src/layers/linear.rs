@@ -19,7 +19,7 @@ use crate::{
     error::Result,
 };
 
-/// What learns on a linear layer. Implementations: [`crate::adapters`].
+/// What learns on a linear layer. Implementations: [`LoraAdapter`](crate::peft::LoraAdapter), [`DoraAdapter`](crate::peft::DoraAdapter).
 pub trait Adapter: Send + Sync {
     /// What learns, under PEFT's names (`lora_A.default.weight` in the model, `lora_A.weight` in a file: here `lora_A`),
     /// in PEFT's order.

@@ -88,7 +88,7 @@ pub fn find(name_or_path: &Path, instead: &str) -> Result<Option<PathBuf>> {
 /// An opened GGUF file.
 ///
 /// ```no_run
-/// use qlora_nb::model::gguf::Gguf;
+/// use qlora_nb::internals::models::gguf::Gguf;
 /// let gguf = Gguf::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
 /// println!("{:#}", gguf.config()?); // as the config.json of the same model
 /// println!("{:?}", gguf.types()); // {"F32": 61, "Q4_1": 210, "Q8_0": 1}

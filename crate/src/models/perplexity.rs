@@ -19,7 +19,7 @@ use crate::{
 /// Fewer than two ids, a window of fewer than two, an id beyond the vocabulary.
 ///
 /// ```no_run
-/// use qlora_nb::{models::perplexity, prelude::*};
+/// use qlora_nb::{model::perplexity, prelude::*};
 /// # fn main() -> Result<()> {
 /// let path = "notebooks/models/SmolLM2-135M-Instruct";
 /// let model = AutoModelForCausalLM::from_pretrained(path, ModelOptions::default())?;

@@ -15,7 +15,7 @@
 //! # Ok::<(), qlora_nb::error::Error>(())
 //! ```
 //!
-//! The functions take tensors and look at where they are ([`crate::backend`]): a CPU and a GPU give the same bits.
+//! The functions take tensors and look at where they are: a CPU and a GPU give the same bits.
 //! [`oracle`] is the plain definition of both.
 
 mod blockwise;
