@@ -7,7 +7,7 @@
 #include "common.cuh"
 #include "mma.cuh"
 
-// The dropout of layers/dropout.rs: the same mask from the same key.
+// The dropout of backend/dropout.rs: the same mask from the same key.
 __device__ __forceinline__ uint64_t mix(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
