@@ -48,12 +48,14 @@ impl Param {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Forgets the accumulated gradient.
+    /// Forgets the accumulated gradient; waits for a pass that another thread makes on the device.
     pub fn zero_grad(&self) -> Result<()> {
-        super::of(self.0.grad.device())?.fill_zero(&self.0.grad)
+        let backend = super::of(self.0.grad.device())?;
+        let _one = backend.lock();
+        backend.fill_zero(&self.0.grad)
     }
 
-    /// Overwrites the value in place (loading an adapter or a checkpoint).
+    /// Overwrites the value in place (loading an adapter or a checkpoint); waits as [`Param::zero_grad`] does.
     pub fn set(&self, value: &Tensor) -> Result<()> {
         if value.dims() != self.0.value.dims() {
             return Err(Error::Shape {
@@ -65,6 +67,7 @@ impl Param {
             });
         }
         let value = value.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        let _one = super::of(self.0.value.device())?.lock();
         modify_f32(&self.0.value, |v| v.copy_from_slice(&value))
     }
 }
