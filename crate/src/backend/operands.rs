@@ -37,6 +37,14 @@ impl Weight {
         }
     }
 
+    /// Bytes that the weight takes, statistics included.
+    pub fn num_bytes(&self) -> usize {
+        match self {
+            Self::Dense(t) => t.elem_count() * t.dtype().size_in_bytes(),
+            Self::Quantized(q) => q.num_bytes(),
+        }
+    }
+
     /// The quantized weight, if it is one.
     pub fn quantized(&self) -> Option<&QuantizedTensor> {
         if let Self::Quantized(q) = self { Some(q) } else { None }
