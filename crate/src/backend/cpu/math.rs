@@ -117,9 +117,16 @@ fn tanh(x: f32) -> f32 {
 simd! {
     /// sum of `a[i] * b[i]`.
     pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        // As `reduce`, but over arrays: with indices into slices the compiler keeps the lanes in memory.
         let n = a.len().min(b.len());
-        let (a, b) = (&a[..n], &b[..n]);
-        reduce(n, |i| a[i] * b[i])
+        let ((a, a_rest), (b, b_rest)) = (a[..n].as_chunks::<LANES>(), b[..n].as_chunks::<LANES>());
+        let mut lanes = [0f32; LANES];
+        for (a, b) in a.iter().zip(b) {
+            for l in 0..LANES {
+                lanes[l] += a[l] * b[l];
+            }
+        }
+        a_rest.iter().zip(b_rest).fold(sum_lanes(lanes), |sum, (a, b)| sum + a * b)
     }
 }
 
