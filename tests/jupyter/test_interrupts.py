@@ -21,7 +21,7 @@ SEED = int(os.environ.get("SEED") or random.randrange(10**6))
 pytestmark = pytest.mark.timeout(240 + 20 * INTERRUPTS)
 
 SETUP = [
-    "use qlora_nb::prelude::*;\nuse qlora_nb::generation::FinishReason;",
+    "use qlora_nb::prelude::*;",
     """let ds = Dataset::load_from_disk("{repository}/notebooks/data/poems_zh")?;
 let tokenizer = AutoTokenizer::from_pretrained("{repository}/notebooks/models/poet-bloom-zh")?;""",
     """fn process(tok: &Tokenizer, ex: &Example) -> Result<Features> {
