@@ -3,6 +3,10 @@
 use std::{collections::HashMap, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use qlora_nb::{
+    collator::Batch,
+    model::{CausalLM, Model},
+};
 
 /// The repository's root.
 pub fn root() -> PathBuf {
@@ -80,4 +84,45 @@ pub fn with_file_size_limit<R>(bytes: u64, f: impl FnOnce() -> R) -> R {
     // SAFETY: as above.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &before) }, 0);
     result
+}
+
+/// Whole numbers of any dtype.
+pub fn ids(tensor: &Tensor) -> Vec<u32> {
+    values(tensor).into_iter().map(|v| v as u32).collect()
+}
+
+/// The batch of the fixture `t` that is padded on that `side`.
+pub fn labelled_batch(t: &HashMap<String, Tensor>, side: &str) -> Batch {
+    let u32s = |name: &str| t[&format!("{side}.{name}")].to_dtype(DType::U32).unwrap();
+    Batch::new(u32s("input_ids"), u32s("attention_mask"), t[&format!("{side}.labels")].clone()).unwrap()
+}
+
+/// Greedy generation with the cache gives the reference's tokens, for a prompt and for a batch whose prompts are padded on
+/// the left in the fixture `t`, and the last logits.
+pub fn assert_generates(model: &Model, t: &HashMap<String, Tensor>, what: &str) {
+    let (width, rows, mask) =
+        (t["left.input_ids"].dims()[1], ids(&t["left.input_ids"]), ids(&t["left.attention_mask"]));
+    let real =
+        |(row, mask): (&[u32], &[u32])| row.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect();
+    let batch: Vec<Vec<u32>> = rows.chunks(width).zip(mask.chunks(width)).map(real).collect();
+    for (prompts, want) in [(vec![ids(&t["greedy.prompt"])], "greedy.tokens"), (batch, "greedy_batch.tokens")] {
+        let steps = t[want].dims()[1];
+        let want: Vec<Vec<u32>> = ids(&t[want]).chunks(steps).map(|c| c.to_vec()).collect();
+        let mut cache = model.new_cache(prompts.len()).unwrap();
+        let mut feed = prompts;
+        for step in 0..steps {
+            let slices: Vec<&[u32]> = feed.iter().map(|f| f.as_slice()).collect();
+            let logits = model.next_token_logits(&slices, &mut cache).unwrap();
+            for (row, want) in want.iter().enumerate() {
+                let logits = values(&logits.get(row).unwrap());
+                let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
+                assert_eq!(best, want[step], "{what}: row {row}, token {step}");
+            }
+            if want.len() == 1 && step + 1 == steps {
+                let difference = max_difference(&logits, &t["greedy.logits"]);
+                assert!(difference < 1e-4, "{what}: the last logits differ by {difference}");
+            }
+            feed = want.iter().map(|w| vec![w[step]]).collect();
+        }
+    }
 }

@@ -32,9 +32,7 @@ fn dora() -> LoraConfig {
 
 /// The `right` batch of llama_tiny.safetensors.
 fn batch() -> Batch {
-    let t = tensors(fixture("llama_tiny.safetensors"));
-    let u32s = |name: &str| t[&format!("right.{name}")].to_dtype(DType::U32).unwrap();
-    Batch::new(u32s("input_ids"), u32s("attention_mask"), t["right.labels"].clone()).unwrap()
+    labelled_batch(&tensors(fixture("llama_tiny.safetensors")), "right")
 }
 
 /// Sets what learns to the fixture's values under `prefix`.

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, thread};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use qlora_nb::{
     collator::Batch,
     model::{AutoModelForCausalLM, CausalLM, Model, ModelOptions},
@@ -17,9 +17,7 @@ fn base() -> Model {
 }
 
 fn batch() -> Batch {
-    let t = tensors(fixture("llama_tiny.safetensors"));
-    let u32s = |name: &str| t[&format!("right.{name}")].to_dtype(DType::U32).unwrap();
-    Batch::new(u32s("input_ids"), u32s("attention_mask"), t["right.labels"].clone()).unwrap()
+    labelled_batch(&tensors(fixture("llama_tiny.safetensors")), "right")
 }
 
 /// The losses of twenty steps of a fresh adapter.

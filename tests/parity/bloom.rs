@@ -36,10 +36,6 @@ fn greedy_matches(model: &Model, ids: &[u32], prompt: usize) {
     assert!(max_difference(&last, &logits) < 1e-4, "the cache changes the logits");
 }
 
-fn ids(tensor: &Tensor) -> Vec<u32> {
-    values(tensor).into_iter().map(|v| v as u32).collect()
-}
-
 fn loss_of(model: &Model, t: &HashMap<String, Tensor>, prefix: &str) -> f64 {
     let u32s = |name: &str| t[&format!("{prefix}{name}")].to_dtype(DType::U32).unwrap();
     let labels = t[&format!("{prefix}labels")].clone();

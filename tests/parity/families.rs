@@ -5,9 +5,8 @@ use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Tensor};
 use qlora_nb::{
-    collator::Batch,
     display::module_tree::trainable_parameters_text,
-    model::{AutoModelForCausalLM, BitsAndBytesConfig, CausalLM, Model, ModelOptions, Parameter},
+    model::{AutoModelForCausalLM, BitsAndBytesConfig, Model, ModelOptions, Parameter},
     peft::{LoraConfig, PeftModel, get_peft_model},
     trainer::{PassOptions, Trainable},
 };
@@ -37,15 +36,6 @@ fn variant(family: &str, config: serde_json::Value, change: impl Fn(&mut HashMap
     load(folder.path())
 }
 
-fn ids(tensor: &Tensor) -> Vec<u32> {
-    values(tensor).into_iter().map(|v| v as u32).collect()
-}
-
-fn batch(t: &HashMap<String, Tensor>, side: &str) -> Batch {
-    let u32s = |name: &str| t[&format!("{side}.{name}")].to_dtype(DType::U32).unwrap();
-    Batch::new(u32s("input_ids"), u32s("attention_mask"), t[&format!("{side}.labels")].clone()).unwrap()
-}
-
 /// Logits of the last positions of `single`, as many as the fixture has.
 fn last_logits(model: &Model, t: &HashMap<String, Tensor>) -> Tensor {
     let (logits, kept) = (model.logits(&t["single.input_ids"], None).unwrap(), t["single.logits"].dims()[1]);
@@ -63,7 +53,7 @@ fn forward_equals_transformers() {
             assert!(difference < 1e-4, "{family}, {side}: logits differ by {difference}");
         }
         for side in ["right", "long"] {
-            let pass = model.loss(&batch(&t, side)).unwrap();
+            let pass = model.loss(&labelled_batch(&t, side)).unwrap();
             let (loss, want) = (pass.loss_sum / pass.num_label_tokens as f64, &t[&format!("{side}.loss")]);
             assert!((loss - values(want)[0]).abs() < 1e-5, "{family}, {side}: loss {loss}, expected {want}");
         }
@@ -134,33 +124,7 @@ fn qwens_unused_windows_change_nothing() {
 #[test]
 fn generation_equals_transformers() {
     for family in FAMILIES {
-        let (model, t) = (load(&fixture(family)), numbers(family));
-        let (width, rows, mask) =
-            (t["left.input_ids"].dims()[1], ids(&t["left.input_ids"]), ids(&t["left.attention_mask"]));
-        let real = |(row, mask): (&[u32], &[u32])| {
-            row.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect::<Vec<u32>>()
-        };
-        let batch: Vec<Vec<u32>> = rows.chunks(width).zip(mask.chunks(width)).map(real).collect();
-        for (prompts, want) in [(vec![ids(&t["greedy.prompt"])], "greedy.tokens"), (batch, "greedy_batch.tokens")] {
-            let steps = t[want].dims()[1];
-            let want: Vec<Vec<u32>> = ids(&t[want]).chunks(steps).map(|c| c.to_vec()).collect();
-            let mut cache = model.new_cache(prompts.len()).unwrap();
-            let mut feed = prompts;
-            for step in 0..steps {
-                let slices: Vec<&[u32]> = feed.iter().map(|f| f.as_slice()).collect();
-                let logits = model.next_token_logits(&slices, &mut cache).unwrap();
-                for (row, want) in want.iter().enumerate() {
-                    let logits = values(&logits.get(row).unwrap());
-                    let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
-                    assert_eq!(best, want[step], "{family}: row {row}, token {step}");
-                }
-                if want.len() == 1 && step + 1 == steps {
-                    let difference = max_difference(&logits, &t["greedy.logits"]);
-                    assert!(difference < 1e-4, "{family}: the last logits differ by {difference}");
-                }
-                feed = want.iter().map(|w| vec![w[step]]).collect();
-            }
-        }
+        assert_generates(&load(&fixture(family)), &numbers(family), family);
     }
 }
 
@@ -182,7 +146,7 @@ fn every_adapter_gradient_equals_pefts() {
         let t = numbers(family);
         for gradient_checkpointing in [false, true] {
             let model = adapted(family, &t);
-            let batch = batch(&t, side);
+            let batch = labelled_batch(&t, side);
             let num_items = batch.num_label_tokens() as f64;
             let options = PassOptions { num_items, gradient_checkpointing, dropout_key: 0 };
             let got = model.forward_backward(&batch, &options).unwrap().loss_sum / num_items;

@@ -4,9 +4,7 @@ use std::{collections::HashMap, path::Path};
 
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
-    collator::Batch,
     display::module_tree::trainable_parameters_text,
-    model::CausalLM,
     model::{AutoModelForCausalLM, BitsAndBytesConfig, Model, ModelOptions},
     peft::{LoraConfig, PeftModel, get_peft_model},
     trainer::{PassOptions, Trainable},
@@ -36,15 +34,6 @@ fn variant(changes: serde_json::Value, head: bool) -> Model {
     load(folder.path())
 }
 
-fn ids(tensor: &Tensor) -> Vec<u32> {
-    values(tensor).into_iter().map(|v| v as u32).collect()
-}
-
-fn batch(t: &HashMap<String, Tensor>, side: &str) -> Batch {
-    let u32s = |name: &str| t[&format!("{side}.{name}")].to_dtype(DType::U32).unwrap();
-    Batch::new(u32s("input_ids"), u32s("attention_mask"), t[&format!("{side}.labels")].clone()).unwrap()
-}
-
 #[test]
 fn forward_equals_transformers() {
     let (model, t) = (load(&fixture("llama_tiny")), numbers());
@@ -54,7 +43,7 @@ fn forward_equals_transformers() {
         let difference = max_difference_where(&model.logits(ids, Some(mask)).unwrap(), part("logits"), mask);
         assert!(difference < 1e-4, "{side}: logits differ by {difference}");
     }
-    let pass = model.loss(&batch(&t, "right")).unwrap();
+    let pass = model.loss(&labelled_batch(&t, "right")).unwrap();
     let loss = pass.loss_sum / pass.num_label_tokens as f64;
     assert!((loss - values(&t["right.loss"])[0]).abs() < 1e-5, "{loss}");
     let (input_ids, mask) = (&t["left.input_ids"], &t["left.attention_mask"]);
@@ -103,32 +92,7 @@ fn a_head_of_its_own_is_not_tied() {
 /// Greedy tokens, one at a time through the cache: of one prompt, and of a batch of unequal ones.
 #[test]
 fn generation_equals_transformers() {
-    let (model, t) = (load(&fixture("llama_tiny")), numbers());
-    let (width, rows, mask) =
-        (t["left.input_ids"].dims()[1], ids(&t["left.input_ids"]), ids(&t["left.attention_mask"]));
-    let real =
-        |(row, mask): (&[u32], &[u32])| row.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect();
-    let batch: Vec<Vec<u32>> = rows.chunks(width).zip(mask.chunks(width)).map(real).collect();
-    for (prompts, want) in [(vec![ids(&t["greedy.prompt"])], "greedy.tokens"), (batch, "greedy_batch.tokens")] {
-        let steps = t[want].dims()[1];
-        let want: Vec<Vec<u32>> = ids(&t[want]).chunks(steps).map(|c| c.to_vec()).collect();
-        let mut cache = model.new_cache(prompts.len()).unwrap();
-        let mut feed = prompts;
-        for step in 0..steps {
-            let slices: Vec<&[u32]> = feed.iter().map(|f| f.as_slice()).collect();
-            let logits = model.next_token_logits(&slices, &mut cache).unwrap();
-            for (row, want) in want.iter().enumerate() {
-                let logits = values(&logits.get(row).unwrap());
-                let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
-                assert_eq!(best, want[step], "row {row}, token {step}");
-            }
-            if want.len() == 1 && step + 1 == steps {
-                let difference = max_difference(&logits, &t["greedy.logits"]);
-                assert!(difference < 1e-4, "the last logits differ by {difference}");
-            }
-            feed = want.iter().map(|w| vec![w[step]]).collect();
-        }
-    }
+    assert_generates(&load(&fixture("llama_tiny")), &numbers(), "llama_tiny");
 }
 
 fn adapted(t: &HashMap<String, Tensor>) -> PeftModel {
@@ -145,7 +109,7 @@ fn every_adapter_gradient_equals_pefts() {
     let t = numbers();
     for gradient_checkpointing in [false, true] {
         let model = adapted(&t);
-        let batch = batch(&t, "right");
+        let batch = labelled_batch(&t, "right");
         let num_items = batch.num_label_tokens() as f64;
         let options = PassOptions { num_items, gradient_checkpointing, dropout_key: 0 };
         let loss = model.forward_backward(&batch, &options).unwrap().loss_sum / num_items;

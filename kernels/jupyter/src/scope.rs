@@ -40,6 +40,7 @@ pub(crate) struct Scope<'a> {
 /// A parsed cell and a token in it.
 pub(crate) struct Cell {
     code: String,
+    root: SyntaxNode,
     pub token: SyntaxToken,
     /// Where the cursor is, in the cell.
     cursor: usize,
@@ -87,14 +88,14 @@ impl Cell {
             let outermost =
                 trees.filter(|tree| tree.parent().is_some_and(|node| ast::MacroCall::can_cast(node.kind())));
             let Some(call) = outermost.last().and_then(|tree| tree.parent()).and_then(ast::MacroCall::cast) else {
-                return Some(Cell { code: code.to_owned(), token, cursor });
+                return Some(Cell { code: code.to_owned(), root: file, token, cursor });
             };
             text = syntax::as_a_call(&text, &call)?;
         }
     }
 
-    pub fn root(&self) -> SyntaxNode {
-        self.token.parent_ancestors().last().expect("a token has a parent")
+    pub fn root(&self) -> &SyntaxNode {
+        &self.root
     }
 
     /// Where the token begins, in the cell.
@@ -115,7 +116,7 @@ impl Cell {
         };
         let range = expr.syntax().text_range();
         let text = code(range, range)?;
-        let before = syntax::statements_in(&self.root())?.statements().map(|statement| statement.syntax().text_range());
+        let before = syntax::statements_in(&self.root)?.statements().map(|statement| statement.syntax().text_range());
         let before: Vec<_> = before.take_while(|statement| statement.end() <= range.start()).collect();
         let (Some(first), Some(last)) = (before.first(), before.last()) else { return Some(text.to_owned()) };
         Some(format!("{{\n{}\n{text}\n}}", code(*first, *last)?))
@@ -154,7 +155,7 @@ impl Cell {
     /// Variables that the cell binds before the cursor.
     pub fn local_names(&self) -> Vec<String> {
         let end = self.token.text_range().start();
-        let bound = self.root().descendants().filter_map(ast::IdentPat::cast);
+        let bound = self.root.descendants().filter_map(ast::IdentPat::cast);
         let before = bound.filter(|pattern| pattern.syntax().text_range().end() <= end);
         let mut names: Vec<String> = before.filter_map(|pattern| Some(pattern.name()?.text().to_string())).collect();
         names.sort();
