@@ -3,6 +3,7 @@
 pub mod config;
 pub mod config_file;
 mod init;
+mod modules_to_save;
 mod target_modules;
 pub mod targets;
 
@@ -38,12 +39,12 @@ use crate::{
 };
 
 pub use crate::{
-    adapters::{DoraAdapter, LoraAdapter},
+    adapters::{DoraAdapter, LoraAdapter, SavedModule},
     backend::{
         operands::{Lora, Weight},
         param::Param,
     },
-    layers::{Adapter, Linear},
+    layers::{Adapter, Embedding, Linear},
 };
 pub use config::{InitLoraWeights, LoraConfig, TaskType};
 pub use targets::TargetModules;
@@ -129,14 +130,6 @@ impl PeftModel {
             let expected = format!("a name without . or / that no adapter has; there are {:?}", self.adapter_names());
             return Err(Error::argument("adapter", format!("{name:?}"), &expected, "choose another name"));
         }
-        if let Some(modules) = config.modules_to_save.as_ref().filter(|modules| !modules.is_empty()) {
-            return Err(Error::unsupported(
-                "modules_to_save",
-                format!("{modules:?}"),
-                ["none"],
-                "leave it out: adapters are trained, whole modules are not yet",
-            ));
-        }
         if config.use_dora && config.lora_dropout > 0.0 {
             let remedy = "set lora_dropout to 0.0, or use_dora to false";
             return Err(Error::argument("lora_dropout", config.lora_dropout, "0.0 with use_dora", remedy));
@@ -144,12 +137,17 @@ impl PeftModel {
         let names: Vec<String> = inner.decoder.linears().iter().map(|l| l.name.clone()).collect();
         let model_type = inner.base.config()["model_type"].as_str().unwrap_or_default();
         let (config, targets) = config.prepare(model_type, &names)?;
+        let saved = config.saved_modules(inner.base.decoder())?;
         let mut init = init::LoraInit::new(seed, config.init_lora_weights);
         let mut index = 0;
         let device = inner.base.device();
-        let decoder = inner.decoder.map_linears(|linear| {
+        let mut decoder = inner.decoder.map_linears(|linear| {
             let chosen = targets.contains(&index);
             index += 1;
+            if saved.contains(&linear.name) {
+                let weight = copy_to_learn(&linear.name, &linear.weight().dequantize()?)?;
+                return Ok(linear.with_adapter(name, Arc::new(SavedModule { weight })));
+            }
             if !chosen {
                 return Ok(linear.clone());
             }
@@ -171,6 +169,16 @@ impl PeftModel {
             };
             Ok(linear.with_adapter(name, adapter))
         })?;
+        let mut embedding = decoder.embedding.clone();
+        if saved.contains(&embedding.name) {
+            embedding.copies.push(name, copy_to_learn(&embedding.name, &embedding.table)?);
+            decoder = decoder.with_embedding(embedding);
+        }
+        if let Some(both) = decoder.linears().into_iter().find(|linear| linear.has_mixed_adapters()) {
+            let expected = format!("no name of {}, which another adapter adapts in another way", both.name);
+            let remedy = "adapt it in the same way, or put the adapter on another PeftModel of the same base";
+            return Err(Error::argument("modules_to_save", format!("{saved:?}"), &expected, remedy));
+        }
         let mut adapters = inner.adapters.clone();
         adapters.push((name.into(), config));
         Ok(Self(Arc::new(Inner { base: inner.base.clone(), decoder, adapters, active: inner.active })))
@@ -199,7 +207,9 @@ impl PeftModel {
     fn with_active(&self, active: Option<usize>) -> Result<Self> {
         let Inner { base, decoder, adapters, .. } = &*self.0;
         let name = active.and_then(|i| adapters.get(i)).map(|(name, _)| name.as_str());
-        let decoder = decoder.map_linears(|linear| Ok(linear.with_active(name)))?;
+        let mut embedding = decoder.embedding.clone();
+        embedding.copies.activate(name);
+        let decoder = decoder.map_linears(|linear| Ok(linear.with_active(name)))?.with_embedding(embedding);
         Ok(Self(Arc::new(Inner { base: base.clone(), decoder, adapters: adapters.clone(), active })))
     }
 
@@ -319,9 +329,11 @@ impl PeftModel {
 
     fn save_adapter_to(&self, name: &str, config: &LoraConfig, folder: &Path) -> Result<()> {
         std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
-        let linears = self.0.decoder.linears();
-        let of_name = linears.iter().flat_map(|l| l.adapters()).filter(|(adapter, _)| adapter == name);
-        let params: Vec<&Param> = of_name.flat_map(|(_, a)| a.parameters()).map(|(_, param)| param).collect();
+        let decoder = &self.0.decoder;
+        let of_name = decoder.linears().into_iter().flat_map(|l| l.adapters()).filter(|(adapter, _)| adapter == name);
+        let params = of_name.flat_map(|(_, a)| a.parameters()).map(|(_, param)| param);
+        let copies = decoder.embedding.copies.all().iter().filter(|(adapter, _)| adapter == name);
+        let params: Vec<&Param> = copies.map(|(_, copy)| copy).chain(params).collect();
         let tensors: Vec<(&str, &Tensor)> = params.iter().map(|p| (p.name(), p.value())).collect();
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         let path = folder.join(WEIGHTS_FILE);
@@ -339,7 +351,8 @@ impl PeftModel {
     /// rounded to `torch_dtype`.
     ///
     /// A quantized layer becomes a dense one: quantizing the sum again would throw away much of
-    /// what the adapter learned.
+    /// what the adapter learned. A module of `modules_to_save` takes the place of the original; where the output head was
+    /// the table of embeddings, the two are apart from then on.
     pub fn merge_and_unload(&self) -> Result<Model> {
         let mut tied = self.0.decoder.tied;
         let mut decoder = self.0.decoder.map_linears(|linear| {
@@ -349,8 +362,13 @@ impl PeftModel {
             let merged = adapter.merge(&weight.to_dtype(DType::F32)?)?.to_dtype(weight.dtype())?;
             Ok(Linear::new(&linear.name, Weight::Dense(merged), linear.frozen.bias.clone()))
         })?;
-        decoder.tied = tied;
-        Ok(self.0.base.with_decoder(decoder))
+        let Embedding { name, table, padding_idx, copies } = &self.0.decoder.embedding;
+        let merged = match copies.active() {
+            None => table.clone(),
+            Some(copy) => copy.value().copy()?.to_dtype(table.dtype())?,
+        };
+        decoder.tied = tied && copies.active().is_none();
+        Ok(self.0.base.with_decoder(decoder.with_embedding(Embedding::new(name.clone(), merged, *padding_idx))))
     }
 
     /// Logits `[B, T, vocab]` f32, adapters included; see [`Model::logits`].
@@ -423,6 +441,11 @@ impl PeftModel {
         let tree = self.module_tree();
         vec![("text/html", tree.to_html(5)), ("text/plain", tree.to_string())]
     }
+}
+
+/// A copy of a module's weight that learns, called as in an adapter's file.
+fn copy_to_learn(module: &str, weight: &Tensor) -> Result<Param> {
+    Param::new(format!("base_model.model.{module}.weight"), weight)
 }
 
 /// The folder that the files of an adapter are in, fetched if it is an id of the hub.

@@ -6,6 +6,8 @@ use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
     collator::Batch,
     model::{CausalLM, Model},
+    peft::PeftModel,
+    trainer::{PassOptions, Trainable},
 };
 
 /// The repository's root.
@@ -125,4 +127,17 @@ pub fn assert_generates(model: &Model, t: &HashMap<String, Tensor>, what: &str) 
             feed = want.iter().map(|w| vec![w[step]]).collect();
         }
     }
+}
+
+/// The mean loss of a batch, without dropout; its gradients are in the parameters.
+pub fn loss_and_gradients(model: &PeftModel, batch: &Batch, gradient_checkpointing: bool) -> f64 {
+    model.trainable_parameters().iter().for_each(|p| p.zero_grad().unwrap());
+    let options = PassOptions { num_items: batch.num_label_tokens() as f64, gradient_checkpointing, dropout_key: 0 };
+    model.forward_backward(batch, &options).unwrap().loss_sum / options.num_items
+}
+
+/// A line a parameter, as scripts/fixtures print them: name, shape, dtype.
+pub fn listed_parameters(model: &PeftModel) -> String {
+    let line = |(name, p): &(String, qlora_nb::model::Parameter)| format!("{name} {:?} {}", p.dims(), p.dtype());
+    model.named_parameters().iter().map(line).collect::<Vec<_>>().join("\n")
 }

@@ -13,5 +13,6 @@ mod generation;
 mod gguf;
 mod llama;
 mod lora;
+mod modules_to_save;
 mod prints;
 mod trainer;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use qlora_nb::internals::{
-    adapters::{DoraAdapter, LoraAdapter},
+    adapters::{DoraAdapter, LoraAdapter, SavedModule},
     backend::{
         Tokens,
         cpu::Cpu,
@@ -16,7 +16,7 @@ use qlora_nb::internals::{
         run::{Run, Saved},
         sequences::Sequences,
     },
-    layers::{Linear, alibi_slopes, loss::head_and_loss},
+    layers::{Embedding, Linear, alibi_slopes, loss::head_and_loss},
 };
 use qlora_nb::{
     candle_core::{DType, Device, Tensor},
@@ -54,6 +54,7 @@ pub fn run(checks: &mut Checks) -> Result<()> {
             compute_dtype(checks, dtype, compute)?;
         }
         dora(checks, dtype)?;
+        saved_modules(checks, dtype)?;
         sums(checks, dtype)?;
         loss(checks, dtype)?;
         rope(checks, dtype)?;
@@ -101,6 +102,14 @@ impl Batch {
         inputs.fill(checks.gpu, &host)?;
         let losses = uninit(checks.gpu, inputs.shape.labels.max(1), DType::F32)?;
         Ok(Self { sequences, ids, targets, inputs, losses, dtype, scalars })
+    }
+
+    /// Random token ids in place of zeros.
+    fn set_ids(&mut self, checks: &mut Checks, vocab: usize) -> Result<()> {
+        self.ids = (0..self.ids.len()).map(|_| checks.rng.below(vocab) as u32).collect();
+        let (ids, targets, sequences) = (&self.ids, &self.targets, &self.sequences);
+        let host = HostInputs { ids, targets, sequences, cache: None, scalars: self.scalars, draws: &[] };
+        self.inputs.fill(checks.gpu, &host)
     }
 
     fn tokens(&self) -> Tokens<'_> {
@@ -318,6 +327,49 @@ fn dora(checks: &mut Checks, dtype: DType) -> Result<()> {
     checks.close(&format!("{what}: dA"), glora.a.grad(), &half(lora.a.grad())?, t)?;
     checks.close(&format!("{what}: dB"), glora.b.grad(), &half(lora.b.grad())?, t)?;
     checks.close(&format!("{what}: dm"), gadapter.magnitude.grad(), &half(adapter.magnitude.grad())?, t)
+}
+
+/// A head and embeddings that learn whole: tokens that come again, padding, a table of an odd size.
+fn saved_modules(checks: &mut Checks, dtype: DType) -> Result<()> {
+    let (m, c, vocab) = (300, 136, 77);
+    let scalars = Scalars { grad_scale: 0.5, ..ONE };
+    let mut batch = Batch::new(checks, m, vocab, dtype, scalars)?;
+    batch.set_ids(checks, vocab)?;
+    let (x, gx) = pair(checks, &[m, c], dtype, 1.0)?;
+    let (dy, gdy) = pair(checks, &[m, vocab], dtype, 1.0)?;
+    let (w, gw) = pair(checks, &[vocab, c], dtype, 0.3)?;
+    let (weight, gweight) = (Param::new("w", &w)?, Param::new("w", &gw)?);
+    checks.poison(1 << 22)?;
+    let (mut cpu, mut gpu) = batch.runs(checks);
+    let (what, t) = (format!("saved modules {dtype:?}"), tolerance(dtype));
+    let linear = |weight: &Tensor, copy: &Param| {
+        let linear = Linear::new("l", Weight::Dense(weight.clone()), None);
+        linear.with_adapter("a", Arc::new(SavedModule { weight: copy.clone() })).with_active(Some("a"))
+    };
+    let (head, ghead) = (linear(&w, &weight), linear(&gw, &gweight));
+    checks.close(&what, &ghead.forward(&gx, &mut gpu)?, &head.forward(&x, &mut cpu)?, t)?;
+    let (got, want) = (ghead.backward(&gdy, true, &mut gpu)?, head.backward(&dy, true, &mut cpu)?);
+    if let (Some(got), Some(want)) = (got, want) {
+        checks.close(&format!("{what}: dx"), &got, &want, t)?;
+    }
+    let half = |t: &Tensor| t * f64::from(scalars.grad_scale);
+    checks.close(&format!("{what}: dW"), gweight.grad(), &half(weight.grad())?, t)?;
+
+    let embedding = |table: &Tensor, copy: &Param| {
+        let mut embedding = Embedding::new("e".into(), table.clone(), Some(3));
+        embedding.copies.push("a", copy.clone());
+        embedding.copies.activate(Some("a"));
+        embedding
+    };
+    let (table, gtable) = (embedding(&w, &weight), embedding(&gw, &gweight));
+    let (got, want) = (gtable.forward(&gpu)?, table.forward(&cpu)?);
+    checks.close(&format!("{what}: embeddings"), &got.narrow(0, 0, m)?, &want, t)?;
+    [&weight, &gweight].into_iter().try_for_each(|param| param.zero_grad())?;
+    // As in a pass: rows that are padding have no gradient.
+    let gdx = Tensor::zeros(got.dims(), dtype, &checks.device)?;
+    gdx.slice_set(&gx, 0, 0)?;
+    (table.backward(&x, &cpu)?, gtable.backward(&gdx, &gpu)?);
+    checks.close(&format!("{what}: d embeddings"), gweight.grad(), &half(weight.grad())?, 1e-6)
 }
 
 fn loss(checks: &mut Checks, dtype: DType) -> Result<()> {

@@ -22,6 +22,8 @@ pub fn run(checks: &mut Checks) -> Result<()> {
         for nf4 in [false, true] {
             compare(checks, &folder, &adapters(), dtype, nf4, tolerance)?;
         }
+        let saved = Some(vec!["lm_head".to_string(), "word_embeddings".to_string()]);
+        compare(checks, &folder, &LoraConfig { modules_to_save: saved, ..adapters() }, dtype, true, tolerance)?;
     }
     // The families beside BLOOM, and DoRA, as the parity tests have them: of sizes that take the plain kernels.
     for family in ["llama_tiny", "qwen2_tiny", "qwen3_tiny", "mistral_tiny"] {
@@ -29,6 +31,11 @@ pub fn run(checks: &mut Checks) -> Result<()> {
         if !folder.exists() {
             println!("  no {}: run it in the repository's folder", folder.display());
             continue;
+        }
+        let saved = Some(vec!["lm_head".to_string(), "embed_tokens".to_string()]);
+        let config = LoraConfig { target_modules: ["q_proj"].into(), modules_to_save: saved, ..Default::default() };
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 1e-2), (DType::BF16, 8e-2)] {
+            compare(checks, &folder, &config, dtype, true, tolerance)?;
         }
         for (use_dora, nf4) in [(false, false), (false, true), (true, false), (true, true)] {
             let config = LoraConfig { r: 8, target_modules: "all-linear".into(), use_dora, ..Default::default() };
@@ -78,7 +85,8 @@ pub fn load(folder: &Path, options: ModelOptions, config: &LoraConfig) -> Result
     let model = get_peft_model(&base, config)?;
     // B starts at zero, and A's gradient with it: another start shows both.
     let params = model.trainable_parameters();
-    for (i, p) in params.iter().enumerate().filter(|(_, p)| !p.name().contains("magnitude")) {
+    for (i, p) in params.iter().enumerate().filter(|(_, p)| p.name().contains("lora_A") || p.name().contains("lora_B"))
+    {
         let n = p.value().elem_count();
         let values: Vec<f32> = (0..n).map(|j| ((i * 7919 + j * 104_729) % 2003) as f32 / 2003.0 - 0.5).collect();
         p.set(&Tensor::from_vec(values, p.value().dims(), &Device::Cpu)?.affine(0.05, 0.0)?)?;
@@ -134,7 +142,8 @@ fn compare(
     let gpu = load(folder, options(dtype, nf4, DeviceMap::Cuda(0)), config)?;
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
     let (bits, dora) = (if nf4 { " NF4" } else { "" }, if config.use_dora { " DoRA" } else { "" });
-    let what = format!("{name} {}{bits}{dora}", dtype.as_str());
+    let saved = config.modules_to_save.as_ref().map(|names| format!(" and {}", names.join(", "))).unwrap_or_default();
+    let what = format!("{name} {}{bits}{dora}{saved}", dtype.as_str());
     let lengths: Vec<usize> = (0..4).map(|_| 20 + checks.rng.below(100)).collect();
     let batch = batch(checks, cpu.vocab_size(), &lengths)?;
     let logits = |m: &PeftModel| m.logits(&batch.input_ids, Some(&batch.attention_mask));

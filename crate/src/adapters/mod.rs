@@ -2,6 +2,8 @@
 
 mod dora;
 mod lora;
+mod saved_module;
 
 pub use dora::DoraAdapter;
 pub use lora::LoraAdapter;
+pub use saved_module::SavedModule;

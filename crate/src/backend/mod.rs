@@ -188,12 +188,24 @@ pub type Work<'a> = &'a mut dyn FnMut(&mut Run) -> Result<()>;
 /// in; on a GPU M is padded (see `cuda::inputs`). Operations that have a backward save what it takes in [`Run::saved`],
 /// under a label.
 pub trait Backend:
-    Passes + Rows + Norms + Linears + Dora + Activations + Attends + Losses + Parameters + Quantizes + Memory
+    Passes + Rows + Norms + Linears + Dora + SavedModules + Activations + Attends + Losses + Parameters + Quantizes + Memory
 {
 }
 
-impl<T: Passes + Rows + Norms + Linears + Dora + Activations + Attends + Losses + Parameters + Quantizes + Memory>
-    Backend for T
+impl<
+    T: Passes
+        + Rows
+        + Norms
+        + Linears
+        + Dora
+        + SavedModules
+        + Activations
+        + Attends
+        + Losses
+        + Parameters
+        + Quantizes
+        + Memory,
+> Backend for T
 {
 }
 
@@ -230,7 +242,7 @@ pub trait Passes: Send + Sync {
 
 /// Rows of tokens and sequences.
 pub trait Rows {
-    /// Rows of `table` `[vocab, C]` by the ids of the run.
+    /// Rows of `table` `[vocab, C]` by the ids of the run, in the activations' dtype.
     fn embed(&self, table: &Tensor, run: &Run) -> Result<Tensor>;
 
     /// The last row of each sequence.
@@ -303,6 +315,19 @@ pub trait Dora {
         norms: &Tensor,
         run: &Run,
     ) -> Result<Tensor>;
+}
+
+/// Modules that learn whole: PEFT's `modules_to_save`.
+pub trait SavedModules {
+    /// The weight `[out, in]` of a linear layer in the dtype of the activations, for products with it.
+    fn cast_weight(&self, weight: &Param, activations: DType) -> Result<Tensor>;
+
+    /// Adds dy^T x to the gradient of a weight `[out, in]`; x `[M, in]`, dy `[M, out]` or wider.
+    fn weight_backward(&self, x: &Tensor, dy: &Tensor, weight: &Param, run: &Run) -> Result<()>;
+
+    /// Adds each row of dx `[M, C]` to the gradient of the row of `table` `[vocab, C]` that [`Rows::embed`] took; nothing
+    /// to that of `padding_idx`.
+    fn embed_backward(&self, dx: &Tensor, table: &Param, padding_idx: Option<usize>, run: &Run) -> Result<()>;
 }
 
 /// Gelu and SwiGLU.

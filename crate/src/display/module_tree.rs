@@ -124,6 +124,13 @@ impl ModuleNode {
         )
     }
 
+    /// A module with a copy that learns in its place, under the name of an adapter.
+    pub fn saved_module(original: ModuleNode, adapter: &str) -> Self {
+        let name = original.name.clone();
+        let copy = Self::new("modules_to_save", "ModuleDict", vec![original.clone().named(adapter)]);
+        Self::new(name, "ModulesToSaveWrapper", vec![original.named("original_module"), copy])
+    }
+
     /// The wrapping that `get_peft_model` gives a causal model: `PeftModelForCausalLM(LoraModel(model))`.
     pub fn peft_model(model: ModuleNode) -> Self {
         let lora = Self::new("base_model", "LoraModel", vec![model.named("model")]);
@@ -165,7 +172,8 @@ impl ModuleNode {
 
     /// Whether it holds the numbers of an adapter.
     fn is_lora(&self) -> bool {
-        self.name.starts_with("lora_") && self.label.starts_with("ModuleDict") && self.name.ends_with(['A', 'B'])
+        let learns = ["lora_A", "lora_B", "modules_to_save"].contains(&self.name.as_str());
+        learns && self.label.starts_with("ModuleDict")
     }
 
     /// A highlighted adapter, a faint placeholder, or nothing special.

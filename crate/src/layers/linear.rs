@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::adapters::Adapters;
 use crate::{
     backend::{
         self, Tokens, internal,
@@ -37,6 +38,11 @@ pub trait Adapter: Send + Sync {
     /// The weight `[out, in]` (f32) with the adapter added into it, f32.
     fn merge(&self, weight: &Tensor) -> Result<Tensor>;
 
+    /// What PEFT calls the layer without the adapter.
+    fn base_name(&self) -> &'static str {
+        "base_layer"
+    }
+
     /// The layer as PEFT prints it with this adapter, called `name`; `base` is how it prints without.
     fn module_tree(&self, name: &str, base: ModuleNode) -> ModuleNode;
 }
@@ -47,47 +53,46 @@ pub struct Linear {
     /// The module's path in the model: `transformer.h.0.mlp.dense_4h_to_h`.
     pub name: String,
     pub frozen: Frozen,
-    /// By name, in the order in which they were added.
-    adapters: Vec<(String, Arc<dyn Adapter>)>,
-    /// The one that is applied and learns.
-    active: Option<usize>,
+    adapters: Adapters<Arc<dyn Adapter>>,
 }
 
 impl Linear {
     pub fn new(name: impl Into<String>, weight: Weight, bias: Option<Tensor>) -> Self {
-        Self {
-            name: name.into(),
-            frozen: Frozen { weight, bias, compute_dtype: None },
-            adapters: Vec::new(),
-            active: None,
-        }
+        Self { name: name.into(), frozen: Frozen { weight, bias, compute_dtype: None }, adapters: Adapters::default() }
     }
 
     /// The same layer with one more adapter on it, which is not active yet; the weight is shared.
     pub fn with_adapter(&self, name: &str, adapter: Arc<dyn Adapter>) -> Self {
         let mut adapted = self.clone();
-        adapted.adapters.push((name.into(), adapter));
+        adapted.adapters.push(name, adapter);
         adapted
     }
 
     /// The same layer with the adapter of that name active; none, if it has none of that name.
     pub fn with_active(&self, name: Option<&str>) -> Self {
-        Self { active: self.adapters.iter().position(|(n, _)| Some(n.as_str()) == name), ..self.clone() }
+        let mut changed = self.clone();
+        changed.adapters.activate(name);
+        changed
     }
 
     /// The same layer as it was before any adapter.
     pub fn without_adapters(&self) -> Self {
-        Self { adapters: Vec::new(), active: None, ..self.clone() }
+        Self { adapters: Adapters::default(), ..self.clone() }
     }
 
     /// The adapters by name.
     pub fn adapters(&self) -> &[(String, Arc<dyn Adapter>)] {
-        &self.adapters
+        self.adapters.all()
+    }
+
+    /// Whether PEFT would wrap the layer in two ways at once, as an adapter's layer and as one of `modules_to_save`.
+    pub(crate) fn has_mixed_adapters(&self) -> bool {
+        self.adapters().windows(2).any(|pair| pair[0].1.base_name() != pair[1].1.base_name())
     }
 
     /// The adapter that is applied and learns.
     pub fn adapter(&self) -> Option<&dyn Adapter> {
-        self.active.and_then(|i| self.adapters.get(i)).map(|(_, adapter)| &**adapter)
+        self.adapters.active().map(|adapter| &**adapter)
     }
 
     /// The frozen weight.
@@ -172,7 +177,7 @@ impl Linear {
         let (out, input) = self.weight().dims2().unwrap_or_default();
         let class = if self.weight().quantized().is_some() { "Linear4bit" } else { "Linear" };
         let base = ModuleNode::linear(name, class, input, out, self.frozen.bias.is_some());
-        let trees = self.adapters.iter().map(|(name, adapter)| adapter.module_tree(name, base.clone()));
+        let trees = self.adapters().iter().map(|(name, adapter)| adapter.module_tree(name, base.clone()));
         trees.reduce(ModuleNode::merged).unwrap_or(base)
     }
 }

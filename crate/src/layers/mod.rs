@@ -10,11 +10,14 @@
 //!
 //! A layer says what is computed; the arithmetic is that of the pass's device ([`crate::backend`]).
 
+pub mod adapters;
 mod attention;
 pub mod custom_loss;
+pub mod embedding;
 pub mod linear;
 pub mod loss;
 mod norm;
 
 pub use attention::alibi_slopes;
+pub use embedding::Embedding;
 pub use linear::{Adapter, Linear};

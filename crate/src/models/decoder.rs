@@ -25,7 +25,7 @@ use crate::{
     display::module_tree::ModuleNode,
     error::{Error, Result},
     layers::{
-        Linear,
+        Embedding, Linear,
         custom_loss::{LossFn, head_and_custom_loss},
         loss::head_and_loss,
     },
@@ -87,8 +87,7 @@ pub struct Description {
 pub struct Decoder {
     description: Arc<Description>,
     backend: &'static dyn Backend,
-    /// `[vocab, C]`, in the checkpoint's dtype.
-    pub(crate) embedding: Tensor,
+    pub(crate) embedding: Embedding,
     embedding_norm: Option<Norm>,
     pub(super) blocks: Vec<Parts>,
     final_norm: Norm,
@@ -125,7 +124,7 @@ impl Decoder {
         let (head, tied) = head(weights, &embedding, description.tied, dtype)?;
         Ok(Self {
             backend: backend::of(embedding.device())?,
-            embedding,
+            embedding: Embedding::new(format!("{model}.{}", description.embedding), embedding, description.padding_idx),
             embedding_norm,
             blocks,
             final_norm,
@@ -139,22 +138,22 @@ impl Decoder {
 
     /// Rows of the embedding table.
     pub fn vocab_size(&self) -> usize {
-        self.embedding.dims()[0]
+        self.embedding.table.dims()[0]
     }
 
     /// Hidden size C.
     pub fn hidden_size(&self) -> usize {
-        self.embedding.dims()[1]
+        self.embedding.table.dims()[1]
     }
 
     /// Where the weights are.
     pub fn device(&self) -> &Device {
-        self.embedding.device()
+        self.embedding.table.device()
     }
 
     /// The dtype of activations.
     pub(crate) fn activations(&self) -> DType {
-        self.backend.activations(self.embedding.dtype())
+        self.backend.activations(self.embedding.table.dtype())
     }
 
     /// Whether the head is the embedding table.
@@ -168,12 +167,22 @@ impl Decoder {
     }
 
     fn embed(&self, run: &mut Run) -> Result<Tensor> {
-        let x = self.backend.embed(&self.embedding, run)?;
+        let x = self.embedding.forward(run)?;
         match &self.embedding_norm {
             None => Ok(x),
+            Some(norm) if self.embedding.copies.active().is_some() => norm.forward(&x, run),
             // The embeddings are frozen, so the norm above them has no backward.
             Some(norm) => run.with_saved(None, |run| norm.forward(&x, run)),
         }
+    }
+
+    /// The gradient of what [`Decoder::embed`] gave to that of the embeddings that learn.
+    fn embed_backward(&self, dx: Tensor, run: &mut Run) -> Result<()> {
+        let dx = match &self.embedding_norm {
+            None => dx,
+            Some(norm) => norm.backward(&dx, None, run)?,
+        };
+        self.embedding.backward(&dx, run)
     }
 
     /// The hidden state after the last block, `[M, C]`; `each` sees every block's output.
@@ -281,6 +290,7 @@ impl Decoder {
         head: &mut dyn FnMut(&Tensor, &mut Run) -> Result<Option<Tensor>>,
     ) -> Result<()> {
         let kind = &*self.description.kind;
+        let embedding_learns = self.embedding.copies.active().is_some();
         let lowest = self.lowest_learning_block();
         let mut x = self.embed(run)?;
         let mut inputs = Vec::new();
@@ -302,7 +312,7 @@ impl Decoder {
         let mut dx = self.final_norm.backward(&dx, None, run)?;
         for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
             run.block = i;
-            let need_dx = i > lowest;
+            let need_dx = i > lowest || embedding_learns;
             let below = if gradient_checkpointing {
                 let input = inputs.pop();
                 run.with_saved(Some(Saved::default()), |run| {
@@ -319,11 +329,14 @@ impl Decoder {
                 None => break,
             }
         }
-        Ok(())
+        if embedding_learns { self.embed_backward(dx, run) } else { Ok(()) }
     }
 
     /// Below this block nothing learns, so the backward ends there.
     fn lowest_learning_block(&self) -> usize {
+        if self.embedding.copies.active().is_some() {
+            return 0;
+        }
         let learns = |block: &Parts| block.linears().any(|l| l.adapter().is_some());
         self.blocks.iter().position(learns).unwrap_or(self.blocks.len())
     }
@@ -410,9 +423,15 @@ impl Decoder {
         Ok(Self { blocks, head, kept: Kept::default(), needs: Arc::default(), ..self.clone() })
     }
 
+    /// The same network with another embedding layer.
+    pub fn with_embedding(&self, embedding: Embedding) -> Self {
+        Self { embedding, kept: Kept::default(), needs: Arc::default(), ..self.clone() }
+    }
+
     /// What learns, in the order of the modules.
     pub fn params(&self) -> Vec<Param> {
-        self.linears().iter().flat_map(|linear| linear.trainable()).map(|(_, param)| param.clone()).collect()
+        let linears = self.linears().into_iter().flat_map(|linear| linear.trainable());
+        self.embedding.copies.active().into_iter().chain(linears.map(|(_, param)| param)).cloned().collect()
     }
 
     /// Bytes of the largest weight once it is dequantized for a product.
@@ -430,30 +449,26 @@ impl Decoder {
     /// Every parameter with its name, in the reference's order. The tied head is not listed
     /// twice. Adapters are listed under PEFT's names.
     pub fn named_parameters(&self) -> Vec<(String, Parameter)> {
-        let Description { model, embedding, embedding_norm, final_norm, .. } = &*self.description;
+        let Description { model, embedding_norm, final_norm, .. } = &*self.description;
         let adapted = self.linears().iter().any(|l| !l.adapters().is_empty());
         let prefix = if adapted { "base_model.model." } else { "" };
         let of_norm = |name: &str, norm: &Norm| Parameter::of_norm(&format!("{prefix}{model}.{name}"), norm);
-        let mut all = vec![(format!("{prefix}{model}.{embedding}.weight"), Parameter::new(&self.embedding))];
+        let mut all = Parameter::of_embedding(prefix, &self.embedding);
         if let (Some((name, _)), Some(norm)) = (embedding_norm, &self.embedding_norm) {
             all.extend(of_norm(name, norm));
         }
         all.extend(self.blocks.iter().flat_map(|block| block.named_parameters(prefix)));
         all.extend(of_norm(final_norm.0, &self.final_norm));
-        if !self.tied || !self.head.adapters().is_empty() {
-            all.extend(Parameter::of_linear(prefix, &self.head));
-        }
+        // A tied head's own weight is listed already.
+        all.extend(Parameter::of_linear(prefix, &self.head).into_iter().skip(self.tied.into()));
         all
     }
 
     /// The tree of modules as PyTorch prints it, adapters included.
     pub fn module_tree(&self) -> ModuleNode {
         let d = &*self.description;
-        let (vocab, width) = (self.vocab_size(), self.hidden_size());
-        let mut parts = vec![match d.padding_idx {
-            None => ModuleNode::embedding(d.embedding, vocab, width),
-            Some(padding) => ModuleNode::padded_embedding(d.embedding, vocab, width, padding),
-        }];
+        let width = self.hidden_size();
+        let mut parts = vec![self.embedding.module_tree(d.embedding)];
         parts.extend(d.embedding_norm.as_ref().map(|(name, kind)| kind.module_tree(name, width)));
         parts.push(ModuleNode::list(d.blocks, self.blocks.iter().map(Parts::module_tree).collect()));
         parts.push(d.final_norm.1.module_tree(d.final_norm.0, width));

@@ -23,7 +23,7 @@ impl MemoryReport {
     /// The weights of a network, where they are.
     pub fn of(decoder: &Decoder) -> Self {
         let mut report = Self::default();
-        report.add("embeddings", bytes(&decoder.embedding));
+        report.add("embeddings", bytes(&decoder.embedding.table));
         let (mut quantized, mut dense, mut small, mut adapters) = (0, 0, 0, 0);
         for linear in decoder.linears() {
             match linear.weight() {
@@ -38,6 +38,7 @@ impl MemoryReport {
         // A norm that is not in f32 has a copy that is.
         let norm = |t: &Tensor| bytes(t) + if t.dtype() == DType::F32 { 0 } else { 4 * t.elem_count() };
         small += decoder.norms().flat_map(|n| n.parameters()).map(|(_, t)| norm(t)).sum::<usize>();
+        adapters += decoder.embedding.copies.all().iter().map(|(_, copy)| 2 * bytes(copy.value())).sum::<usize>();
         report.add("linear layers, 4-bit", quantized);
         report.add("linear layers", dense);
         report.add("norms and biases", small);

@@ -9,7 +9,7 @@ use crate::{
         operands::{Norm, Weight},
         param::Param,
     },
-    layers::Linear,
+    layers::{Embedding, Linear},
 };
 
 /// The dtype of a parameter; prints as PyTorch does: `torch.float16`.
@@ -71,7 +71,8 @@ impl Parameter {
     /// A linear layer's, with their names in the model, its adapter's behind them. `prefix`: PEFT's, for a model with
     /// adapters.
     pub(super) fn of_linear(prefix: &str, linear: &Linear) -> Vec<(String, Self)> {
-        let base = if linear.adapters().is_empty() { "" } else { ".base_layer" };
+        let base =
+            linear.adapters().first().map(|(_, adapter)| format!(".{}", adapter.base_name())).unwrap_or_default();
         let module = format!("{prefix}{}", linear.name);
         let mut all = vec![(format!("{module}{base}.weight"), Self::of_weight(linear.weight()))];
         all.extend(linear.frozen.bias.as_ref().map(|bias| (format!("{module}{base}.bias"), Self::new(bias))));
@@ -87,6 +88,19 @@ impl Parameter {
         // Part by part, in each the adapters in their order.
         parts.sort_by_key(|(place, order, _)| (*place, *order));
         all.extend(parts.into_iter().map(|(_, _, named)| named));
+        all
+    }
+
+    /// An embedding table's, its copies' behind it.
+    pub(super) fn of_embedding(prefix: &str, embedding: &Embedding) -> Vec<(String, Self)> {
+        let (module, copies) = (format!("{prefix}{}", embedding.name), embedding.copies.all());
+        let base = if copies.is_empty() { "" } else { ".original_module" };
+        let mut all = vec![(format!("{module}{base}.weight"), Self::new(&embedding.table))];
+        for (name, copy) in copies {
+            let requires_grad = embedding.copies.active().is_some_and(|active| active.is(copy));
+            let parameter = Self { requires_grad, ..Self::new(copy.value()) };
+            all.push((format!("{module}.modules_to_save.{name}.weight"), parameter));
+        }
         all
     }
 

@@ -39,7 +39,9 @@ pub struct LoraConfig {
     pub target_modules: TargetModules = TargetModules::ModelDefault,
     /// Layers that stay as they are though `target_modules` matches them.
     pub exclude_modules: Option<TargetModules> = None,
-    /// Modules that learn as a whole and are saved with the adapter: names, or ends of names.
+    /// Modules that learn whole, beside the adapters, and are saved with them: names, or ends of names, of the output head
+    /// (`lm_head`) and the table of embeddings. A copy in f32 learns. Where the two are tied and only one is named, they
+    /// part, as in PEFT.
     pub modules_to_save: Option<Vec<String>> = None,
     /// Multiply by `lora_alpha / sqrt(r)` instead.
     pub use_rslora: bool = false,

@@ -15,6 +15,7 @@ pub mod matmul;
 mod norm;
 mod quantize;
 mod rope;
+mod saved_modules;
 pub(crate) mod simd;
 
 use candle_core::{DType, Device, Tensor};

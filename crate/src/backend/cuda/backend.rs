@@ -14,7 +14,7 @@ use super::{
 use crate::{
     backend::{
         Activations, Attends, DeviceReader, Dora, Draw, Learning, Linears, Losses, Memory, Next, Norms, Parameters,
-        Passes, Quantizes, Rows, Tokens, Work,
+        Passes, Quantizes, Rows, SavedModules, Tokens, Work,
         kv_cache::KvCache,
         operands::{Around, Attention, Frozen, HeadLayout, Input, Lora, Norm, Rope},
         optimizer::{Part, States},
@@ -119,6 +119,20 @@ impl Linears for Gpu {
         run: &mut Run,
     ) -> Result<Option<Tensor>> {
         ops::linear_backward(&Product { frozen, lora }, dy, need_dx, run)
+    }
+}
+
+impl SavedModules for Gpu {
+    fn cast_weight(&self, weight: &Param, activations: DType) -> Result<Tensor> {
+        ops::cast_weight(self, weight, activations)
+    }
+
+    fn weight_backward(&self, x: &Tensor, dy: &Tensor, weight: &Param, run: &Run) -> Result<()> {
+        ops::weight_backward(self, x, dy, weight, run)
+    }
+
+    fn embed_backward(&self, dx: &Tensor, table: &Param, padding_idx: Option<usize>, run: &Run) -> Result<()> {
+        ops::embed_backward(self, dx, table, padding_idx, run)
     }
 }
 

@@ -27,6 +27,8 @@ pub struct Gemm {
     pub n: usize,
     pub k: usize,
     pub x: Operand,
+    /// x is stored as `[k, m]`.
+    pub x_transposed: bool,
     pub w: Operand,
     /// W is `[n, k]`: a forward's weight. Otherwise `[k, n]`: a backward's.
     pub transposed: bool,
@@ -37,6 +39,8 @@ pub struct Gemm {
     pub bias: Option<u64>,
     /// y goes through gelu; before that it is also written here, unless this is 0.
     pub gelu: Option<u64>,
+    /// The product, without c, is multiplied by the f32 at this address.
+    pub scale: Option<u64>,
     /// Of x and W; sums are in f32.
     pub dtype: DType,
     /// Of y, c and bias.
@@ -47,7 +51,8 @@ pub struct Gemm {
 struct Key {
     sizes: [usize; 3],
     rows: [usize; 4],
-    transposed: bool,
+    transposed: [bool; 2],
+    scaled: bool,
     bias: bool,
     gelu: Option<bool>,
     add: bool,
@@ -103,7 +108,8 @@ impl Gpu {
         let key = Key {
             sizes: [g.m, g.n, g.k],
             rows: [g.x.row, g.w.row, g.y.row, g.c.map_or(0, |c| c.row)],
-            transposed: g.transposed,
+            transposed: [g.x_transposed, g.transposed],
+            scaled: g.scale.is_some(),
             bias: g.bias.is_some(),
             gelu: g.gelu.map(|before| before != 0),
             add: g.c.is_some(),
@@ -127,14 +133,19 @@ impl Gpu {
             set(plan.desc, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &before)?;
         }
         let at = |address: u64| address as *const c_void;
+        let (alpha, beta) = match g.scale {
+            None => (std::ptr::from_ref(&one).cast(), std::ptr::from_ref(&beta).cast()),
+            // Both are on the card or neither is.
+            Some(scale) => (at(scale), at(self.constant(&[beta])?)),
+        };
         // SAFETY: the plan's descriptors are alive as long as the handle; the callers give addresses of memory that
         // holds the shapes (see `Gpu::launch`).
         unsafe {
             result::matmul(
                 self.blas.handle,
                 plan.desc,
-                std::ptr::from_ref(&one).cast(),
-                std::ptr::from_ref(&beta).cast(),
+                alpha,
+                beta,
                 at(g.w.address),
                 plan.a,
                 at(g.x.address),
@@ -163,8 +174,13 @@ impl Gpu {
         let desc = result::create_matmul_desc(compute, sys::cudaDataType::CUDA_R_32F).map_err(blas_error("plan"))?;
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         // Row-major is column-major transposed: y^T = W x^T.
-        let transpose: i32 = g.transposed.into();
-        set(desc, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transpose)?;
+        let transpose = [i32::from(g.transposed), i32::from(g.x_transposed)];
+        set(desc, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transpose[0])?;
+        set(desc, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transpose[1])?;
+        if g.scale.is_some() {
+            let on_card = sys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE as i32;
+            set(desc, Attribute::CUBLASLT_MATMUL_DESC_POINTER_MODE, &on_card)?;
+        }
         use sys::cublasLtEpilogue_t as Epilogue;
         let epilogue = match (g.bias.is_some(), g.gelu) {
             (false, None) => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
@@ -187,10 +203,11 @@ impl Gpu {
             result::create_matrix_layout(kind, rows as u64, columns as u64, ld as i64).map_err(blas_error("plan"))
         };
         let (rows, columns) = if g.transposed { (g.k, g.n) } else { (g.n, g.k) };
+        let (x_rows, x_columns) = if g.x_transposed { (g.m, g.k) } else { (g.k, g.m) };
         let mut plan = Plan {
             desc,
             a: layout(kind, rows, columns, g.w.row)?,
-            b: layout(kind, g.k, g.m, g.x.row)?,
+            b: layout(kind, x_rows, x_columns, g.x.row)?,
             c: layout(out, g.n, g.m, g.c.unwrap_or(g.y).row)?,
             d: layout(out, g.n, g.m, g.y.row)?,
             // SAFETY: plain data that `choose` fills.

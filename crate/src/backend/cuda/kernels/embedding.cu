@@ -22,6 +22,31 @@ template <typename T> __device__ void rows(const T *table, const int *index, T *
     extern "C" __global__ void rows_##NAME(const T *table, const int *index, T *out, int c) { begin(); rows(table, index, out, c); }
 FOR_DTYPES(DEFINE)
 
+// grad[ids[i]] += scale[0] * dx[i], for every row i whose id is not `padding`. A block takes the first row of an id and all
+// the later ones of it, in their order, so that the sum is the same each time; a block of another row has nothing to do.
+template <typename T>
+__device__ void embedding_backward(const T *dx, const int *ids, float *grad, const float *scale, int rows, int c, int padding) {
+    const int row = blockIdx.x, id = ids[row];
+    bool again = id == padding;
+    for (int i = threadIdx.x; i < row; i += blockDim.x) again |= ids[i] == id;
+    if (__syncthreads_or(again)) return;
+    grad += int64_t(id) * c;
+    for (int i = row; i < rows; i++) {
+        if (ids[i] != id) continue;
+        const T *from = dx + int64_t(i) * c;
+        for (int j = threadIdx.x; j < c; j += blockDim.x) grad[j] += scale[0] * to_f32(from[j]);
+    }
+}
+
+#undef DEFINE
+#define DEFINE(NAME, T)                                                                                            \
+    extern "C" __global__ void embedding_backward_##NAME(const T *dx, const int *ids, float *grad, const float *scale, \
+                                                         int rows, int c, int padding) {                              \
+        begin();                                                                                                      \
+        embedding_backward(dx, ids, grad, scale, rows, c, padding);                                                   \
+    }
+FOR_DTYPES(DEFINE)
+
 // The first `narrow` columns of rows of `wide`. A block takes 1024 of them.
 extern "C" __global__ void copy_columns(const float *from, float *to, int wide, int narrow) {
     begin();

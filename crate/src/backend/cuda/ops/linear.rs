@@ -48,7 +48,22 @@ fn product(gpu: &Gpu, linear: &Product, x: &Tensor, c: Option<&Tensor>, out: &Ou
     let bias = bias.map(address).transpose()?;
     let gelu = gelu.map(|before| before.map_or(Ok(0), address)).transpose()?;
     with_weight(gpu, &linear.frozen.weight, dtype, false, run, |w, _| {
-        gpu.gemm(&Gemm { m, n, k, x, w, transposed: true, y, c, bias, gelu, dtype, out })
+        gpu.gemm(&Gemm {
+            m,
+            n,
+            k,
+            x,
+            x_transposed: false,
+            w,
+            transposed: true,
+            y,
+            c,
+            bias,
+            gelu,
+            scale: None,
+            dtype,
+            out,
+        })
     })
 }
 
@@ -70,7 +85,22 @@ fn product_backward(
     let ((m, k), (_, n)) = (dy.dims2()?, dx.dims2()?);
     let (x, c, y) = (operand(dy)?, c.map(operand).transpose()?, operand(dx)?);
     with_weight(gpu, &linear.frozen.weight, dtype, true, run, |w, transposed| {
-        gpu.gemm(&Gemm { m, n, k, x, w, transposed, y, c, bias: None, gelu: None, dtype, out: dtype })
+        gpu.gemm(&Gemm {
+            m,
+            n,
+            k,
+            x,
+            x_transposed: false,
+            w,
+            transposed,
+            y,
+            c,
+            bias: None,
+            gelu: None,
+            scale: None,
+            dtype,
+            out: dtype,
+        })
     })
 }
 

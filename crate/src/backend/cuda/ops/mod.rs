@@ -13,6 +13,7 @@ mod lora;
 mod norm;
 mod product;
 mod rope;
+mod saved_modules;
 mod sum;
 mod weights;
 
@@ -33,7 +34,9 @@ pub(super) use lora::forward_down as lora_down;
 pub use norm::{norm_backward, norm_forward};
 pub use product::Product;
 pub use rope::{rope_join, rope_split};
+pub use saved_modules::{cast_weight, embed_backward, weight_backward};
 pub use sum::add;
+use sum::converted;
 pub use weights::{Order, Weights};
 
 fn name(kernel: &str, dtype: DType) -> Result<String> {
@@ -101,8 +104,9 @@ fn concat_rows(parts: &[Tensor]) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Rows of a table of embeddings by the run's ids.
+/// Rows of a table of embeddings by the run's ids, in the dtype of the activations.
 pub fn embed(table: &Tensor, run: &Run) -> Result<Tensor> {
-    let inputs = inputs(run)?;
-    rows(table, inputs.ids(), inputs.shape.rows)
+    let card = card(run)?;
+    let x = rows(table, card.inputs.ids(), card.inputs.shape.rows)?;
+    converted(of(table.device())?, &x, card.activations)
 }
