@@ -169,7 +169,7 @@ fn the_gradient_of_blooms_embeddings_is_the_difference_quotient() {
         let (value, grad) = (param.value().copy().unwrap(), param.grad().copy().unwrap());
         let length = grad.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
         // Along the gradient the loss changes by its length.
-        let step = 1e-2 / f64::from(length);
+        let step = 1e-3 / f64::from(length);
         let loss_at = |by: f64| {
             param.set(&(&value + (&grad * by).unwrap()).unwrap()).unwrap();
             let pass = model.loss(&batch).unwrap();

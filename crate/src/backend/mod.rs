@@ -242,8 +242,8 @@ pub trait Passes: Send + Sync {
 
 /// Rows of tokens and sequences.
 pub trait Rows {
-    /// Rows of `table` `[vocab, C]` by the ids of the run, in the activations' dtype.
-    fn embed(&self, table: &Tensor, run: &Run) -> Result<Tensor>;
+    /// Rows of `table` `[vocab, C]` by the ids of the run, in the dtype of the activations.
+    fn embed(&self, table: &Tensor, activations: DType, run: &Run) -> Result<Tensor>;
 
     /// The last row of each sequence.
     fn last_rows(&self, x: &Tensor, run: &Run) -> Result<Tensor>;

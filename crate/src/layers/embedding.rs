@@ -29,7 +29,8 @@ impl Embedding {
 
     /// `[M, C]` of the run's ids, in the dtype of the activations.
     pub fn forward(&self, run: &Run) -> Result<Tensor> {
-        run.backend.embed(self.copies.active().map_or(&self.table, Param::value), run)
+        let activations = run.backend.activations(self.table.dtype());
+        run.backend.embed(self.copies.active().map_or(&self.table, Param::value), activations, run)
     }
 
     /// Adds to the gradient of the copy that learns, if one does.

@@ -98,7 +98,7 @@ impl Passes for Cpu {
 }
 
 impl Rows for Cpu {
-    fn embed(&self, table: &Tensor, run: &Run) -> Result<Tensor> {
+    fn embed(&self, table: &Tensor, _activations: DType, run: &Run) -> Result<Tensor> {
         let ids = Tensor::new(run.ids, &Device::Cpu)?;
         Ok(table.index_select(&ids, 0)?.to_dtype(DType::F32)?)
     }

@@ -63,8 +63,8 @@ impl Passes for Gpu {
 }
 
 impl Rows for Gpu {
-    fn embed(&self, table: &Tensor, run: &Run) -> Result<Tensor> {
-        ops::embed(table, run)
+    fn embed(&self, table: &Tensor, activations: DType, run: &Run) -> Result<Tensor> {
+        ops::embed(table, activations, run)
     }
 
     fn last_rows(&self, x: &Tensor, run: &Run) -> Result<Tensor> {

@@ -34,7 +34,7 @@ pub struct OnCard<'a> {
     pub weights: Option<&'a Weights>,
     /// f32, one a row with a label.
     pub losses: &'a Tensor,
-    /// The dtype of the activations.
+    /// The dtype of the activations in a pass that learns: that of the gradient of the logits.
     pub activations: DType,
 }
 

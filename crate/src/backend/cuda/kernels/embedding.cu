@@ -47,6 +47,16 @@ __device__ void embedding_backward(const T *dx, const int *ids, float *grad, con
     }
 FOR_DTYPES(DEFINE)
 
+// to[i] = from[i] for the first `count` of `all` numbers, then zeros: a table in another dtype, with rows of padding.
+#undef DEFINE
+#define DEFINE(NAME, T)                                                                                                \
+    extern "C" __global__ void cast_table_##NAME(const float *from, T *to, long long count, long long all) {           \
+        begin();                                                                                                      \
+        const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;                                         \
+        if (i < all) to[i] = from_f32<T>(i < count ? from[i] : 0.f);                                                   \
+    }
+FOR_DTYPES(DEFINE)
+
 // The first `narrow` columns of rows of `wide`. A block takes 1024 of them.
 extern "C" __global__ void copy_columns(const float *from, float *to, int wide, int narrow) {
     begin();

@@ -105,8 +105,8 @@ fn concat_rows(parts: &[Tensor]) -> Result<Tensor> {
 }
 
 /// Rows of a table of embeddings by the run's ids, in the dtype of the activations.
-pub fn embed(table: &Tensor, run: &Run) -> Result<Tensor> {
-    let card = card(run)?;
-    let x = rows(table, card.inputs.ids(), card.inputs.shape.rows)?;
-    converted(of(table.device())?, &x, card.activations)
+pub fn embed(table: &Tensor, activations: DType, run: &Run) -> Result<Tensor> {
+    let inputs = inputs(run)?;
+    let x = rows(table, inputs.ids(), inputs.shape.rows)?;
+    converted(of(table.device())?, &x, activations)
 }

@@ -3,9 +3,8 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    super::{Gemm, Gpu, KernelArg, Operand, address, inputs::ROWS, tensor::clear, uninit},
+    super::{Gemm, Gpu, KernelArg, Operand, address, inputs::ROWS, uninit},
     inputs, name, row_threads,
-    sum::sum_into,
 };
 use crate::{
     backend::{param::Param, run::Run},
@@ -16,12 +15,11 @@ use crate::{
 pub fn cast_weight(gpu: &Gpu, weight: &Param, dtype: DType) -> Result<Tensor> {
     let (n, k) = weight.value().dims2()?;
     let padded = n.next_multiple_of(ROWS);
-    let all = uninit(gpu, (padded, k), dtype)?;
-    let row = k * dtype.size_in_bytes();
-    clear(gpu, address(&all)? + (n * row) as u64, (padded - n) * row)?;
-    let own = all.narrow(0, 0, n)?;
-    sum_into(gpu, weight.value(), None, None, &own)?;
-    Ok(own)
+    let table = uninit(gpu, (padded, k), dtype)?;
+    let (from, to, count, all) = (address(weight.value())?, address(&table)?, (n * k) as i64, (padded * k) as i64);
+    let blocks = (padded * k).div_ceil(256);
+    gpu.launch(&name("cast_table", dtype)?, (blocks, 1, 1), 256, 0, &[&from, &to, &count, &all])?;
+    Ok(table.narrow(0, 0, n)?)
 }
 
 pub fn weight_backward(gpu: &Gpu, x: &Tensor, dy: &Tensor, weight: &Param, run: &Run) -> Result<()> {
