@@ -450,10 +450,7 @@ impl Decoder {
     pub fn module_tree(&self) -> ModuleNode {
         let d = &*self.description;
         let (vocab, width) = (self.vocab_size(), self.hidden_size());
-        let mut parts = vec![match d.padding_idx {
-            None => ModuleNode::embedding(d.embedding, vocab, width),
-            Some(padding) => ModuleNode::padded_embedding(d.embedding, vocab, width, padding),
-        }];
+        let mut parts = vec![ModuleNode::embedding(d.embedding, vocab, width, d.padding_idx)];
         parts.extend(d.embedding_norm.as_ref().map(|(name, kind)| kind.module_tree(name, width)));
         parts.push(ModuleNode::list(d.blocks, self.blocks.iter().map(Parts::module_tree).collect()));
         parts.push(d.final_norm.1.module_tree(d.final_norm.0, width));
