@@ -25,7 +25,7 @@ pub use self::{dict::DatasetDict, example::Example, features::FeatureTypes, valu
 use self::{features::TokenColumns, table::Table};
 use crate::{
     display::{Progress, notice},
-    error::{Error, Result, ensure, near_names},
+    error::{Error, Result, ensure},
     features::{Features, noting_cuts},
     interrupt,
 };
@@ -44,39 +44,17 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Dataset {
     table: Arc<Table>,
-    rows: Rows,
+    /// Numbers of rows of the table; None: all of them as they lie there.
+    order: Option<Arc<[usize]>>,
+    /// Which part of the order this dataset is.
+    range: Range<usize>,
     /// `ds[:n]` of Python is a dict of its rows: `slice` and `head` print so, all else as a summary.
     prints_rows: bool,
 }
 
-/// Which rows of the table, in which order.
-#[derive(Clone, Debug)]
-enum Rows {
-    Range(Range<usize>),
-    Picked(Arc<[usize]>),
-}
-
-impl Rows {
-    fn len(&self) -> usize {
-        match self {
-            Rows::Range(range) => range.len(),
-            Rows::Picked(rows) => rows.len(),
-        }
-    }
-
-    /// The table's row behind this dataset's row `i`, which must exist.
-    fn at(&self, i: usize) -> usize {
-        match self {
-            Rows::Range(range) => range.start + i,
-            Rows::Picked(rows) => rows[i],
-        }
-    }
-}
-
 impl Dataset {
     fn of(table: Table) -> Self {
-        let rows = Rows::Range(0..table.num_rows());
-        Self { table: Arc::new(table), rows, prints_rows: false }
+        Self { range: 0..table.num_rows(), table: Arc::new(table), order: None, prints_rows: false }
     }
 
     /// A dataset from columns in memory: names and lists of one length.
@@ -106,11 +84,10 @@ impl Dataset {
 
     /// A dataset from rows in memory, which must all have the same columns.
     pub fn from_rows(rows: impl IntoIterator<Item = Example>) -> Result<Self> {
-        let mut rows = rows.into_iter();
-        let Some(first) = rows.next() else { return Self::from_values(&[], &[]) };
-        let names = first.column_names();
-        let mut columns: Vec<Vec<Value>> = vec![Vec::new(); names.len()];
-        for (i, example) in std::iter::once(first).chain(rows).enumerate() {
+        let rows: Vec<Example> = rows.into_iter().collect();
+        let names = rows.first().map(Example::column_names).unwrap_or_default();
+        let mut columns: Vec<Vec<Value>> = vec![Vec::with_capacity(rows.len()); names.len()];
+        for (i, example) in rows.into_iter().enumerate() {
             for (column, name) in columns.iter_mut().zip(&names) {
                 column.push(example.value(name).map_err(|e| e.at_row(i))?);
             }
@@ -131,7 +108,7 @@ impl Dataset {
 
     /// The number of rows.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.range.len()
     }
 
     /// The number of rows.
@@ -159,7 +136,13 @@ impl Dataset {
     }
 
     fn example(&self, i: usize) -> Example {
-        Example::stored(&self.table, self.rows.at(i), i)
+        Example::stored(&self.table, self.table_row(i), i)
+    }
+
+    /// The table's row behind this dataset's row `i`, which must exist.
+    fn table_row(&self, i: usize) -> usize {
+        let i = self.range.start + i;
+        self.order.as_ref().map_or(i, |order| order[i])
     }
 
     fn check_row(&self, i: usize) -> Result<()> {
@@ -183,15 +166,8 @@ impl Dataset {
 
     fn find_column(&self, name: &str) -> Result<usize> {
         let names = self.column_names();
-        names.iter().position(|n| n == name).ok_or_else(|| Error::MissingColumn {
-            column: name.into(),
-            row: None,
-            available: names,
-        })
-    }
-
-    fn with_rows(&self, rows: Rows) -> Self {
-        Self { table: self.table.clone(), rows, prints_rows: false }
+        let found = names.iter().position(|n| n == name);
+        found.ok_or_else(|| Error::MissingColumn { column: name.into(), row: None, available: names })
     }
 
     /// Rows by number, in the order given; a row may come twice.
@@ -201,7 +177,8 @@ impl Dataset {
     }
 
     fn pick(&self, rows: impl Iterator<Item = usize>) -> Self {
-        self.with_rows(Rows::Picked(rows.map(|i| self.rows.at(i)).collect()))
+        let order: Arc<[usize]> = rows.map(|i| self.table_row(i)).collect();
+        Self { table: self.table.clone(), range: 0..order.len(), order: Some(order), prints_rows: false }
     }
 
     /// A range of rows. As in Python, what lies beyond the end is left out. It prints its rows
@@ -220,11 +197,7 @@ impl Dataset {
             Bound::Unbounded => len,
         }
         .clamp(start, len);
-        let rows = match &self.rows {
-            Rows::Range(rows) => Rows::Range(rows.start + start..rows.start + end),
-            Rows::Picked(rows) => Rows::Picked(rows[start..end].into()),
-        };
-        Self { prints_rows: true, ..self.with_rows(rows) }
+        Self { range: self.range.start + start..self.range.start + end, prints_rows: true, ..self.clone() }
     }
 
     /// The first `n` rows.
@@ -341,7 +314,7 @@ impl Dataset {
         if self.table.cut.is_empty() {
             return 0;
         }
-        (0..self.len()).filter(|&i| self.table.cut.contains(&self.rows.at(i))).count()
+        (0..self.len()).filter(|&i| self.table.cut.contains(&self.table_row(i))).count()
     }
 
     /// Only the named columns, in the order given.
@@ -373,9 +346,4 @@ impl Dataset {
         })?;
         Ok(Self { table: Arc::new(table), ..self.clone() })
     }
-}
-
-/// "did you mean" for a split or column name, as part of a remedy.
-fn did_you_mean(name: &str, known: &[String]) -> String {
-    near_names(name, known).first().map(|near| format!("; did you mean {near:?}?")).unwrap_or_default()
 }

@@ -28,8 +28,9 @@ pub(crate) mod theme;
 use std::{
     collections::BTreeSet,
     io::{self, IsTerminal, Write},
-    sync::Mutex,
 };
+
+use parking_lot::Mutex;
 
 pub use input::{input, input_password};
 pub(crate) use live::Pace;
@@ -57,17 +58,17 @@ pub fn stream(text: &str) {
 /// Tells the user something that is no error but that they would want to know, such as an
 /// argument that this device makes unnecessary. One line, on stderr.
 pub fn notice(text: &str) {
-    error_line(&format!("note: {text}\n"));
+    error_line(&format!("note: {text}"));
 }
 
 /// Like [`notice`], for what is probably a mistake.
 pub fn warning(text: &str) {
-    error_line(&format!("warning: {text}\n"));
+    error_line(&format!("warning: {text}"));
 }
 
 /// In one piece: stderr is not buffered, and a front end would show parts of a line between lines of stdout.
-fn error_line(line: &str) {
-    let _ = io::stderr().write_all(line.as_bytes());
+fn error_line(text: &str) {
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 /// [`notice`], but a text that this process has shown already is not shown again.
@@ -82,7 +83,7 @@ pub fn warning_once(text: &str) {
 
 fn once(text: &str, show: fn(&str)) {
     static SHOWN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-    let is_new = SHOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(text.into());
+    let is_new = SHOWN.lock().insert(text.into());
     if is_new {
         show(text);
     }

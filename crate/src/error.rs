@@ -196,11 +196,9 @@ impl Error {
     pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| match source.kind() {
-            io::ErrorKind::NotFound if action != "write" => Error::NotFound {
-                what: "file".into(),
-                path,
-                remedy: "check the path; a relative path starts at the notebook's folder".into(),
-            },
+            io::ErrorKind::NotFound if action != "write" => {
+                Self::not_found("file", path, "check the path; a relative path starts at the notebook's folder")
+            }
             _ => Error::Io { action, path, source },
         }
     }
@@ -231,14 +229,15 @@ impl Error {
         Error::Unsupported { what: what.into(), got: got.to_string(), supported, remedy: remedy.into() }
     }
 
+    /// What the hub did not give, and why.
+    pub(crate) fn hub(what: &str, detail: impl Into<String>, remedy: &str) -> Self {
+        Error::Hub { what: what.into(), detail: detail.into(), remedy: remedy.into() }
+    }
+
     /// A wrong argument: `Error::argument("r", 0, "a rank of at least 1", "use 8")`.
     pub fn argument(name: &str, got: impl fmt::Display, expected: &str, remedy: &str) -> Self {
-        Error::InvalidArgument {
-            name: name.into(),
-            got: got.to_string(),
-            expected: expected.into(),
-            remedy: remedy.into(),
-        }
+        let (name, got) = (name.into(), got.to_string());
+        Error::InvalidArgument { name, got, expected: expected.into(), remedy: remedy.into() }
     }
 }
 

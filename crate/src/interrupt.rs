@@ -7,11 +7,10 @@
 
 use std::{
     io, mem, ptr,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, AtomicPtr, Ordering::SeqCst},
-    },
+    sync::atomic::{AtomicBool, AtomicPtr, Ordering::SeqCst},
 };
+
+use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
 
@@ -45,7 +44,7 @@ pub struct Guard(());
 impl Guard {
     /// Installs the handler unless an outer call has done so.
     pub fn new() -> Result<Self> {
-        let mut guards = GUARDS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut guards = GUARDS.lock();
         if *guards == 0 {
             install().map_err(|e| {
                 let detail = format!("installing the handler of SIGINT failed: {e}");
@@ -59,7 +58,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let mut guards = GUARDS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut guards = GUARDS.lock();
         *guards -= 1;
         if *guards == 0 {
             restore();

@@ -35,6 +35,7 @@ use crate::{
         memory::MemoryReport,
         parameter::Parameter,
     },
+    names::debug_as_display,
     safe_file::write_atomically,
 };
 
@@ -260,11 +261,8 @@ impl PeftModel {
         let path = folder.join(WEIGHTS_FILE);
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
         let mut found: HashMap<String, Tensor> =
-            candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| Error::Malformed {
-                path: path.clone(),
-                format: "safetensors file",
-                detail: e.to_string(),
-                remedy: "the file is damaged: save the adapter again".into(),
+            candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|e| {
+                Error::malformed(&path, "safetensors file", e, "the file is damaged: save the adapter again")
             })?;
         let params = self.trainable_parameters();
         let mut values = Vec::with_capacity(params.len());
@@ -293,12 +291,8 @@ impl PeftModel {
         for (param, value) in params.iter().zip(&values) {
             let finite = value.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite());
             if !finite {
-                return Err(Error::Malformed {
-                    path,
-                    format: "adapter",
-                    detail: format!("{} has a NaN or an infinity", param.name()),
-                    remedy: "load an earlier checkpoint".into(),
-                });
+                let detail = format!("{} has a NaN or an infinity", param.name());
+                return Err(Error::malformed(path, "adapter", detail, "load an earlier checkpoint"));
             }
         }
         params.iter().zip(&values).try_for_each(|(param, value)| param.set(value))
@@ -321,10 +315,8 @@ impl PeftModel {
 
     /// Writes the active adapter alone to `folder`, whatever its name.
     pub(crate) fn save_active_adapter(&self, folder: &Path) -> Result<()> {
-        match self.0.active.and_then(|i| self.0.adapters.get(i)) {
-            Some((name, config)) => self.save_adapter_to(name, config, folder),
-            None => Ok(()),
-        }
+        let active = self.0.active.and_then(|i| self.0.adapters.get(i));
+        active.map_or(Ok(()), |(name, config)| self.save_adapter_to(name, config, folder))
     }
 
     fn save_adapter_to(&self, name: &str, config: &LoraConfig, folder: &Path) -> Result<()> {
@@ -337,12 +329,8 @@ impl PeftModel {
         let tensors: Vec<(&str, &Tensor)> = params.iter().map(|p| (p.name(), p.value())).collect();
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         let path = folder.join(WEIGHTS_FILE);
-        let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(|e| Error::Malformed {
-            path: path.clone(),
-            format: "safetensors file",
-            detail: e.to_string(),
-            remedy: "report this as a bug".into(),
-        })?;
+        let failed = |e| Error::malformed(&path, "safetensors file", e, "report this as a bug");
+        let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(failed)?;
         write_atomically(&path, &bytes)?;
         LoraConfig { inference_mode: true, ..config.clone() }.save_pretrained(folder)
     }
@@ -464,11 +452,7 @@ impl fmt::Display for PeftModel {
     }
 }
 
-impl fmt::Debug for PeftModel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(PeftModel);
 
 impl CausalLM for PeftModel {
     fn vocab_size(&self) -> usize {

@@ -87,11 +87,7 @@ impl TextGenerationPipeline {
     /// Continues several prompts as one batch; the result is in their order.
     pub fn generate_batch(&self, prompts: &[impl AsRef<str>], config: &GenerationConfig) -> Result<Vec<Generations>> {
         let prompts: Vec<&str> = prompts.iter().map(AsRef::as_ref).collect();
-        self.generate_all(&prompts, config)
-    }
-
-    fn generate_all(&self, prompts: &[&str], config: &GenerationConfig) -> Result<Vec<Generations>> {
-        self.run(prompts, &self.complete(config)?, &mut |_| {})
+        self.run(&prompts, &self.complete(config)?, &mut |_| {})
     }
 
     /// Continues one prompt and hands each piece of new text over as soon as its characters are
@@ -110,19 +106,7 @@ impl TextGenerationPipeline {
         config: &GenerationConfig,
         mut on_text: impl FnMut(&str),
     ) -> Result<GeneratedText> {
-        self.stream_to(prompt.as_ref(), config, &mut on_text)
-    }
-
-    fn stream_to(
-        &self,
-        prompt: &str,
-        config: &GenerationConfig,
-        on_text: &mut dyn FnMut(&str),
-    ) -> Result<GeneratedText> {
-        let config = self.complete(config)?;
-        let n = config.num_return_sequences.unwrap_or(1);
-        ensure(n == 1, "num_return_sequences", n, "1 when streaming", "leave it out, or use generate")?;
-        self.run_streaming(prompt, &config, on_text)
+        self.run_streaming(prompt.as_ref(), &self.complete(config)?, &mut on_text)
     }
 
     /// The same pipeline; whether `generate` shows text as it is made.
@@ -184,6 +168,8 @@ impl TextGenerationPipeline {
         config: &GenerationConfig,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<GeneratedText> {
+        let n = config.num_return_sequences.unwrap_or(1);
+        ensure(n == 1, "num_return_sequences", n, "1 when streaming", "leave it out, or use generate")?;
         let mut decoder = self.tokenizer.decode_stream();
         let mut fault = None;
         let mut give = |piece: Result<Option<String>>| match piece {

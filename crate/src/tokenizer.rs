@@ -143,10 +143,7 @@ impl Tokenizer {
     pub fn encode_batch(&self, texts: &[impl AsRef<str>]) -> Result<Vec<Encoding>> {
         let mut rows = texts.iter().map(|text| self.encode(text.as_ref())).collect::<Result<Vec<_>>>()?;
         let length = rows.iter().map(Encoding::len).max().unwrap_or(0);
-        for row in &mut rows {
-            if row.len() == length {
-                continue;
-            }
+        for row in rows.iter_mut().filter(|row| row.len() < length) {
             let pad = self.pad_token_id().ok_or_else(|| {
                 let expected = "a padding token: the texts differ in length";
                 Error::argument("pad_token", "none", expected, "give it one: tokenizer.with_pad_token(\"<pad>\")?")
@@ -282,19 +279,19 @@ impl Tokenizer {
     }
 
     fn warn_about_end(&self) {
-        let (name, eos) = (self.name_or_path(), self.eos_token());
-        if eos.is_empty() {
-            display::warning_once(&format!(
-                "{name}: the tokenizer has no eos_token; a tuned model will not learn to stop"
-            ));
+        let eos = self.eos_token();
+        let warning = if eos.is_empty() {
+            "the tokenizer has no eos_token; a tuned model will not learn to stop".into()
         } else if eos == self.pad_token() {
             let other = if self.unk_token().is_empty() { "a rare token" } else { self.unk_token() };
-            display::warning_once(&format!(
-                "{name}: pad_token and eos_token are both {eos:?}; what leaves out padding also leaves out the end, \
-                 and the model never learns to stop. Give it another padding token: \
-                 tokenizer.with_pad_token({other:?})?"
-            ));
-        }
+            format!(
+                "pad_token and eos_token are both {eos:?}; what leaves out padding also leaves out the end, and the \
+                 model never learns to stop. Give it another padding token: tokenizer.with_pad_token({other:?})?"
+            )
+        } else {
+            return;
+        };
+        display::warning_once(&format!("{}: {warning}", self.name_or_path()));
     }
 }
 
@@ -302,19 +299,8 @@ fn failed(e: tokenizers::Error) -> Error {
     Error::Tokenizer(e.to_string())
 }
 
-/// What `clean_up_tokenization` of transformers replaces.
+/// The spaces that `clean_up_tokenization` of transformers takes away, in its order.
 fn clean_up(text: &str) -> String {
-    const PAIRS: [(&str, &str); 10] = [
-        (" .", "."),
-        (" ?", "?"),
-        (" !", "!"),
-        (" ,", ","),
-        (" ' ", "'"),
-        (" n't", "n't"),
-        (" 'm", "'m"),
-        (" 's", "'s"),
-        (" 've", "'ve"),
-        (" 're", "'re"),
-    ];
-    PAIRS.iter().fold(text.to_string(), |text, (from, to)| text.replace(from, to))
+    let spaced = [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"];
+    spaced.iter().fold(text.to_string(), |text, spaced| text.replace(spaced, spaced.trim()))
 }

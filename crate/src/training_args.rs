@@ -184,13 +184,8 @@ impl TrainingArguments {
         let epsilon = self.adam_epsilon;
         ensure(epsilon > 0.0 && epsilon.is_finite(), "adam_epsilon", epsilon, "more than 0", "use 1e-8")?;
         let ratio = self.warmup_ratio;
-        ensure(
-            (0.0..=1.0).contains(&ratio),
-            "warmup_ratio",
-            ratio,
-            "a share from 0 to 1",
-            "for a count use warmup_steps",
-        )?;
+        let is_share = (0.0..=1.0).contains(&ratio);
+        ensure(is_share, "warmup_ratio", ratio, "a share from 0 to 1", "for a count use warmup_steps")?;
         let one_warmup = ratio == 0.0 || self.warmup_steps == 0;
         ensure(one_warmup, "warmup_ratio", ratio, "0 when warmup_steps is set", "set one of the two")?;
         let constant = self.lr_scheduler_type == SchedulerType::Constant && (ratio > 0.0 || self.warmup_steps > 0);
@@ -198,13 +193,8 @@ impl TrainingArguments {
         let steps = self.max_steps;
         ensure(steps == -1 || steps > 0, "max_steps", steps, "-1, or at least 1", "-1 trains for num_train_epochs")?;
         let epochs = self.num_train_epochs;
-        ensure(
-            epochs > 0 || steps > 0,
-            "num_train_epochs",
-            epochs,
-            "at least 1",
-            "for a part of an epoch use max_steps",
-        )?;
+        let remedy = "for a part of an epoch use max_steps";
+        ensure(epochs > 0 || steps > 0, "num_train_epochs", epochs, "at least 1", remedy)?;
         let no_folder = self.output_dir.as_os_str().is_empty();
         ensure(!no_folder, "output_dir", "\"\"", "a folder", "name one, e.g. \"out/qlora\"")?;
         self.validate_strategies()
@@ -217,10 +207,7 @@ impl TrainingArguments {
         if !self.load_best_model_at_end || best {
             return Ok(());
         }
-        let same = matches!(
-            (self.eval_strategy, self.save_strategy),
-            (IntervalStrategy::Steps, SaveStrategy::Steps) | (IntervalStrategy::Epoch, SaveStrategy::Epoch)
-        );
+        let same = evaluates && self.eval_strategy.as_str() == self.save_strategy.as_str();
         let name = "load_best_model_at_end";
         let remedy = "set both to Steps or both to Epoch, or save_strategy to Best";
         ensure(same, name, true, "an eval_strategy equal to save_strategy, so that the best is saved", remedy)?;
@@ -253,10 +240,7 @@ impl TrainingArguments {
 
     /// Every argument by name, as `training_args.json` holds them.
     pub(crate) fn to_json(&self) -> Map<String, Value> {
-        match serde_json::to_value(self) {
-            Ok(Value::Object(arguments)) => arguments,
-            _ => Map::new(),
-        }
+        serde_json::to_value(self).ok().and_then(|json| json.as_object().cloned()).unwrap_or_default()
     }
 }
 

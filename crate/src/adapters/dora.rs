@@ -5,6 +5,7 @@
 
 use candle_core::{D, DType, Tensor};
 
+use super::LoraAdapter;
 use crate::{
     backend::{
         operands::{Around, Frozen, Input, Lora, Weight},
@@ -67,17 +68,14 @@ impl Adapter for DoraAdapter {
     }
 
     fn merge(&self, weight: &Tensor) -> Result<Tensor> {
-        let update = (self.lora.b.value().matmul(self.lora.a.value())? * self.lora.scaling)?;
-        let merged = (weight + update)?;
+        let merged = LoraAdapter(self.lora.clone()).merge(weight)?;
         let scale = (self.magnitude.value() / merged.sqr()?.sum(D::Minus1)?.sqrt()?)?;
         Ok(merged.broadcast_mul(&scale.unsqueeze(1)?)?)
     }
 
     fn module_tree(&self, name: &str, base: ModuleNode) -> ModuleNode {
-        let (r, input) = self.lora.a.value().dims2().unwrap_or_default();
-        let out = self.magnitude.value().elem_count();
         let layer = ModuleNode::leaf(name, "lora.dora.DoraLinearLayer()");
-        let mut tree = ModuleNode::lora_linear(base, name, input, out, r, self.lora.dropout);
+        let mut tree = LoraAdapter(self.lora.clone()).module_tree(name, base);
         if let Some(vector) = tree.children.iter_mut().find(|child| child.name == "lora_magnitude_vector") {
             *vector = ModuleNode::new("lora_magnitude_vector", "ModuleDict", vec![layer]);
         }

@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use super::{Dataset, did_you_mean, show};
+use super::{Dataset, show};
 use crate::{
     display::Forms,
-    error::{Error, Result},
+    error::{Error, Result, near_names},
 };
 
 /// Named splits, in order.
@@ -40,7 +40,9 @@ impl DatasetDict {
         let found = self.0.iter().find(|(name, _)| name == split).map(|(_, dataset)| dataset.clone());
         found.ok_or_else(|| {
             let splits = self.splits();
-            let remedy = format!("use one of its names{}", did_you_mean(split, &splits));
+            let near = near_names(split, &splits);
+            let near = near.first().map(|near| format!("; did you mean {near:?}?")).unwrap_or_default();
+            let remedy = format!("use one of its names{near}");
             Error::unsupported("split", split, splits, &remedy)
         })
     }

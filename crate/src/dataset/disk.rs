@@ -5,13 +5,13 @@ use std::{collections::HashMap, fs, hash::Hasher, path::Path};
 
 use arrow::{
     array::RecordBatch,
-    datatypes::{DataType, Schema, SchemaRef},
+    datatypes::{DataType, Field, FieldRef, Schema, SchemaRef},
     error::ArrowError,
 };
 use serde_json::json;
 
 use super::{
-    Dataset, DatasetDict, Rows,
+    Dataset, DatasetDict,
     ipc::{read_shard, write_stream},
     table::{BATCH_ROWS, Table},
     value::type_name,
@@ -19,6 +19,7 @@ use super::{
 use crate::{
     error::{Error, Result, ensure},
     json_file::read_json,
+    py_repr::commas,
     safe_file::replace,
 };
 
@@ -92,11 +93,7 @@ impl Dataset {
     /// [`Error::Io`] when the disk is full or not writable; [`Error::InvalidArgument`] when `path`
     /// is a folder of other things. What was at `path` is then unchanged.
     pub fn save_to_disk(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.save_to_disk_path(path.as_ref())
-    }
-
-    fn save_to_disk_path(&self, path: &Path) -> Result<()> {
-        replace_folder(path, |folder| self.write_into(folder))
+        replace_folder(path.as_ref(), &|folder| self.write_into(folder))
     }
 
     fn write_into(&self, folder: &Path) -> Result<()> {
@@ -114,8 +111,8 @@ impl Dataset {
             write_stream(&folder.join(&name), &schema, rows.batches(), &mut hasher)?;
             files.push(json!({ "filename": name }));
         }
-        let features: serde_json::Map<String, serde_json::Value> =
-            self.table.schema.fields().iter().map(|f| (f.name().clone(), feature_json(f))).collect();
+        let features = self.table.schema.fields().iter().map(|f| (f.name().clone(), feature_json(f)));
+        let features: serde_json::Value = features.collect();
         let info = json!({ "citation": "", "description": "", "features": features, "homepage": "", "license": "" });
         let state = json!({
             "_data_files": files,
@@ -132,9 +129,9 @@ impl Dataset {
 
     /// This dataset's rows in order, as batches.
     fn batches(&self) -> Box<dyn Iterator<Item = Result<RecordBatch, ArrowError>> + '_> {
-        match &self.rows {
-            Rows::Range(rows) => Box::new(self.table.contiguous(rows.clone()).map(Ok)),
-            Rows::Picked(rows) => Box::new(rows.chunks(BATCH_ROWS).map(|rows| self.table.gather(rows))),
+        match &self.order {
+            None => Box::new(self.table.contiguous(self.range.clone()).map(Ok)),
+            Some(order) => Box::new(order[self.range.clone()].chunks(BATCH_ROWS).map(|rows| self.table.gather(rows))),
         }
     }
 }
@@ -165,7 +162,7 @@ impl DatasetDict {
     }
 
     fn save_to_disk_path(&self, path: &Path) -> Result<()> {
-        replace_folder(path, |folder| {
+        replace_folder(path, &|folder| {
             for (name, dataset) in self.iter() {
                 let split = folder.join(name);
                 fs::create_dir(&split).map_err(Error::io("write", &split))?;
@@ -199,17 +196,16 @@ fn shard_names(state: &serde_json::Value) -> Option<Vec<String>> {
 }
 
 fn describe(schema: &Schema) -> String {
-    let columns: Vec<String> =
-        schema.fields().iter().map(|f| format!("{}: {}", f.name(), type_name(f.data_type()))).collect();
-    format!("[{}]", columns.join(", "))
+    let column = |f: &FieldRef| format!("{}: {}", f.name(), type_name(f.data_type()));
+    format!("[{}]", commas(schema.fields().iter().map(column)))
 }
 
 fn with_features(schema: &Schema, features: &serde_json::Value) -> Schema {
-    let fields = schema.fields().iter().map(|field| {
+    let field = |field: &FieldRef| {
         let described = features.get(field.name()).map(|f| (FEATURE_KEY.to_string(), f.to_string()));
         field.as_ref().clone().with_metadata(described.into_iter().collect::<HashMap<_, _>>())
-    });
-    Schema::new(fields.collect::<Vec<_>>())
+    };
+    Schema::new(schema.fields().iter().map(field).collect::<Vec<Field>>())
 }
 
 fn without_features(schema: &Schema) -> Schema {
@@ -218,7 +214,7 @@ fn without_features(schema: &Schema) -> Schema {
 
 /// What a loaded folder said of a column is kept only where our own words would lose something:
 /// "List", which older versions of `datasets` do not know, is then written as they know it.
-fn feature_json(field: &arrow::datatypes::Field) -> serde_json::Value {
+fn feature_json(field: &Field) -> serde_json::Value {
     let loaded = field.metadata().get(FEATURE_KEY).and_then(|text| serde_json::from_str(text).ok());
     loaded.filter(|feature| !is_plain(feature)).unwrap_or_else(|| feature_of(field.data_type()))
 }
@@ -239,11 +235,7 @@ fn is_plain(feature: &serde_json::Value) -> bool {
 /// (version 4 added "List", and still reads the older "Sequence").
 fn feature_of(dtype: &DataType) -> serde_json::Value {
     match dtype {
-        DataType::Struct(fields) => fields
-            .iter()
-            .map(|f| (f.name().clone(), feature_of(f.data_type())))
-            .collect::<serde_json::Map<_, _>>()
-            .into(),
+        DataType::Struct(fields) => fields.iter().map(|f| (f.name().clone(), feature_of(f.data_type()))).collect(),
         DataType::List(f) => match f.data_type() {
             DataType::Struct(_) => json!([feature_of(f.data_type())]),
             item => json!({ "feature": feature_of(item), "_type": "Sequence" }),
@@ -262,7 +254,7 @@ fn logical_bytes(batch: &RecordBatch) -> usize {
 }
 
 /// Makes `target` a folder that `fill` writes, in place of nothing, an empty folder or another saved dataset.
-fn replace_folder(target: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+fn replace_folder(target: &Path, fill: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
     let has_name = target.file_name().is_some();
     ensure(has_name, "path", target.display(), "a folder with a name", "use e.g. \"data/tokenized\"")?;
     let is_dataset = target.join("state.json").exists() || target.join("dataset_dict.json").exists();

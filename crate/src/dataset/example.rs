@@ -105,10 +105,7 @@ impl Example {
 
     /// Whether the column has no value in this row (JSON `null`, Python `None`).
     pub fn is_null(&self, column: &str) -> Result<bool> {
-        Ok(match self.cell(column)? {
-            Cell::Stored(array, i) => array.is_null(i) || array.data_type() == &DataType::Null,
-            Cell::Made(value) => *value == Value::Null,
-        })
+        Ok(self.value(column)? == Value::Null)
     }
 
     /// A text column.
@@ -180,18 +177,18 @@ impl Example {
     }
 
     fn cell(&self, column: &str) -> Result<Cell<'_>> {
-        match &self.0 {
+        let missing = || {
+            let available = self.column_names();
+            Error::MissingColumn { column: column.into(), row: self.row(), available }
+        };
+        let cell = match &self.0 {
             Row::Stored { table, place, .. } => {
                 let found = table.schema.fields().iter().position(|f| f.name() == column);
                 found.map(|i| table.cell(i, *place)).map(|(array, offset)| Cell::Stored(array, offset))
             }
             Row::Made(fields) => fields.iter().find(|(name, _)| name == column).map(|(_, value)| Cell::Made(value)),
-        }
-        .ok_or_else(|| Error::MissingColumn {
-            column: column.into(),
-            row: self.row(),
-            available: self.column_names(),
-        })
+        };
+        cell.ok_or_else(missing)
     }
 
     fn wrong_type(&self, column: &str, expected: &str) -> Error {
@@ -216,12 +213,7 @@ fn stored_ints(array: &ArrayRef, i: usize) -> Option<Vec<i64>> {
     if array.is_null(i) {
         return None;
     }
-    let items = match array.data_type() {
-        DataType::List(_) => array.as_list::<i32>().value(i),
-        DataType::LargeList(_) => array.as_list::<i64>().value(i),
-        DataType::FixedSizeList(..) => array.as_fixed_size_list().value(i),
-        _ => return None,
-    };
+    let items = value::items(array, i)?;
     // A list without items may carry no item type.
     if items.is_empty() {
         return Some(Vec::new());

@@ -42,13 +42,9 @@ impl Dataset {
         let rows = if is_array {
             serde_json::from_slice(text).map_err(|e| malformed(path, "JSON array of rows", e))?
         } else {
-            let mut rows: Vec<JsonRow> = Vec::new();
-            for row in serde_json::Deserializer::from_slice(text).into_iter() {
-                let at_row = |e| malformed(path, "JSONL file", format!("row {}: {e}", rows.len()));
-                let row = row.map_err(at_row)?;
-                rows.push(row);
-            }
-            rows
+            let rows = serde_json::Deserializer::from_slice(text).into_iter::<JsonRow>().enumerate();
+            let at_row = |i, e| malformed(path, "JSONL file", format!("row {i}: {e}"));
+            rows.map(|(i, row)| row.map_err(|e| at_row(i, e))).collect::<Result<_>>()?
         };
         from_json_rows(rows).map_err(|detail| malformed(path, "JSON table", detail))
     }

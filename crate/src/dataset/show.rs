@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Dataset, DatasetDict, Value};
+use super::{Dataset, DatasetDict, Example, Value};
 use crate::{
     display::{
         Forms,
@@ -38,32 +38,25 @@ impl Dataset {
 
     /// The first rows as an HTML table, readable on a light and on a dark page.
     pub fn to_html(&self) -> String {
-        let names = self.column_names();
-        let mut html = format!("<div class=\"qlora-dataset\" style=\"overflow-x:auto\"><table style=\"{TABLE}\"><tr>");
-        html += &format!("<th style=\"{CELL}\"></th>");
-        for name in &names {
-            let dtype = self.features().get(name).unwrap_or_default();
-            html += &format!(
-                "<th style=\"{CELL}\">{}<br><small style=\"{FAINT}\">{}</small></th>",
-                escape_html(name),
-                escape_html(&dtype)
-            );
-        }
-        html += "</tr>";
-        for (row, example) in self.iter().take(MAX_ROWS).enumerate() {
-            html += &format!("<tr><td style=\"{CELL};{FAINT}\">{row}</td>");
-            for name in &names {
-                html += &cell(&example.value(name).unwrap_or_default());
-            }
-            html += "</tr>";
-        }
-        html += "</table>";
-        let rows = match self.len() {
-            1 => "1 row".to_string(),
-            n => format!("{n} rows"),
+        let (names, features) = (self.column_names(), self.features());
+        let head = |name: &String| {
+            let (name, dtype) = (escape_html(name), escape_html(&features.get(name).unwrap_or_default()));
+            format!("<th style=\"{CELL}\">{name}<br><small style=\"{FAINT}\">{dtype}</small></th>")
         };
+        let row = |(i, example): (usize, Example)| {
+            let cells: String = names.iter().map(|name| cell(&example.value(name).unwrap_or_default())).collect();
+            format!("<tr><td style=\"{CELL};{FAINT}\">{i}</td>{cells}</tr>")
+        };
+        let heads: String = names.iter().map(head).collect();
+        let rows: String = self.iter().take(MAX_ROWS).enumerate().map(row).collect();
+        let s = if self.len() == 1 { "" } else { "s" };
         let shown = if self.len() > MAX_ROWS { format!(", the first {MAX_ROWS} shown") } else { String::new() };
-        html + &format!("<small style=\"{FAINT}\">{rows}{shown}</small></div>")
+        format!(
+            "<div class=\"qlora-dataset\" style=\"overflow-x:auto\"><table style=\"{TABLE}\">\
+             <tr><th style=\"{CELL}\"></th>{heads}</tr>{rows}</table>\
+             <small style=\"{FAINT}\">{} row{s}{shown}</small></div>",
+            self.len()
+        )
     }
 }
 

@@ -58,18 +58,16 @@ impl Table {
         }
         let schema = Arc::new(Schema::new(fields));
         let rows = columns.first().map_or(0, Vec::len);
-        let mut batches = Vec::new();
-        for start in (0..rows).step_by(BATCH_ROWS) {
+        let batch = |start: usize| {
             let range = start..rows.min(start + BATCH_ROWS);
             let build = |(field, column): (&Arc<Field>, &Vec<Value>)| {
                 value::build(field.data_type(), &column[range.clone()].iter().collect::<Vec<_>>())
             };
-            let arrays = schema.fields().iter().zip(columns).map(build).collect();
-            batches.push(RecordBatch::try_new(schema.clone(), arrays));
-        }
-        let failed = |e: ArrowError| (0, names.join(", "), e.to_string());
-        let batches = batches.into_iter().collect::<Result<_, _>>().map_err(failed)?;
-        Self::new(&schema, batches).map_err(failed)
+            RecordBatch::try_new(schema.clone(), schema.fields().iter().zip(columns).map(build).collect())
+        };
+        let batches = (0..rows).step_by(BATCH_ROWS).map(batch).collect::<Result<_, _>>();
+        let table = batches.and_then(|batches| Self::new(&schema, batches));
+        table.map_err(|e| (0, names.join(", "), e.to_string()))
     }
 
     pub fn num_rows(&self) -> usize {
@@ -106,14 +104,11 @@ impl Table {
         })
     }
 
-    /// The named rows, copied into one batch.
+    /// The named rows, one at least, copied into one batch.
     pub fn gather(&self, rows: &[usize]) -> Result<RecordBatch, ArrowError> {
         let batches: Vec<&RecordBatch> = self.batches.iter().collect();
         let places: Vec<(usize, usize)> = rows.iter().map(|&row| self.locate(row)).collect();
-        match batches.as_slice() {
-            [] => Ok(RecordBatch::new_empty(self.schema.clone())),
-            some => interleave_record_batch(some, &places),
-        }
+        interleave_record_batch(&batches, &places)
     }
 
     /// The same rows with other columns: `(index here, new name)`.

@@ -4,8 +4,8 @@ use std::{fmt, sync::Arc};
 
 use arrow::{
     array::{
-        Array, ArrayRef, AsArray, BooleanArray, Float64Array, GenericListArray, Int64Array, ListArray, NullArray,
-        OffsetSizeTrait, StringArray, StructArray,
+        Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, ListArray, NullArray, StringArray,
+        StructArray,
     },
     buffer::{NullBuffer, OffsetBuffer},
     compute::cast,
@@ -156,23 +156,25 @@ pub(super) fn read(array: &dyn Array, i: usize) -> Value {
             let widest = if t.is_integer() { DataType::Int64 } else { DataType::Float64 };
             cast(&array.slice(i, 1), &widest).map_or_else(|_| as_text(array, i), |x| read(&x, 0))
         }
-        DataType::List(_) => read_list(array.as_list::<i32>(), i),
-        DataType::LargeList(_) => read_list(array.as_list::<i64>(), i),
-        DataType::FixedSizeList(..) => read_all(&array.as_fixed_size_list().value(i)),
         DataType::Struct(fields) => {
             let columns = array.as_struct().columns();
             Value::Struct(fields.iter().zip(columns).map(|(f, c)| (f.name().clone(), read(c, i))).collect())
         }
-        _ => as_text(array, i),
+        _ => match items(array, i) {
+            Some(items) => Value::List((0..items.len()).map(|i| read(&items, i)).collect()),
+            None => as_text(array, i),
+        },
     }
 }
 
-fn read_list<O: OffsetSizeTrait>(list: &GenericListArray<O>, i: usize) -> Value {
-    read_all(&list.value(i))
-}
-
-fn read_all(array: &dyn Array) -> Value {
-    Value::List((0..array.len()).map(|i| read(array, i)).collect())
+/// The items of cell `i`, if this is a column of lists.
+pub(super) fn items(array: &dyn Array, i: usize) -> Option<ArrayRef> {
+    Some(match array.data_type() {
+        DataType::List(_) => array.as_list::<i32>().value(i),
+        DataType::LargeList(_) => array.as_list::<i64>().value(i),
+        DataType::FixedSizeList(..) => array.as_fixed_size_list().value(i),
+        _ => return None,
+    })
 }
 
 fn as_text(array: &dyn Array, i: usize) -> Value {
@@ -192,18 +194,12 @@ fn type_of(value: &Value) -> Result<DataType, String> {
         Value::Int(_) => DataType::Int64,
         Value::Float(_) => DataType::Float64,
         Value::Text(_) => DataType::Utf8,
-        Value::List(items) => list_of(items.iter().try_fold(DataType::Null, unify_ref)?),
-        Value::Struct(fields) => DataType::Struct(
-            fields
-                .iter()
-                .map(|(name, v)| Ok(Field::new(name, type_of(v)?, true)))
-                .collect::<Result<Fields, String>>()?,
-        ),
+        Value::List(items) => list_of(items.iter().try_fold(DataType::Null, |so_far, item| unify(&so_far, item))?),
+        Value::Struct(fields) => {
+            let field = |(name, value): &(String, Value)| Ok(Field::new(name, type_of(value)?, true));
+            DataType::Struct(fields.iter().map(field).collect::<Result<Fields, String>>()?)
+        }
     })
-}
-
-fn unify_ref(so_far: DataType, value: &Value) -> Result<DataType, String> {
-    unify(&so_far, value)
 }
 
 fn unify_types(a: &DataType, b: &DataType) -> Result<DataType, String> {
@@ -305,7 +301,7 @@ mod tests {
             Value::Null,
             Value::Struct(vec![("role".into(), "bot".into()), ("n".into(), vec![1.5f64].into())]),
         ];
-        let dtype = rows.iter().try_fold(DataType::Null, unify_ref).unwrap();
+        let dtype = rows.iter().try_fold(DataType::Null, |so_far, row| unify(&so_far, row)).unwrap();
         let array = build(&dtype, &rows.iter().collect::<Vec<_>>());
         for (i, row) in rows.iter().enumerate() {
             assert_eq!(&read(&array, i), row);

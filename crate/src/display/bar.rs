@@ -19,19 +19,20 @@ pub(super) enum Stage {
 }
 
 /// One state of a bar.
-pub(super) struct Bar<'a> {
-    pub what: &'a str,
-    pub unit: &'a str,
+#[derive(Debug)]
+pub(super) struct Bar {
+    pub what: String,
+    pub unit: &'static str,
     /// Where this call began: a resumed one does not count what was done before.
     pub first: usize,
     pub done: usize,
     pub total: usize,
     pub elapsed: Duration,
-    pub message: &'a str,
+    pub message: String,
     pub stage: Stage,
 }
 
-impl Bar<'_> {
+impl Bar {
     /// `Map: 1,000 of 5,000 rows, 1,234 rows/s, 0:03 left`.
     pub fn text(&self) -> String {
         let comma = if self.message.is_empty() { "" } else { ", " };
@@ -48,11 +49,11 @@ impl Bar<'_> {
         };
         let percent =
             if self.total == 0 { 100.0 } else { 100.0 * self.done.min(self.total) as f64 / self.total as f64 };
-        let message = match self.message {
+        let message = match self.message.as_str() {
             "" => String::new(),
             message => format!("<div style=\"{FAINT}\">{}</div>", escape_html(message)),
         };
-        let (what, counts) = (escape_html(self.what), escape_html(&self.counts()));
+        let (what, counts) = (escape_html(&self.what), escape_html(&self.counts()));
         format!(
             "<div style=\"{TEXT};max-width:640px;padding:.25em 0\">\
              <div style=\"display:flex;justify-content:space-between;gap:1em;font-variant-numeric:tabular-nums\">\
@@ -98,9 +99,10 @@ impl Bar<'_> {
 mod tests {
     use super::*;
 
-    fn bar(first: usize, done: usize, seconds: u64, stage: Stage) -> Bar<'static> {
+    fn bar(first: usize, done: usize, seconds: u64, stage: Stage) -> Bar {
         let elapsed = Duration::from_secs(seconds);
-        Bar { what: "Training", unit: "steps", first, done, total: 400, elapsed, message: "loss 2.10", stage }
+        let (what, message) = ("Training".into(), "loss 2.10".into());
+        Bar { what, unit: "steps", first, done, total: 400, elapsed, message, stage }
     }
 
     #[test]
@@ -116,10 +118,13 @@ mod tests {
                 bar(0, 57, 19, Stage::Stopped),
                 "Training: stopped at 57 of 400 steps after 0:19, loss 2.10, 3.00 steps/s",
             ),
-            (Bar { message: "", ..bar(0, 0, 5, Stage::Running) }, "Training: 0 of 400 steps, 0.00 steps/s, ? left"),
+            (
+                Bar { message: String::new(), ..bar(0, 0, 5, Stage::Running) },
+                "Training: 0 of 400 steps, 0.00 steps/s, ? left",
+            ),
             // A resumed call counts its own work only.
             (
-                Bar { message: "", ..bar(300, 350, 50, Stage::Running) },
+                Bar { message: String::new(), ..bar(300, 350, 50, Stage::Running) },
                 "Training: 350 of 400 steps, 1.00 steps/s, 0:50 left",
             ),
         ] {
@@ -139,7 +144,7 @@ mod tests {
         assert!(bar(0, 57, 50, Stage::Stopped).html().contains(RED));
         assert!(!html.contains("<script") && !html.contains("<style"));
         assert_eq!(html.matches("<div").count(), html.matches("</div>").count());
-        let odd = Bar { what: "<b>", message: "a < b", total: 0, ..bar(0, 0, 0, Stage::Running) }.html();
+        let odd = Bar { what: "<b>".into(), message: "a < b".into(), total: 0, ..bar(0, 0, 0, Stage::Running) }.html();
         assert!(odd.contains("&lt;b&gt;") && odd.contains("a &lt; b") && odd.contains("width:100.0%"), "{odd}");
     }
 }

@@ -16,13 +16,13 @@ const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../notebooks/models/po
 
 fn forms() -> Result<Vec<(&'static str, String)>> {
     let bar = |stage, done| Bar {
-        what: "Training",
+        what: "Training".into(),
         unit: "steps",
         first: 0,
         done,
         total: 200,
         elapsed: Duration::from_secs(21),
-        message: "loss 2.1034, 1,234 tokens/s",
+        message: "loss 2.1034, 1,234 tokens/s".into(),
         stage,
     };
     let ds = Dataset::from_columns([("instruction", vec!["以《江上秋夜》为题，写一首七言绝句。"; 12])])?;

@@ -56,19 +56,10 @@ impl ModuleNode {
         Self::leaf(name, format!("{class}(in_features={in_features}, out_features={out_features}, bias={bias})"))
     }
 
-    /// `Embedding(num_embeddings, embedding_dim)`.
-    pub fn embedding(name: impl Into<String>, num_embeddings: usize, embedding_dim: usize) -> Self {
-        Self::leaf(name, format!("Embedding({num_embeddings}, {embedding_dim})"))
-    }
-
-    /// [`ModuleNode::embedding`] with the id that stands for padding.
-    pub fn padded_embedding(
-        name: impl Into<String>,
-        num_embeddings: usize,
-        embedding_dim: usize,
-        padding: usize,
-    ) -> Self {
-        Self::leaf(name, format!("Embedding({num_embeddings}, {embedding_dim}, padding_idx={padding})"))
+    /// `Embedding(num_embeddings, embedding_dim)`, with the id that stands for padding if there is one.
+    pub fn embedding(name: &str, num_embeddings: usize, embedding_dim: usize, padding: Option<usize>) -> Self {
+        let padding = padding.map(|id| format!(", padding_idx={id}")).unwrap_or_default();
+        Self::leaf(name, format!("Embedding({num_embeddings}, {embedding_dim}{padding})"))
     }
 
     /// `LlamaRMSNorm((width,), eps=...)`.
@@ -109,19 +100,16 @@ impl ModuleNode {
         };
         let class = base.label.split('(').next().unwrap_or_default();
         let (name, class) = (base.name.clone(), format!("lora.{class}"));
-        Self::new(
-            name,
-            class,
-            vec![
-                base.named("base_layer"),
-                default("lora_dropout", dropout),
-                default("lora_A", Self::linear("", "Linear", in_features, r, false)),
-                default("lora_B", Self::linear("", "Linear", r, out_features, false)),
-                Self::leaf("lora_embedding_A", "ParameterDict()"),
-                Self::leaf("lora_embedding_B", "ParameterDict()"),
-                Self::leaf("lora_magnitude_vector", "ModuleDict()"),
-            ],
-        )
+        let modules = vec![
+            base.named("base_layer"),
+            default("lora_dropout", dropout),
+            default("lora_A", Self::linear("", "Linear", in_features, r, false)),
+            default("lora_B", Self::linear("", "Linear", r, out_features, false)),
+            Self::leaf("lora_embedding_A", "ParameterDict()"),
+            Self::leaf("lora_embedding_B", "ParameterDict()"),
+            Self::leaf("lora_magnitude_vector", "ModuleDict()"),
+        ];
+        Self::new(name, class, modules)
     }
 
     /// A module with a copy that learns in its place, under the name of an adapter.
@@ -222,21 +210,12 @@ impl ModuleNode {
     /// The children with what is printed before each: `(mlp): `. Of a list, neighbours that
     /// differ only in their number are one entry, `(0-23): 24 x `.
     fn groups(&self) -> Vec<(&ModuleNode, String)> {
-        let mut groups: Vec<(&ModuleNode, &ModuleNode, usize)> = Vec::new();
-        for child in &self.children {
-            match groups.last_mut() {
-                Some((first, last, count)) if self.label == "ModuleList" && alike(first, child) => {
-                    *last = child;
-                    *count += 1;
-                }
-                _ => groups.push((child, child, 1)),
-            }
-        }
-        let title = |first: &ModuleNode, last: &ModuleNode, count: usize| match count {
-            1 => format!("({}): ", first.name),
-            n => format!("({}-{}): {n} x ", first.name, last.name),
+        let alike = |a: &Self, b: &Self| self.label == "ModuleList" && a.label == b.label && a.children == b.children;
+        let title = |group: &[Self]| match group {
+            [first, .., last] => format!("({}-{}): {} x ", first.name, last.name, group.len()),
+            _ => format!("({}): ", group[0].name),
         };
-        groups.into_iter().map(|(first, last, count)| (first, title(first, last, count))).collect()
+        self.children.chunk_by(alike).map(|group| (&group[0], title(group))).collect()
     }
 }
 
@@ -254,10 +233,6 @@ pub fn trainable_parameters_text(trainable: usize, all: usize) -> String {
 }
 
 const MONOSPACE: &str = "var(--jp-code-font-family,monospace)";
-
-fn alike(a: &ModuleNode, b: &ModuleNode) -> bool {
-    a.label == b.label && a.children == b.children
-}
 
 #[cfg(test)]
 mod tests {

@@ -130,7 +130,7 @@ impl Plot {
     pub fn svg(&self) -> Svg {
         let plot = Self { layers: self.layers.iter().filter_map(|l| self.clean(l)).collect(), ..self.clone() };
         let text = plot.describe();
-        draw::to_svg(&text, |source| draw::plot(source, &plot))
+        draw::to_svg(&text, |area| draw::plot(area, &plot))
     }
 
     /// What a notebook shows.

@@ -1,16 +1,14 @@
 //! Progress of a long call: a bar in a terminal and in a cell of our kernel, whole lines elsewhere.
 
-use std::{
-    io::Write,
-    sync::{Mutex, MutexGuard},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use parking_lot::Mutex;
 
 use super::{
     Live,
     bar::{Bar, Stage},
+    error_line,
     live::Pace,
 };
 use crate::interrupt;
@@ -35,9 +33,6 @@ const BARS_PER_SECOND: u32 = 10;
 /// ```
 #[derive(Debug)]
 pub struct Progress {
-    what: String,
-    unit: &'static str,
-    total: usize,
     place: Place,
     state: Mutex<State>,
 }
@@ -53,11 +48,8 @@ enum Place {
 
 #[derive(Debug)]
 struct State {
-    first: usize,
-    done: usize,
+    bar: Bar,
     started: Instant,
-    message: String,
-    stage: Stage,
     lines: usize,
     next_line: Duration,
     silence: Duration,
@@ -75,6 +67,21 @@ impl State {
             self.next_line = elapsed + self.silence;
         }
         due
+    }
+
+    /// The bar as it stands now.
+    fn bar(&mut self) -> &Bar {
+        self.bar.elapsed = self.started.elapsed();
+        &self.bar
+    }
+
+    fn draw_in_cell(&mut self) {
+        let bar = self.bar();
+        let forms = [("text/html", bar.html()), ("text/plain", bar.text())];
+        match &self.live {
+            Some(live) => live.update(&forms),
+            None => self.live = Some(Live::show(&forms, true)),
+        }
     }
 }
 
@@ -102,31 +109,29 @@ impl Progress {
     }
 
     fn at(place: Place, what: &str, first: usize, total: usize, unit: &'static str) -> Self {
+        let (message, elapsed, stage) = (String::new(), Duration::ZERO, Stage::Running);
         let state = State {
-            first,
-            done: first,
+            bar: Bar { what: what.into(), unit, first, done: first, total, elapsed, message, stage },
             started: Instant::now(),
-            message: String::new(),
-            stage: Stage::Running,
             lines: 0,
             next_line: FIRST_LINE,
             silence: FIRST_LINE,
             live: None,
             pace: Pace::per_second(BARS_PER_SECOND),
         };
-        Self { what: what.into(), unit, total, place, state: Mutex::new(state) }
+        Self { place, state: Mutex::new(state) }
     }
 
     /// Counts `n` more as done.
     pub fn inc(&self, n: usize) {
-        self.change(|state| state.done += n);
+        self.change(|state| state.bar.done += n);
     }
 
     /// Sets how much is done, and what else is worth a look ("loss 2.10, 1,234 tokens/s").
     pub fn set(&self, done: usize, message: impl Into<String>) {
         self.change(|state| {
-            state.done = done;
-            state.message = message.into();
+            state.bar.done = done;
+            state.bar.message = message.into();
         });
     }
 
@@ -137,9 +142,9 @@ impl Progress {
 
     /// Shows the bar of a cell now, before an output that belongs beneath it.
     pub fn show(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if matches!(self.place, Place::Cell) && state.live.is_none() {
-            self.draw_in_cell(&mut state);
+            state.draw_in_cell();
         }
     }
 
@@ -147,8 +152,8 @@ impl Progress {
     pub fn line(&self, text: &str) {
         match &self.place {
             Place::Nowhere | Place::Cell => {}
-            Place::Terminal(bar) => bar.suspend(|| eprintln_quietly(text)),
-            Place::Lines => eprintln_quietly(text),
+            Place::Terminal(bar) => bar.suspend(|| error_line(text)),
+            Place::Lines => error_line(text),
         }
     }
 
@@ -163,64 +168,34 @@ impl Progress {
     }
 
     fn end(&self, stage: Stage) {
-        let mut state = self.state();
-        if state.stage != Stage::Running {
+        let mut state = self.state.lock();
+        if state.bar.stage != Stage::Running {
             return;
         }
-        state.stage = stage;
+        state.bar.stage = stage;
         match &self.place {
-            Place::Nowhere => {}
             Place::Terminal(bar) => bar.finish_and_clear(),
-            Place::Lines if state.lines > 0 => eprintln_quietly(&self.bar(&state).text()),
-            Place::Lines => {}
-            Place::Cell if state.live.is_some() => self.draw_in_cell(&mut state),
-            Place::Cell => {}
+            Place::Lines if state.lines > 0 => error_line(&state.bar().text()),
+            Place::Cell if state.live.is_some() => state.draw_in_cell(),
+            Place::Nowhere | Place::Lines | Place::Cell => {}
         }
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         change(&mut state);
         let elapsed = state.started.elapsed();
         match &self.place {
-            Place::Nowhere => {}
             Place::Terminal(bar) => {
-                bar.set_position(state.done as u64);
-                bar.set_message(self.bar(&state).text());
+                bar.set_position(state.bar.done as u64);
+                bar.set_message(state.bar().text());
             }
-            Place::Lines if state.done < self.total && state.line_is_due(elapsed) => {
-                eprintln_quietly(&self.bar(&state).text());
+            Place::Lines if state.bar.done < state.bar.total && state.line_is_due(elapsed) => {
+                error_line(&state.bar().text());
             }
-            Place::Lines => {}
-            Place::Cell if elapsed >= FIRST_BAR && state.pace.is_due() => self.draw_in_cell(&mut state),
-            Place::Cell => {}
+            Place::Cell if elapsed >= FIRST_BAR && state.pace.is_due() => state.draw_in_cell(),
+            Place::Nowhere | Place::Lines | Place::Cell => {}
         }
-    }
-
-    fn draw_in_cell(&self, state: &mut State) {
-        let bar = self.bar(state);
-        let forms = [("text/html", bar.html()), ("text/plain", bar.text())];
-        match &state.live {
-            Some(live) => live.update(&forms),
-            None => state.live = Some(Live::show(&forms, true)),
-        }
-    }
-
-    fn bar<'a>(&'a self, state: &'a State) -> Bar<'a> {
-        Bar {
-            what: &self.what,
-            unit: self.unit,
-            first: state.first,
-            done: state.done,
-            total: self.total,
-            elapsed: state.started.elapsed(),
-            message: &state.message,
-            stage: state.stage,
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -241,10 +216,6 @@ fn terminal_bar(first: usize, total: usize) -> ProgressBar {
     bar
 }
 
-fn eprintln_quietly(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
@@ -254,7 +225,7 @@ mod tests {
     #[test]
     fn a_quick_call_says_nothing_and_a_slow_one_ever_more_rarely() {
         let progress = Progress::at(Place::Lines, "Map", 0, 1_000, "rows");
-        let mut state = progress.state();
+        let mut state = progress.state.lock();
         let mut due = |tenths: u64| state.line_is_due(Duration::from_millis(100 * tenths));
         let at: Vec<u64> = (0..1200).filter(|tenths| due(*tenths)).collect();
         assert_eq!(at, [30, 90, 210, 450, 750, 1050]);
@@ -265,7 +236,7 @@ mod tests {
     fn shown(seconds: u64, call: impl FnOnce(&Progress)) -> Vec<Value> {
         let ((), sent) = capture::messages(|| {
             let progress = Progress::new("Training", 200, "steps");
-            progress.state().started -= Duration::from_secs(seconds);
+            progress.state.lock().started -= Duration::from_secs(seconds);
             call(&progress);
         });
         sent
@@ -296,7 +267,7 @@ mod tests {
     fn a_quick_call_in_a_cell_shows_nothing() {
         let sent = shown(0, |progress| {
             // A machine may be so slow that this takes long; the clock is set back again.
-            progress.state().started = Instant::now() + Duration::from_secs(100);
+            progress.state.lock().started = Instant::now() + Duration::from_secs(100);
             progress.set(200, "");
             progress.line("a line");
             progress.finish();

@@ -71,25 +71,21 @@ impl Repository {
 
     /// A file's path in the cache, after a download if need be; none if the commit has no such file.
     pub fn fetch(&self, name: &str) -> Result<Option<PathBuf>> {
-        let failed = |e: HFError| failure(&format!("{name} of {}", self.id), &e);
+        let failed = |e: HFError| failure(&self.what(name), &e);
         let path = self.folder.join("snapshots").join(&self.commit).join(name);
         if path.exists() {
             return Ok(Some(path));
         }
-        match &self.names {
-            Some(names) if names.iter().any(|n| n == name) => {}
-            _ => return Ok(None),
+        if !self.names.iter().flat_map(|names| names.iter()).any(|n| n == name) {
+            return Ok(None);
         }
         let known = self.remote.get_paths_info().paths(vec![name.into()]).revision(&self.commit).send();
-        let size = known.map_err(failed)?.into_iter().find_map(|entry| match entry {
-            RepoTreeEntry::File { size, .. } => Some(size),
-            RepoTreeEntry::Directory { .. } => None,
-        });
-        match size {
-            Some(size) if size > PART => self.fetch_in_parts(name, size, &path)?,
-            _ => {
-                self.remote.download_file().filename(name).revision(&self.commit).send().map_err(failed)?;
-            }
+        if let Some(RepoTreeEntry::File { size, .. }) = known.map_err(failed)?.first()
+            && *size > PART
+        {
+            self.fetch_in_parts(name, *size, &path)?;
+        } else {
+            self.remote.download_file().filename(name).revision(&self.commit).send().map_err(failed)?;
         }
         Ok(Some(path))
     }
@@ -99,16 +95,16 @@ impl Repository {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         }
-        let mut file =
-            File::options().create(true).append(true).open(&partial).map_err(Error::io("write", &partial))?;
+        let not_written = |e| Error::io("write", &partial)(e);
+        let mut file = File::options().create(true).append(true).open(&partial).map_err(not_written)?;
         // A second process waits here, and then finds the file whole.
-        file.lock().map_err(Error::io("write", &partial))?;
+        file.lock().map_err(not_written)?;
         if path.exists() {
             return Ok(());
         }
         let mut have = file.metadata().map_err(Error::io("read", &partial))?.len();
         if have > size {
-            file.set_len(0).map_err(Error::io("write", &partial))?;
+            file.set_len(0).map_err(not_written)?;
             have = 0;
         }
         let _guard = interrupt::Guard::new()?;
@@ -118,33 +114,33 @@ impl Repository {
             interrupt::check(&what)?;
             let range = have..size.min(have + PART);
             let part = self.remote.download_file_to_bytes().filename(name).revision(&self.commit).range(range.clone());
-            let bytes = part.send().map_err(|e| failure(&format!("{name} of {}", self.id), &e))?;
+            let bytes = part.send().map_err(|e| failure(&self.what(name), &e))?;
             if bytes.len() as u64 != range.end - range.start {
                 let detail = format!("asked for bytes {range:?}, got {} bytes", bytes.len());
-                let remedy = "this hub does not serve parts of files: set HF_ENDPOINT to another one".into();
-                return Err(Error::Hub { what: format!("{name} of {}", self.id), detail, remedy });
+                let remedy = "this hub does not serve parts of files: set HF_ENDPOINT to another one";
+                return Err(Error::hub(&self.what(name), detail, remedy));
             }
-            file.write_all(&bytes).map_err(Error::io("write", &partial))?;
+            file.write_all(&bytes).map_err(not_written)?;
             have = range.end;
             progress.set((have / MB) as usize, "");
         }
         progress.finish();
-        file.sync_all().map_err(Error::io("write", &partial))?;
+        file.sync_all().map_err(not_written)?;
         fs::rename(&partial, path).map_err(Error::io("write", path))
     }
 
     /// Why a file that must be there is not.
     pub fn lacks(&self, name: &str) -> Error {
-        let what = format!("{name} of {}", self.id);
         if self.names.is_none() {
-            return failure(&what, &HFError::LocalEntryNotFound { path: name.into() });
+            return failure(&self.what(name), &HFError::LocalEntryNotFound { path: name.into() });
         }
-        Error::Hub {
-            what,
-            detail: "the repository has no such file".into(),
-            remedy: "choose a repository in the transformers layout (config.json, tokenizer.json, *.safetensors)"
-                .into(),
-        }
+        let remedy = "choose a repository in the transformers layout (config.json, tokenizer.json, *.safetensors)";
+        Error::hub(&self.what(name), "the repository has no such file", remedy)
+    }
+
+    /// A file as messages call it.
+    fn what(&self, name: &str) -> String {
+        format!("{name} of {}", self.id)
     }
 }
 
@@ -185,7 +181,7 @@ fn failure(what: &str, e: &HFError) -> Error {
         }
         _ => (e.to_string(), "try again later, or set HF_ENDPOINT to a mirror"),
     };
-    Error::Hub { what: what.into(), detail, remedy: remedy.into() }
+    Error::hub(what, detail, remedy)
 }
 
 /// The error and its cause; reqwest keeps "connection refused" in the innermost one.

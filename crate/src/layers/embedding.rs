@@ -42,10 +42,7 @@ impl Embedding {
     /// The table as PyTorch prints it, under `name`; with copies as PEFT does.
     pub fn module_tree(&self, name: &str) -> ModuleNode {
         let (vocab, width) = self.table.dims2().unwrap_or_default();
-        let table = match self.padding_idx {
-            None => ModuleNode::embedding(name, vocab, width),
-            Some(padding) => ModuleNode::padded_embedding(name, vocab, width, padding),
-        };
+        let table = ModuleNode::embedding(name, vocab, width, self.padding_idx);
         let trees = self.copies.all().iter().map(|(copy, _)| ModuleNode::saved_module(table.clone(), copy));
         trees.reduce(ModuleNode::merged).unwrap_or(table)
     }

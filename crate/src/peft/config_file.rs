@@ -15,6 +15,9 @@ use crate::{
 /// The file in an adapter's folder that holds its configuration.
 pub const CONFIG_NAME: &str = "adapter_config.json";
 
+/// The remedy for an adapter whose start changed the base model.
+const CONVERT: &str = "convert the adapter to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)";
+
 /// The release of PEFT whose files and prints these are.
 const PEFT_VERSION: &str = "0.21.2";
 
@@ -90,9 +93,8 @@ impl LoraConfig {
                     return unsupported(key, value, "\"CAUSAL_LM\"", "use an adapter of a causal language model");
                 }
                 "init_lora_weights" if check_field::<Self>(key, value).is_err() => {
-                    let remedy =
-                        "convert the adapter to a plain LoRA in PEFT (path_initial_model_for_weight_conversion)";
-                    return unsupported(key, value, "true, false, \"gaussian\"", remedy);
+                    let supported = "true, false, \"gaussian\"";
+                    return unsupported(key, value, supported, CONVERT);
                 }
                 _ if ours.get(key).is_some() => {
                     let value = plain(key, value);
@@ -180,10 +182,7 @@ fn peft_defaults() -> Map<String, Value> {
         "lora_bias": false, "target_parameters": null, "use_bdlora": null, "arrow_config": null,
         "kasa_config": null, "ensure_weight_tying": false,
     });
-    match fields {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    }
+    fields.as_object().cloned().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::{fmt::Write, sync::LazyLock};
 use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 use super::{Encoding, Tokenizer};
 use crate::error::{Error, Result};
@@ -153,13 +154,11 @@ fn environment(template: &str) -> Result<Environment<'static>> {
     // `{% generation %}` marks the answers for training; what it encloses is rendered as it is.
     static GENERATION: LazyLock<Option<Regex>> =
         LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").ok());
-    let template = match &*GENERATION {
-        Some(regex) => regex.replace_all(template, |found: &regex::Captures| match found.get(2) {
-            Some(_) => format!("{{%{} endif {}%}}", &found[1], &found[3]),
-            None => format!("{{%{} if true {}%}}", &found[1], &found[3]),
-        }),
-        None => template.into(),
+    let plain = |found: &regex::Captures| {
+        let word = if found.get(2).is_some() { "endif" } else { "if true" };
+        format!("{{%{} {word} {}%}}", &found[1], &found[3])
     };
+    let template = GENERATION.as_ref().map_or(template.into(), |regex| regex.replace_all(template, plain));
     environment.add_template_owned(NAME, template.into_owned()).map_err(|e| bad_template(&e))?;
     Ok(environment)
 }
@@ -167,11 +166,11 @@ fn environment(template: &str) -> Result<Environment<'static>> {
 /// The local time now, as strftime(3) formats it.
 fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error> {
     let mut text = String::new();
-    write!(text, "{}", chrono::Local::now().format(&format)).map_err(|_| {
+    let written = write!(text, "{}", chrono::Local::now().format(&format));
+    written.map(|()| text).map_err(|_| {
         let why = format!("strftime_now: {format:?} is no format of a time");
         minijinja::Error::new(ErrorKind::InvalidOperation, why)
-    })?;
-    Ok(text)
+    })
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
@@ -184,23 +183,20 @@ fn to_json(value: Value, options: minijinja::value::Kwargs) -> std::result::Resu
     }
     options.assert_all_used()?;
     let mut out = Vec::new();
-    match indent {
-        Some(indent) => {
-            let spaces = " ".repeat(indent);
-            let pretty = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty)).map_err(bad)?;
-        }
-        None => {
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, PythonJson)).map_err(bad)?;
-        }
-    }
+    let spaces = " ".repeat(indent.unwrap_or(0));
+    let pretty = PrettyFormatter::with_indent(spaces.as_bytes());
+    let written = match indent {
+        Some(_) => value.serialize(&mut Serializer::with_formatter(&mut out, pretty)),
+        None => value.serialize(&mut Serializer::with_formatter(&mut out, PythonJson)),
+    };
+    written.map_err(bad)?;
     Ok(String::from_utf8_lossy(&out).into_owned())
 }
 
 /// JSON with a space after commas and colons.
 struct PythonJson;
 
-impl serde_json::ser::Formatter for PythonJson {
+impl Formatter for PythonJson {
     fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
         if first { Ok(()) } else { out.write_all(b", ") }
     }

@@ -97,12 +97,8 @@ fn content(token: &Value) -> Option<String> {
 }
 
 fn class_name(named: Option<&str>, model_type: &str) -> String {
-    match named {
-        Some(name) if name.ends_with("Fast") => name.into(),
-        Some(name) => format!("{name}Fast"),
-        None if model_type == "bloom" => "BloomTokenizerFast".into(),
-        None => "PreTrainedTokenizerFast".into(),
-    }
+    let name = named.unwrap_or(if model_type == "bloom" { "BloomTokenizer" } else { "PreTrainedTokenizer" });
+    if name.ends_with("Fast") { name.into() } else { format!("{name}Fast") }
 }
 
 /// The side that each class of transformers pads on when its config does not say.

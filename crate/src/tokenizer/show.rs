@@ -69,24 +69,13 @@ impl Features {
     /// ```
     pub fn show(&self, tokenizer: &Tokenizer) -> LabelledTokens {
         let mut pieces: Vec<Piece> = Vec::new();
-        let mut ids: Vec<u32> = Vec::new();
         for (i, &id) in self.input_ids.iter().enumerate() {
             let kind = self.kind(i);
-            let text = |ids: &[u32]| tokenizer.decode(ids, false).unwrap_or_default();
             // A character that several tokens share is one piece.
-            match pieces.last_mut() {
-                Some(last) if last.kind == kind && last.text.ends_with('\u{fffd}') => {
-                    ids.push(id);
-                    last.text = text(&ids);
-                }
-                _ => {
-                    ids = vec![id];
-                    pieces.push(Piece { kind, text: text(&ids), ids: Vec::new() });
-                }
-            }
-            if let Some(last) = pieces.last_mut() {
-                last.ids = ids.clone();
-            }
+            let shared = |last: &Piece| last.kind == kind && last.text.ends_with('\u{fffd}');
+            let mut ids = pieces.pop_if(|last| shared(last)).map(|last| last.ids).unwrap_or_default();
+            ids.push(id);
+            pieces.push(Piece { kind, text: tokenizer.decode(&ids, false).unwrap_or_default(), ids });
         }
         LabelledTokens { pieces, tokens: self.len() }
     }

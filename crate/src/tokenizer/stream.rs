@@ -33,22 +33,23 @@ impl DecodeStream {
     /// Takes a token; gives the text that is now whole, if any.
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         self.ids.push(id);
+        self.give(false)
+    }
+
+    /// The rest: bytes that never became a character, as U+FFFD.
+    pub fn finish(&mut self) -> Result<Option<String>> {
+        self.give(true)
+    }
+
+    fn give(&mut self, unfinished_too: bool) -> Result<Option<String>> {
         let (before, all) = (self.text(self.given)?, self.text(self.ids.len())?);
         // U+FFFD stands for bytes that are not yet a character.
-        if all.len() <= before.len() || all.ends_with('\u{fffd}') {
+        if all.len() <= before.len() || all.ends_with('\u{fffd}') && !unfinished_too {
             return Ok(None);
         }
         self.context = self.given;
         self.given = self.ids.len();
         Ok(all.get(before.len()..).map(String::from))
-    }
-
-    /// The rest: bytes that never became a character, as U+FFFD.
-    pub fn finish(&mut self) -> Result<Option<String>> {
-        let (before, all) = (self.text(self.given)?, self.text(self.ids.len())?);
-        self.context = self.given;
-        self.given = self.ids.len();
-        Ok(all.get(before.len()..).filter(|rest| !rest.is_empty()).map(String::from))
     }
 
     fn text(&self, end: usize) -> Result<String> {

@@ -8,7 +8,7 @@ use plotters::{
 
 use super::{
     super::{Forms, Svg},
-    draw::{COLORS, SIZE, Scale, axes, failed, font, legend, to_svg},
+    draw::{Area, COLORS, Scale, axes, failed, font, legend, patch, to_svg},
     ticks,
 };
 
@@ -55,7 +55,7 @@ impl BarChart {
 
     /// The picture.
     pub fn svg(&self) -> Svg {
-        to_svg(&self.describe(), |source| self.draw(source))
+        to_svg(&self.describe(), |area| self.draw(area))
     }
 
     /// What a notebook shows.
@@ -79,8 +79,7 @@ impl BarChart {
         names
     }
 
-    fn draw(&self, source: &mut String) -> Result<(), String> {
-        let area = SVGBackend::with_string(source, SIZE).into_drawing_area();
+    fn draw(&self, area: &Area<'_>) -> Result<(), String> {
         let names = self.names();
         let named = names.iter().any(|n| !n.is_empty());
         let highest = self.bars.iter().map(Bar::total).fold(0.0, f64::max);
@@ -91,12 +90,12 @@ impl BarChart {
         let x = Scale {
             range: -0.6..count - 0.4,
             ticks: (0..self.bars.len()).map(|i| i as f64).collect(),
-            label: &name_of,
+            label: Box::new(name_of),
             title: "",
         };
-        let number = |v: f64| ticks::label(v, top);
-        let y = Scale { range: 0.0..top, ticks: ticks::linear(0.0, top), label: &number, title: &self.y_label };
-        let mut chart = axes(&area, &self.title, x, y)?;
+        let number = Box::new(move |v: f64| ticks::label(v, top));
+        let y = Scale { range: 0.0..top, ticks: ticks::linear(0.0, top), label: number, title: &self.y_label };
+        let mut chart = axes(area, &self.title, x, y)?;
         for (i, name) in names.iter().enumerate() {
             let color = COLORS[i % COLORS.len()];
             let mut boxes = Vec::new();
@@ -112,8 +111,7 @@ impl BarChart {
             }
             let drawn = chart.draw_series(boxes).map_err(failed)?;
             if !name.is_empty() {
-                let square = move |(x, y)| Rectangle::new([(x, y - 5), (x + 18, y + 5)], color.mix(0.85).filled());
-                drawn.label(*name).legend(square);
+                drawn.label(*name).legend(move |at| patch(at, color.mix(0.85)));
             }
         }
         let above = font(15).pos(Pos::new(HPos::Center, VPos::Bottom));
@@ -127,8 +125,7 @@ impl BarChart {
             let corner = if left { SeriesLabelPosition::UpperLeft } else { SeriesLabelPosition::UpperRight };
             legend(&mut chart, corner)?;
         }
-        drop(chart);
-        area.present().map_err(failed)
+        Ok(())
     }
 }
 

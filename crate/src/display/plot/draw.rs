@@ -12,12 +12,12 @@ use plotters::{
 use super::{Layer, Plot, Shape, ticks};
 use crate::display::{Svg, format::escape_html};
 
-pub(super) const SIZE: (u32, u32) = (640, 360);
+const SIZE: (u32, u32) = (640, 360);
 
 // The card has its own light background, so that it reads the same on a light and on a dark page.
-pub(super) const CARD: RGBColor = RGBColor(0xff, 0xff, 0xff);
-pub(super) const INK: RGBColor = RGBColor(0x33, 0x38, 0x40);
-pub(super) const GRID: RGBColor = RGBColor(0xe3, 0xe6, 0xea);
+const CARD: RGBColor = RGBColor(0xff, 0xff, 0xff);
+const INK: RGBColor = RGBColor(0x33, 0x38, 0x40);
+const GRID: RGBColor = RGBColor(0xe3, 0xe6, 0xea);
 /// Told apart by people with any kind of colour vision (Okabe and Ito).
 pub(super) const COLORS: [RGBColor; 7] = [
     RGBColor(0x00, 0x72, 0xb2),
@@ -61,14 +61,17 @@ impl Ranged for Axis {
 pub(super) struct Scale<'a> {
     pub range: Range<f64>,
     pub ticks: Vec<f64>,
-    pub label: &'a dyn Fn(f64) -> String,
+    pub label: Box<dyn Fn(f64) -> String + 'a>,
     pub title: &'a str,
 }
 
 /// Draws a picture and gives it its text alternative.
-pub(super) fn to_svg(text: &str, draw: impl FnOnce(&mut String) -> Result<(), String>) -> Svg {
+pub(super) fn to_svg(text: &str, draw: impl FnOnce(&Area<'_>) -> Result<(), String>) -> Svg {
     let mut source = String::new();
-    if let Err(detail) = draw(&mut source) {
+    let area = SVGBackend::with_string(&mut source, SIZE).into_drawing_area();
+    let drawn = draw(&area).and_then(|()| area.present().map_err(failed));
+    drop(area);
+    if let Err(detail) = drawn {
         // Drawing into a string has no way to fail that we know of; say so rather than hide it.
         source = format!(
             r#"<svg xmlns="http://www.w3.org/2000/svg" width="640" height="40"><text x="8" y="24">{}</text></svg>"#,
@@ -132,44 +135,43 @@ pub(super) fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>, position: SeriesLabe
     labels.draw().map_err(failed)
 }
 
+/// What stands for bars in the legend.
+pub(super) fn patch((x, y): (i32, i32), color: RGBAColor) -> Rectangle<(i32, i32)> {
+    Rectangle::new([(x, y - 5), (x + 18, y + 5)], color.filled())
+}
+
 /// A number's place on an axis.
 fn place(value: f64, log: bool) -> f64 {
     if log { value.log10() } else { value }
 }
 
-pub(super) fn plot(source: &mut String, plot: &Plot) -> Result<(), String> {
-    let area = SVGBackend::with_string(source, SIZE).into_drawing_area();
-    let [log_x, log_y] = plot.log;
+/// The x axis (0) or the y axis (1) of a plot.
+fn scale<'a>(plot: &'a Plot, axis: usize, range: &Range<f64>) -> Scale<'a> {
+    let (range, title) = (range.clone(), plot.labels[axis].as_str());
+    if !plot.log[axis] {
+        let width = range.end - range.start;
+        let ticks = ticks::linear(range.start, range.end);
+        return Scale { range, ticks, label: Box::new(move |v| ticks::label(v, width)), title };
+    }
+    let layers = plot.layers.iter().filter(|l| axis == 0 || l.shape != Shape::Levels);
+    let mut values: Vec<f64> = layers.flat_map(|l| &l.points).map(|p| [p.0, p.1][axis]).collect();
+    let ticks = ticks::logarithmic(10f64.powf(range.start), 10f64.powf(range.end), &mut values);
+    let ticks = ticks.into_iter().map(f64::log10).collect();
+    Scale { range, ticks, label: Box::new(|v| ticks::short(10f64.powf(v))), title }
+}
+
+pub(super) fn plot(area: &Area<'_>, plot: &Plot) -> Result<(), String> {
     let (x, y) = ranges(plot);
-    let axis = |range: &Range<f64>, log: bool, values: &dyn Fn(&Layer) -> Vec<f64>| {
-        if !log {
-            return ticks::linear(range.start, range.end);
-        }
-        let mut values: Vec<f64> = plot.layers.iter().flat_map(values).collect();
-        let ticks = ticks::logarithmic(10f64.powf(range.start), 10f64.powf(range.end), &mut values);
-        ticks.into_iter().map(f64::log10).collect()
-    };
-    let x_ticks = axis(&x, log_x, &|layer| layer.points.iter().map(|p| p.0).collect());
-    let y_ticks = axis(&y, log_y, &|layer| match layer.shape {
-        Shape::Levels => Vec::new(),
-        _ => layer.points.iter().map(|p| p.1).collect(),
-    });
-    let (x_width, y_width) = (x.end - x.start, y.end - y.start);
-    let label = |v: f64, log: bool, width: f64| if log { ticks::short(10f64.powf(v)) } else { ticks::label(v, width) };
-    let (x_label, y_label) = (|v: f64| label(v, log_x, x_width), |v: f64| label(v, log_y, y_width));
-    let x_scale = Scale { range: x.clone(), ticks: x_ticks, label: &x_label, title: &plot.labels[0] };
-    let y_scale = Scale { range: y.clone(), ticks: y_ticks, label: &y_label, title: &plot.labels[1] };
-    let mut chart = axes(&area, &plot.title, x_scale, y_scale)?;
+    let mut chart = axes(area, &plot.title, scale(plot, 0, &x), scale(plot, 1, &y))?;
     for (i, l) in plot.layers.iter().enumerate() {
         let color = COLORS[i % COLORS.len()];
-        let points = l.points.iter().map(|p| (place(p.0, log_x), place(p.1, log_y)));
+        let points = l.points.iter().map(|p| (place(p.0, plot.log[0]), place(p.1, plot.log[1])));
         layer(&mut chart, l, points.collect(), color, &y)?;
     }
     if plot.layers.len() > 1 {
         legend(&mut chart, emptiest_corner(plot, &x, &y))?;
     }
-    drop(chart);
-    area.present().map_err(failed)
+    Ok(())
 }
 
 fn layer<'a, 'b: 'a>(
@@ -203,9 +205,7 @@ fn layer<'a, 'b: 'a>(
     let drawn = drawn.map_err(failed)?;
     let named = drawn.label(&layer.name);
     match layer.shape {
-        Shape::Histogram(_) => {
-            named.legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 18, y + 5)], color.mix(0.4).filled()))
-        }
+        Shape::Histogram(_) => named.legend(move |at| patch(at, color.mix(0.4))),
         Shape::Points => named.legend(move |(x, y)| Circle::new((x + 9, y), 3, color.filled())),
         Shape::Dashed => named.legend(move |(x, y)| {
             // Two dashes.
@@ -255,27 +255,25 @@ fn emptiest_corner(plot: &Plot, x: &Range<f64>, y: &Range<f64>) -> SeriesLabelPo
     let (width, height) = legend_share(plot);
     let relative = |v: f64, r: &Range<f64>| (v - r.start) / (r.end - r.start);
     let at = |p: &(f64, f64)| (relative(place(p.0, plot.log[0]), x), relative(place(p.1, plot.log[1]), y));
+    // What is drawn, and whether it is a bar, which fills what is below it.
+    let mut drawn: Vec<((f64, f64), bool)> = Vec::new();
+    for layer in plot.layers.iter().filter(|l| l.shape != Shape::Levels) {
+        let points: Vec<(f64, f64)> = layer.points.iter().map(at).collect();
+        if matches!(layer.shape, Shape::Line | Shape::Dashed) {
+            // Between two points there is a line too.
+            let between = |a: (f64, f64), b: (f64, f64), t: f64| (a.0 + t * (b.0 - a.0), a.1 + t * (b.1 - a.1));
+            let eighths =
+                |w: &[(f64, f64)]| [1, 2, 3, 4, 5, 6, 7].map(|i| (between(w[0], w[1], f64::from(i) / 8.0), false));
+            drawn.extend(points.windows(2).flat_map(eighths));
+        }
+        drawn.extend(points.into_iter().map(|point| (point, matches!(layer.shape, Shape::Histogram(_)))));
+    }
     let hidden = |right: bool, upper: bool| {
-        let covers = |(x, y): (f64, f64), bar: bool| {
-            let across = if right { x > 1.0 - width } else { x < width };
-            // A bar fills what is below its top.
-            across && if upper { y > 1.0 - height } else { y < height || bar }
+        let covers = |((x, y), bar): &&((f64, f64), bool)| {
+            let across = if right { *x > 1.0 - width } else { *x < width };
+            across && if upper { *y > 1.0 - height } else { *y < height || *bar }
         };
-        let of_layer = |l: &Layer| {
-            let points: Vec<(f64, f64)> = l.points.iter().map(at).collect();
-            let bars = matches!(l.shape, Shape::Histogram(_));
-            let mut count = points.iter().filter(|p| covers(**p, bars)).count();
-            if matches!(l.shape, Shape::Line | Shape::Dashed) {
-                // Between two points there is a line too.
-                let between = points.windows(2).flat_map(|w| {
-                    let (a, b) = (w[0], w[1]);
-                    (1..8).map(move |i| f64::from(i) / 8.0).map(move |t| (a.0 + t * (b.0 - a.0), a.1 + t * (b.1 - a.1)))
-                });
-                count += between.filter(|p| covers(*p, false)).count();
-            }
-            count
-        };
-        plot.layers.iter().filter(|l| l.shape != Shape::Levels).map(of_layer).sum::<usize>()
+        drawn.iter().filter(covers).count()
     };
     let corners =
         [(UpperRight, true, true), (UpperLeft, false, true), (LowerRight, true, false), (LowerLeft, false, false)];
