@@ -40,7 +40,8 @@ use crate::{
     collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
     display,
-    error::{Error, Result},
+    error::{Error, Result, ensure},
+    names::debug_as_display,
     optim::{self, Hyperparameters, Optimizer, lr_scheduler::lr_at},
     peft::PeftModel,
     training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
@@ -415,17 +416,10 @@ impl Trainer {
     }
 
     fn check_evaluation(&self) -> Result<()> {
-        let asked = self.args.eval_strategy != IntervalStrategy::No || self.args.eval_on_start;
-        if asked && self.eval_rows.is_none() {
-            let remedy = "add .with_eval_dataset(&ds)?, or set eval_strategy to No";
-            return Err(Error::argument(
-                "eval_strategy",
-                self.args.eval_strategy,
-                "an evaluation dataset beside it",
-                remedy,
-            ));
-        }
-        Ok(())
+        let (strategy, remedy) = (self.args.eval_strategy, "add .with_eval_dataset(&ds)?, or set eval_strategy to No");
+        let asked = strategy != IntervalStrategy::No || self.args.eval_on_start;
+        let fine = self.eval_rows.is_some() || !asked;
+        ensure(fine, "eval_strategy", strategy, "an evaluation dataset beside it", remedy)
     }
 }
 
@@ -437,15 +431,11 @@ fn check_writable(folder: &Path) -> Result<()> {
     fs::remove_file(&probe).map_err(Error::io("write", folder))
 }
 
-impl fmt::Debug for Trainer {
+impl fmt::Display for Trainer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (step, of) = (self.state.global_step, self.state.max_steps);
         write!(f, "Trainer(global_step={step}, max_steps={of}, num_rows={})", self.train_rows.len())
     }
 }
 
-impl fmt::Display for Trainer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
-    }
-}
+debug_as_display!(Trainer);
