@@ -16,7 +16,7 @@ use self::{
     sampling::Rng,
 };
 use crate::{
-    backend::param::read_f32,
+    backend::{cpu::math::max_of, param::read_f32},
     error::{Error, Result},
     interrupt,
     models::causal_lm::{CausalLM, Draw, Next},
@@ -272,7 +272,7 @@ impl Chooser {
 fn refuse_not_finite(logits: &[f32], sequence: &Sequence) -> Result<()> {
     // A fold without early exit runs in SIMD; the slow search is for the message.
     let ok = logits.iter().fold(true, |ok, x| ok & (*x < f32::INFINITY));
-    if ok && processors::highest(logits) > f32::NEG_INFINITY {
+    if ok && max_of(logits) > f32::NEG_INFINITY {
         return Ok(());
     }
     let value = logits.iter().copied().find(|x| x.is_nan() || *x == f32::INFINITY).unwrap_or(f32::NEG_INFINITY);

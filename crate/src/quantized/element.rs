@@ -7,55 +7,20 @@ use rayon::prelude::*;
 use super::Read;
 use crate::error::Result;
 
-/// A float that weights come in.
-trait Element: WithDType {
-    /// Widened.
-    fn to_f32s(source: &[Self], out: &mut [f32]);
-
-    /// The nearest values of this type.
-    fn from_f32s(source: &[f32], out: &mut [Self]);
-}
-
-impl Element for f32 {
-    fn to_f32s(source: &[f32], out: &mut [f32]) {
-        out.copy_from_slice(source);
-    }
-
-    fn from_f32s(source: &[f32], out: &mut [f32]) {
-        out.copy_from_slice(source);
-    }
-}
-
-impl Element for f16 {
-    fn to_f32s(source: &[f16], out: &mut [f32]) {
-        source.convert_to_f32_slice(out);
-    }
-
-    fn from_f32s(source: &[f32], out: &mut [f16]) {
-        out.convert_from_f32_slice(source);
-    }
-}
-
-impl Element for bf16 {
-    fn to_f32s(source: &[bf16], out: &mut [f32]) {
-        source.convert_to_f32_slice(out);
-    }
-
-    fn from_f32s(source: &[f32], out: &mut [bf16]) {
-        out.convert_from_f32_slice(source);
-    }
-}
-
 /// A CPU tensor of `dtype`, which all threads fill: `read` gives its numbers, rounded as they are stored.
 pub(crate) fn filled(shape: &[usize], dtype: DType, read: &Read<'_>) -> Result<Tensor> {
     match dtype {
-        DType::F16 => filled_with::<f16>(shape, read),
-        DType::BF16 => filled_with::<bf16>(shape, read),
-        _ => filled_with::<f32>(shape, read),
+        DType::F16 => filled_with(shape, read, |x, out: &mut [f16]| out.convert_from_f32_slice(x)),
+        DType::BF16 => filled_with(shape, read, |x, out: &mut [bf16]| out.convert_from_f32_slice(x)),
+        _ => filled_with(shape, read, |x, out: &mut [f32]| out.copy_from_slice(x)),
     }
 }
 
-fn filled_with<T: Element>(shape: &[usize], read: &Read<'_>) -> Result<Tensor> {
+fn filled_with<T: WithDType>(
+    shape: &[usize],
+    read: &Read<'_>,
+    round: impl Fn(&[f32], &mut [T]) + Sync,
+) -> Result<Tensor> {
     // Whole blocks a task, and enough of them to be worth one; a buffer that stays in the cache.
     const TASK: usize = 1 << 16;
     const BUFFER: usize = 1 << 14;
@@ -65,7 +30,7 @@ fn filled_with<T: Element>(shape: &[usize], read: &Read<'_>) -> Result<Tensor> {
         out.chunks_mut(BUFFER).enumerate().try_for_each(|(i, out)| {
             let x = &mut buffer[..out.len()];
             read(task * TASK + i * BUFFER, x)?;
-            T::from_f32s(x, out);
+            round(x, out);
             Ok(())
         })
     });
@@ -75,17 +40,20 @@ fn filled_with<T: Element>(shape: &[usize], read: &Read<'_>) -> Result<Tensor> {
 
 /// [`round_to`] of all.
 pub(crate) fn round_all(dtype: DType, x: &mut [f32]) {
-    fn through<T: Element>(x: &mut [f32]) {
-        let mut narrow = [T::zero(); 1024];
+    fn through<T: Copy>(zero: T, x: &mut [f32])
+    where
+        [T]: HalfFloatSliceExt,
+    {
+        let mut narrow = [zero; 1024];
         for x in x.chunks_mut(1024) {
             let narrow = &mut narrow[..x.len()];
-            T::from_f32s(x, narrow);
-            T::to_f32s(narrow, x);
+            narrow.convert_from_f32_slice(x);
+            narrow.convert_to_f32_slice(x);
         }
     }
     match dtype {
-        DType::F16 => through::<f16>(x),
-        DType::BF16 => through::<bf16>(x),
+        DType::F16 => through(f16::ZERO, x),
+        DType::BF16 => through(bf16::ZERO, x),
         _ => {}
     }
 }

@@ -41,8 +41,9 @@ fn reduce<const N: usize>(slices: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f
     sum
 }
 
+/// The largest, `NaN` left out; -inf of nothing.
 #[inline(always)]
-fn max_of(x: &[f32]) -> f32 {
+pub fn max_of(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let chunks = x.chunks_exact(LANES);
     let mut max = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
@@ -257,16 +258,17 @@ simd! {
     }
 }
 
-/// The sum of the squares, in f64, so that the norm does not depend on how the gradients are cut into tensors.
-pub fn sum_of_squares(x: &[f32]) -> f64 {
+/// The sum of `f` over the elements, in f64 and in an order of its own that SIMD can follow.
+#[inline(always)]
+pub fn sum_f64(x: &[f32], f: impl Fn(f64) -> f64) -> f64 {
     let (whole, rest) = x.as_chunks::<16>();
     let mut sums = [0f64; 16];
     for chunk in whole {
         for (s, v) in sums.iter_mut().zip(chunk) {
-            *s += f64::from(*v) * f64::from(*v);
+            *s += f(f64::from(*v));
         }
     }
-    sums.iter().sum::<f64>() + rest.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>()
+    sums.iter().sum::<f64>() + rest.iter().map(|v| f(f64::from(*v))).sum::<f64>()
 }
 
 #[cfg(test)]
