@@ -17,7 +17,7 @@ use self::{
 };
 use crate::{
     backend::{cpu::math::max_of, param::read_f32},
-    error::{Error, Result},
+    error::{Error, Result, ensure},
     interrupt,
     models::causal_lm::{CausalLM, Draw, Next},
 };
@@ -151,11 +151,8 @@ impl Sequence {
 fn start_sequences(prompts: &[Vec<u32>], settings: &Settings, vocab_size: usize) -> Result<Vec<Sequence>> {
     let mut sequences = Vec::new();
     for (p, prompt) in prompts.iter().enumerate() {
-        if prompt.is_empty() {
-            let name = format!("prompt {p}");
-            let remedy = "begin with some text, or with tokenizer.bos_token()";
-            return Err(Error::argument(&name, "0 tokens", "at least one token", remedy));
-        }
+        let remedy = "begin with some text, or with tokenizer.bos_token()";
+        ensure(!prompt.is_empty(), &format!("prompt {p}"), "0 tokens", "at least one token", remedy)?;
         if let Some(position) = prompt.iter().position(|&id| id as usize >= vocab_size) {
             return Err(Error::TokenId { row: p, position, id: prompt[position].into(), vocab_size });
         }

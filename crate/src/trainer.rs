@@ -115,10 +115,8 @@ impl Trainer {
     ) -> Result<Self> {
         args.validate()?;
         let params = model.trainable_parameters();
-        if params.is_empty() {
-            let remedy = "train what get_peft_model returns";
-            return Err(Error::argument("model", "no parameter that learns", "a model with adapters", remedy));
-        }
+        let remedy = "train what get_peft_model returns";
+        ensure(!params.is_empty(), "model", "no parameter that learns", "a model with adapters", remedy)?;
         let train_rows = CheckedRows::check(train_dataset, &collator, model.vocab_size())?;
         let Some(plan) = Plan::new(train_rows.len(), &args) else {
             let got =
@@ -369,13 +367,10 @@ impl Trainer {
             let factor = lr_at(self.args.lr_scheduler_type, step, warmup, self.plan.max_steps);
             return Ok(self.args.learning_rate * factor);
         };
-        match schedule(step) {
-            lr if lr.is_finite() && lr >= 0.0 => Ok(lr),
-            lr => {
-                let name = format!("the learning rate schedule at step {step}");
-                Err(Error::argument(&name, lr, "a number of 0 or more", "check the function given to with_lr_schedule"))
-            }
-        }
+        let (lr, name) = (schedule(step), format!("the learning rate schedule at step {step}"));
+        let remedy = "check the function given to with_lr_schedule";
+        ensure(lr.is_finite() && lr >= 0.0, &name, lr, "a number of 0 or more", remedy)?;
+        Ok(lr)
     }
 
     /// What two runs must agree on for a checkpoint of one to be resumed by the other.

@@ -158,31 +158,28 @@ impl Weights {
     /// [`Weights::tensor`], in memory of at least `elements` elements; on a GPU only.
     fn padded(&mut self, name: &str, shape: &[usize], dtype: DType, elements: usize) -> Result<Tensor> {
         let key = self.key(name).to_string();
-        if let Some(gguf) = &self.gguf {
-            let Some(tensor) = gguf.tensor(&key, shape, dtype)? else {
-                self.missing.push(key);
-                return Ok(Tensor::zeros(shape, dtype, &self.device)?);
-            };
-            self.used.insert(key);
-            return self.with_padding(&tensor, elements);
-        }
-        match self.entry(key, shape)? {
-            Some((key, entry)) => self.read(&key, &entry, dtype, elements),
-            None => Ok(Tensor::zeros(shape, dtype, &self.device)?),
-        }
+        let found = match &self.gguf {
+            Some(gguf) => gguf.tensor(&key, shape, dtype)?.map(|tensor| self.with_padding(&tensor, elements)),
+            None => self.entry(&key, shape)?.map(|entry| self.read(&key, entry, dtype, elements)),
+        };
+        let Some(tensor) = found else { return self.missing(key, shape, dtype) };
+        self.used.insert(key);
+        tensor
     }
 
-    /// Where a tensor of this shape lies in its file; `None`, which [`Weights::finish`] reports, if it is not there.
-    fn entry(&mut self, key: String, shape: &[usize]) -> Result<Option<(String, Entry)>> {
-        let Some(entry) = self.entries.get(&key) else {
-            self.missing.push(key);
-            return Ok(None);
-        };
+    /// Where a tensor of this shape lies in its file.
+    fn entry(&self, key: &str, shape: &[usize]) -> Result<Option<&Entry>> {
+        let Some(entry) = self.entries.get(key) else { return Ok(None) };
         if entry.shape != shape {
             return Err(Error::shape(key, Some(&self.files[entry.file]), shape, &entry.shape, OTHER_MODEL));
         }
-        self.used.insert(key.clone());
-        Ok(Some((key, entry.clone())))
+        Ok(Some(entry))
+    }
+
+    /// Notes a tensor that is not there; zeros stand for it.
+    fn missing(&mut self, key: String, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.missing.push(key);
+        Ok(Tensor::zeros(shape, dtype, &self.device)?)
     }
 
     /// A copy on the device, which has room for `elements` elements there: those behind its own are zeros.
@@ -236,12 +233,15 @@ impl Weights {
             let dense = self.tensor(&name, &shape, dtype)?;
             return Ok(Weight::Quantized(QuantizedTensor::quantize(&dense, kind, BLOCKSIZE, double)?));
         }
-        let Some((key, entry)) = self.entry(self.key(&name).to_string(), &shape)? else {
-            return Ok(Weight::Dense(Tensor::zeros(&shape, dtype, &self.device)?));
+        let key = self.key(&name).to_string();
+        let Some(entry) = self.entry(&key, &shape)? else {
+            return Ok(Weight::Dense(self.missing(key, &shape, dtype)?));
         };
-        let source = Source::open(&self.files[entry.file], &key, &entry, dtype)?;
+        let source = Source::open(&self.files[entry.file], &key, entry, dtype)?;
         let read = |first: usize, x: &mut [f32]| source.read(dtype, first, x);
-        Ok(Weight::Quantized(QuantizedTensor::quantize_read(&shape, dtype, kind, BLOCKSIZE, double, &read)?))
+        let quantized = QuantizedTensor::quantize_read(&shape, dtype, kind, BLOCKSIZE, double, &read)?;
+        self.used.insert(key);
+        Ok(Weight::Quantized(quantized))
     }
 
     /// A weight that bitsandbytes saved in 4 bits.

@@ -58,12 +58,11 @@ impl QuantState {
                 expect("nested_absmax", &state2.absmax, DType::F32, blocks.div_ceil(state2.blocksize))?;
                 expect("nested_quant_map", &state2.code, DType::F32, 256)
             }
-            (Some(_), None) => Err(Error::argument(
-                "nested_offset",
-                "nothing",
-                "a number, because absmax is quantized itself",
-                "the quantization state is incomplete: quantize again, or get the checkpoint again",
-            )),
+            (Some(_), None) => {
+                let remedy = "the quantization state is incomplete: quantize again, or get the checkpoint again";
+                let expected = "a number, because absmax is quantized itself";
+                Err(Error::argument("nested_offset", "nothing", expected, remedy))
+            }
         }
     }
 }
