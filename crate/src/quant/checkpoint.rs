@@ -168,8 +168,3 @@ fn same_values(name: &str, tensor: &Tensor, expected: &[f32]) -> Result<()> {
     }
     Err(malformed(name, "a code book with other values"))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-}
