@@ -91,7 +91,7 @@ impl QuantizedTensor {
         compress_statistics: bool,
         read: &Read<'_>,
     ) -> Result<Self> {
-        let (packed, state) = quantize_4bit_read(shape, dtype, quant_type, blocksize, compress_statistics, read)?;
+        let (packed, state) = quantize_4bit_read(shape, dtype, quant_type, blocksize, compress_statistics, None, read)?;
         Self::new(&packed, &state)
     }
 

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::{
     Cpu, dequantize,
+    matmul::WeightView,
     simd::{self, simd},
 };
 use crate::{
@@ -30,10 +31,11 @@ const MIN_ABSMAX: f32 = 1e-38;
 /// Elements that one task handles: a multiple of every blocksize, and enough to pay for the task.
 const TASK: usize = 1 << 16;
 
-/// Quantizes `n` numbers that `read` gives from an index on, a piece a task, into `packed` and one `absmax` a block.
-/// Fails with the first failure of `read`, and for a number that is not finite.
+/// Quantizes `n` numbers into `packed` and one `absmax` a block: those that are `here`, or what `read` gives from an index
+/// on, a piece a task. Fails with the first failure of `read`, and for a number that is not finite.
 fn encode(
     n: usize,
+    here: Option<&[f32]>,
     read: &Read<'_>,
     quant_type: QuantType,
     blocksize: usize,
@@ -44,11 +46,17 @@ fn encode(
     let bytes = quant_type.packed_len(TASK);
     let tasks = packed.par_chunks_mut(bytes).zip(absmax.par_chunks_mut(TASK / blocksize)).enumerate();
     let done = tasks.map_init(
-        || vec![0f32; TASK.min(n)],
+        || vec![0f32; if here.is_some() { 0 } else { TASK.min(n) }],
         |buffer, (task, (packed, absmax))| {
             let first = task * TASK;
-            let x = &mut buffer[..TASK.min(n - first)];
-            read(first, x)?;
+            let x = match here {
+                Some(x) => &x[first..n.min(first + TASK)],
+                None => {
+                    let x = &mut buffer[..TASK.min(n - first)];
+                    read(first, x)?;
+                    x
+                }
+            };
             let blocks = x.chunks(blocksize).zip(packed.chunks_mut(quant_type.packed_len(blocksize))).zip(absmax);
             for (block, ((x, packed), absmax)) in blocks.enumerate() {
                 *absmax = encode_block_at(level, x, quant_type, packed);
@@ -117,20 +125,22 @@ fn pack_32<const IN_ORDER: bool>(x: &[f32; 32], inverse: f32, thresholds: &Thres
     }
 }
 
-/// [`Quantizes::quantize`] of a weight that may be nowhere in memory, to the CPU. What `read` gives are numbers of `dtype`.
+/// [`Quantizes::quantize`] of a weight that may be nowhere in memory, to the CPU: of its numbers where they are `here`,
+/// otherwise of those that `read` gives. They are numbers of `dtype`.
 pub(crate) fn quantize_4bit_read(
     shape: &[usize],
     dtype: DType,
     quant_type: QuantType,
     blocksize: usize,
     compress_statistics: bool,
+    here: Option<&[f32]>,
     read: &Read<'_>,
 ) -> Result<(Tensor, QuantState)> {
     check_float(dtype)?;
     check_blocksize(blocksize)?;
     let n = shape.iter().product();
     let (mut packed, mut absmax) = (vec![0u8; quant_type.packed_len(n)], vec![0f32; n.div_ceil(blocksize)]);
-    encode(n, read, quant_type, blocksize, &mut packed, &mut absmax)?;
+    encode(n, here, read, quant_type, blocksize, &mut packed, &mut absmax)?;
     let (absmax, offset, state2) = if compress_statistics {
         let offset = absmax_mean::cuda_mean(&absmax);
         absmax.iter_mut().for_each(|a| *a -= offset);
@@ -157,11 +167,12 @@ impl Quantizes for Cpu {
             return Err(not_float(weight.dtype()));
         }
         Weight::Dense(weight.clone()).with_view(|view| {
+            let here = if let WeightView::F32(x) = view { Some(*x) } else { None };
             let read = |first: usize, x: &mut [f32]| {
                 view.widen(first, x);
                 Ok(())
             };
-            quantize_4bit_read(weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics, &read)
+            quantize_4bit_read(weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics, here, &read)
         })?
     }
 
