@@ -33,13 +33,8 @@ impl Batch {
                 return Err(Error::argument(name, got, &format!("dtype {dtype:?}"), "convert it with to_dtype"));
             }
             if tensor.rank() != 2 || tensor.dims() != expected {
-                return Err(Error::Shape {
-                    name: name.into(),
-                    path: None,
-                    expected,
-                    got: tensor.dims().to_vec(),
-                    remedy: "give input_ids, attention_mask and labels the one shape [batch, length]".into(),
-                });
+                let remedy = "give input_ids, attention_mask and labels the one shape [batch, length]";
+                return Err(Error::shape(name, None, &expected, tensor.dims(), remedy));
             }
         }
         // The model predicts position t + 1 at t: a label without a real token before it (the first

@@ -4,7 +4,10 @@
 //! `Debug` prints the same text as `Display`: a notebook shows the `Debug` form of
 //! an error that left a cell through `?`, and a reader should not have to decode it.
 
-use std::{fmt, io, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
 
 /// The result of every fallible call of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -232,6 +235,18 @@ impl Error {
     /// What the hub did not give, and why.
     pub(crate) fn hub(what: &str, detail: impl Into<String>, remedy: &str) -> Self {
         Error::Hub { what: what.into(), detail: detail.into(), remedy: remedy.into() }
+    }
+
+    /// A tensor of another shape than its place requires, and the file that it is in.
+    pub(crate) fn shape(
+        name: impl Into<String>,
+        path: Option<&Path>,
+        expected: &[usize],
+        got: &[usize],
+        remedy: &str,
+    ) -> Self {
+        let (path, remedy) = (path.map(Into::into), remedy.into());
+        Error::Shape { name: name.into(), path, expected: expected.into(), got: got.into(), remedy }
     }
 
     /// A wrong argument: `Error::argument("r", 0, "a rank of at least 1", "use 8")`.

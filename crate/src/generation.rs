@@ -16,8 +16,8 @@ use self::{
     sampling::Rng,
 };
 use crate::{
-    backend::param::read_f32,
-    error::{Error, Result},
+    backend::{cpu::math::max_of, param::read_f32},
+    error::{Error, Result, ensure},
     interrupt,
     models::causal_lm::{CausalLM, Draw, Next},
 };
@@ -151,11 +151,8 @@ impl Sequence {
 fn start_sequences(prompts: &[Vec<u32>], settings: &Settings, vocab_size: usize) -> Result<Vec<Sequence>> {
     let mut sequences = Vec::new();
     for (p, prompt) in prompts.iter().enumerate() {
-        if prompt.is_empty() {
-            let name = format!("prompt {p}");
-            let remedy = "begin with some text, or with tokenizer.bos_token()";
-            return Err(Error::argument(&name, "0 tokens", "at least one token", remedy));
-        }
+        let remedy = "begin with some text, or with tokenizer.bos_token()";
+        ensure(!prompt.is_empty(), &format!("prompt {p}"), "0 tokens", "at least one token", remedy)?;
         if let Some(position) = prompt.iter().position(|&id| id as usize >= vocab_size) {
             return Err(Error::TokenId { row: p, position, id: prompt[position].into(), vocab_size });
         }
@@ -272,7 +269,7 @@ impl Chooser {
 fn refuse_not_finite(logits: &[f32], sequence: &Sequence) -> Result<()> {
     // A fold without early exit runs in SIMD; the slow search is for the message.
     let ok = logits.iter().fold(true, |ok, x| ok & (*x < f32::INFINITY));
-    if ok && processors::highest(logits) > f32::NEG_INFINITY {
+    if ok && max_of(logits) > f32::NEG_INFINITY {
         return Ok(());
     }
     let value = logits.iter().copied().find(|x| x.is_nan() || *x == f32::INFINITY).unwrap_or(f32::NEG_INFINITY);

@@ -18,8 +18,9 @@ use crate::{
         gguf::{self, Gguf},
         weights::Weights,
     },
+    names::debug_as_display,
     quantized::QuantizedTensor,
-    safe_file::{temporary_sibling, write_atomically},
+    safe_file::{replace, write_atomically},
 };
 
 pub use crate::models::{
@@ -116,18 +117,15 @@ fn read_config(path: &Path) -> Result<Value> {
     if value.is_object() {
         return Ok(value);
     }
-    Err(Error::Malformed {
-        path: path.into(),
-        format: "JSON configuration",
-        detail: "the file holds no JSON object".into(),
-        remedy: "the file is damaged or half downloaded: get it again".into(),
-    })
+    let remedy = "the file is damaged or half downloaded: get it again";
+    Err(Error::malformed(path, "JSON configuration", "the file holds no JSON object", remedy))
 }
 
 /// A causal language model. Cloning is cheap and shares the weights, which never change.
 #[derive(Clone)]
 pub struct Model(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     decoder: Decoder,
     config: Value,
@@ -227,17 +225,11 @@ impl Model {
         }
         let path = folder.join("model.safetensors");
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        let temporary = temporary_sibling(&path);
-        let written = safetensors::serialize_to_file(tensors, Some(metadata), &temporary)
-            .map_err(|e| match e {
-                safetensors::SafeTensorError::IoError(e) => e,
-                other => std::io::Error::other(other),
+        replace(&path, |temporary| {
+            safetensors::serialize_to_file(tensors, Some(metadata), temporary).map_err(|e| match e {
+                safetensors::SafeTensorError::IoError(e) => Error::io("write", temporary)(e),
+                other => Error::io("write", temporary)(std::io::Error::other(other)),
             })
-            .and_then(|()| std::fs::rename(&temporary, &path));
-        written.map_err(|e| {
-            // Best effort: the error that counts is the one being reported.
-            let _ = std::fs::remove_file(&temporary);
-            Error::io("write", &path)(e)
         })?;
         let mut config = self.0.config.clone();
         config["dtype"] = self.dtype().to_string().trim_start_matches("torch.").into();
@@ -267,15 +259,7 @@ impl Model {
 
     /// The same model around another network (merged weights).
     pub(crate) fn with_decoder(&self, decoder: Decoder) -> Self {
-        let i = &self.0;
-        Self(Arc::new(Inner {
-            decoder,
-            config: i.config.clone(),
-            generation_config: i.generation_config.clone(),
-            defaults: i.defaults.clone(),
-            options: i.options.clone(),
-            name_or_path: i.name_or_path.clone(),
-        }))
+        Self(Arc::new(Inner { decoder, ..(*self.0).clone() }))
     }
 
     /// What a notebook shows: the tree with foldable branches.
@@ -293,11 +277,7 @@ impl fmt::Display for Model {
     }
 }
 
-impl fmt::Debug for Model {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(Model);
 
 impl CausalLM for Model {
     fn vocab_size(&self) -> usize {

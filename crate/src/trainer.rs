@@ -40,7 +40,8 @@ use crate::{
     collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
     display,
-    error::{Error, Result},
+    error::{Error, Result, ensure},
+    names::debug_as_display,
     optim::{self, Hyperparameters, Optimizer, lr_scheduler::lr_at},
     peft::PeftModel,
     training_args::{IntervalStrategy, SaveStrategy, TrainingArguments},
@@ -114,10 +115,8 @@ impl Trainer {
     ) -> Result<Self> {
         args.validate()?;
         let params = model.trainable_parameters();
-        if params.is_empty() {
-            let remedy = "train what get_peft_model returns";
-            return Err(Error::argument("model", "no parameter that learns", "a model with adapters", remedy));
-        }
+        let remedy = "train what get_peft_model returns";
+        ensure(!params.is_empty(), "model", "no parameter that learns", "a model with adapters", remedy)?;
         let train_rows = CheckedRows::check(train_dataset, &collator, model.vocab_size())?;
         let Some(plan) = Plan::new(train_rows.len(), &args) else {
             let got =
@@ -368,13 +367,10 @@ impl Trainer {
             let factor = lr_at(self.args.lr_scheduler_type, step, warmup, self.plan.max_steps);
             return Ok(self.args.learning_rate * factor);
         };
-        match schedule(step) {
-            lr if lr.is_finite() && lr >= 0.0 => Ok(lr),
-            lr => {
-                let name = format!("the learning rate schedule at step {step}");
-                Err(Error::argument(&name, lr, "a number of 0 or more", "check the function given to with_lr_schedule"))
-            }
-        }
+        let (lr, name) = (schedule(step), format!("the learning rate schedule at step {step}"));
+        let remedy = "check the function given to with_lr_schedule";
+        ensure(lr.is_finite() && lr >= 0.0, &name, lr, "a number of 0 or more", remedy)?;
+        Ok(lr)
     }
 
     /// What two runs must agree on for a checkpoint of one to be resumed by the other.
@@ -415,17 +411,10 @@ impl Trainer {
     }
 
     fn check_evaluation(&self) -> Result<()> {
-        let asked = self.args.eval_strategy != IntervalStrategy::No || self.args.eval_on_start;
-        if asked && self.eval_rows.is_none() {
-            let remedy = "add .with_eval_dataset(&ds)?, or set eval_strategy to No";
-            return Err(Error::argument(
-                "eval_strategy",
-                self.args.eval_strategy,
-                "an evaluation dataset beside it",
-                remedy,
-            ));
-        }
-        Ok(())
+        let (strategy, remedy) = (self.args.eval_strategy, "add .with_eval_dataset(&ds)?, or set eval_strategy to No");
+        let asked = strategy != IntervalStrategy::No || self.args.eval_on_start;
+        let fine = self.eval_rows.is_some() || !asked;
+        ensure(fine, "eval_strategy", strategy, "an evaluation dataset beside it", remedy)
     }
 }
 
@@ -437,15 +426,11 @@ fn check_writable(folder: &Path) -> Result<()> {
     fs::remove_file(&probe).map_err(Error::io("write", folder))
 }
 
-impl fmt::Debug for Trainer {
+impl fmt::Display for Trainer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (step, of) = (self.state.global_step, self.state.max_steps);
         write!(f, "Trainer(global_step={step}, max_steps={of}, num_rows={})", self.train_rows.len())
     }
 }
 
-impl fmt::Display for Trainer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
-    }
-}
+debug_as_display!(Trainer);

@@ -58,13 +58,8 @@ impl Param {
     /// Overwrites the value in place (loading an adapter or a checkpoint); waits as [`Param::zero_grad`] does.
     pub fn set(&self, value: &Tensor) -> Result<()> {
         if value.dims() != self.0.value.dims() {
-            return Err(Error::Shape {
-                name: self.0.name.clone(),
-                path: None,
-                expected: self.0.value.dims().to_vec(),
-                got: value.dims().to_vec(),
-                remedy: "use an adapter made for this model and this rank".into(),
-            });
+            let remedy = "use an adapter made for this model and this rank";
+            return Err(Error::shape(self.name(), None, self.0.value.dims(), value.dims(), remedy));
         }
         let value = value.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
         let _one = super::of(self.0.value.device())?.lock();

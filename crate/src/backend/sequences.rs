@@ -78,7 +78,7 @@ impl Packed {
     ) -> Result<Self> {
         let (b, t) = match input_ids.dims() {
             &[b, t] => (b, t),
-            other => return Err(wrong_shape("input_ids", vec![1, other.iter().product()], other)),
+            other => return Err(wrong_shape("input_ids", &[1, other.iter().product()], other)),
         };
         let ids = integers("input_ids", input_ids, (b, t))?;
         let mask = attention_mask.map(|m| integers("attention_mask", m, (b, t))).transpose()?;
@@ -145,19 +145,13 @@ impl Packed {
 
 fn integers(name: &str, tensor: &Tensor, (b, t): (usize, usize)) -> Result<Vec<i64>> {
     if tensor.dims() != [b, t] {
-        return Err(wrong_shape(name, vec![b, t], tensor.dims()));
+        return Err(wrong_shape(name, &[b, t], tensor.dims()));
     }
     Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?)
 }
 
-fn wrong_shape(name: &str, expected: Vec<usize>, got: &[usize]) -> Error {
-    Error::Shape {
-        name: name.into(),
-        path: None,
-        expected,
-        got: got.to_vec(),
-        remedy: "give input_ids, attention_mask and labels one shape, [batch, length]".into(),
-    }
+fn wrong_shape(name: &str, expected: &[usize], got: &[usize]) -> Error {
+    Error::shape(name, None, expected, got, "give input_ids, attention_mask and labels one shape, [batch, length]")
 }
 
 #[cfg(test)]

@@ -179,17 +179,10 @@ pub(super) struct Settings {
     pub min_new_tokens: usize,
     pub num_return_sequences: usize,
     pub seed: u64,
-    limit: Limit,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Limit {
-    New(usize),
-    Total(usize),
-    /// Neither was given: 20 new tokens, within the positions that the model has.
-    Default {
-        max_position_embeddings: Option<usize>,
-    },
+    max_new_tokens: Option<usize>,
+    max_length: Option<usize>,
+    /// Of the model: where neither is given there are 20 new tokens, within these.
+    max_position_embeddings: Option<usize>,
 }
 
 impl Settings {
@@ -198,13 +191,6 @@ impl Settings {
         if let Some(new) = config.max_new_tokens {
             ensure(new > 0, "max_new_tokens", new, "at least 1", "ask for at least one token, or leave it out")?;
         }
-        let limit = match (config.max_new_tokens, config.max_length) {
-            (Some(new), _) => Limit::New(new),
-            (None, Some(total)) => Limit::Total(total),
-            (None, None) => Limit::Default {
-                max_position_embeddings: defaults["max_position_embeddings"].as_u64().map(|n| n as usize),
-            },
-        };
         let sampling = (config.temperature.unwrap_or(1.0), config.top_k.unwrap_or(50), config.top_p.unwrap_or(1.0));
         if config.do_sample {
             let (temperature, _, top_p) = sampling;
@@ -229,19 +215,19 @@ impl Settings {
             min_new_tokens: config.min_new_tokens.unwrap_or(0),
             num_return_sequences,
             seed: config.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()),
-            limit,
+            max_new_tokens: config.max_new_tokens,
+            max_length: config.max_length,
+            max_position_embeddings: defaults["max_position_embeddings"].as_u64().map(|n| n as usize),
         })
     }
 
     /// How many tokens may follow a prompt.
     pub fn max_new_tokens(&self, prompt: usize, prompt_length: usize) -> Result<usize> {
-        let (name, total) = match self.limit {
-            Limit::New(new) => return Ok(new),
-            Limit::Total(total) => ("max_length", total),
-            Limit::Default { max_position_embeddings: None } => return Ok(20),
-            Limit::Default { max_position_embeddings: Some(positions) } => {
-                ("max_position_embeddings", positions.min(prompt_length + 20))
-            }
+        let (name, total) = match (self.max_new_tokens, self.max_length, self.max_position_embeddings) {
+            (Some(new), ..) => return Ok(new),
+            (_, Some(total), _) => ("max_length", total),
+            (.., Some(positions)) => ("max_position_embeddings", positions.min(prompt_length + 20)),
+            (.., None) => return Ok(20),
         };
         let expected = format!("more than the {prompt_length} tokens of prompt {prompt}: it counts the prompt");
         let remedy = "raise it, set max_new_tokens, or shorten the prompt";

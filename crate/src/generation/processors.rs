@@ -4,7 +4,7 @@
 //! The order is the reference's: `repetition_penalty`, `forbid` (min_new_tokens), and when
 //! sampling `temperature`, `top_k`, `top_p`.
 
-use crate::backend::cpu::math::softmax;
+use crate::backend::cpu::math::{softmax, sum_f64};
 
 /// Buffers that the processors and the sampler use again and again, so that a token costs no
 /// allocation.
@@ -144,7 +144,7 @@ pub fn top_p(logits: &mut [f32], p: f64, scratch: &mut Scratch) {
         let id = ids[i as usize];
         candidates.push(Candidate { logit: logits[id as usize], probability, id });
     });
-    let kept = kept_by_top_p(candidates, sum(probabilities), p);
+    let kept = kept_by_top_p(candidates, sum_f64(probabilities, |p| p), p);
     logits.fill(f32::NEG_INFINITY);
     for &Candidate { logit, id, .. } in &candidates[..kept] {
         logits[id as usize] = logit;
@@ -177,26 +177,4 @@ fn kept_by_top_p(candidates: &mut [Candidate], total: f64, p: f64) -> usize {
         chunk *= 4;
     }
     kept
-}
-
-/// The sum, in an order of its own that SIMD can follow.
-pub(super) fn sum(x: &[f32]) -> f64 {
-    let mut lanes = [0f64; 16];
-    let chunks = x.chunks_exact(lanes.len());
-    let rest: f64 = chunks.remainder().iter().map(|x| f64::from(*x)).sum();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += f64::from(*x));
-    }
-    rest + lanes.iter().sum::<f64>()
-}
-
-/// The highest logit, `NaN` left out.
-pub(super) fn highest(logits: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let chunks = logits.chunks_exact(lanes.len());
-    let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = if *x > *lane { *x } else { *lane });
-    }
-    lanes.iter().copied().fold(rest, f32::max)
 }

@@ -1,7 +1,10 @@
 //! Choosing a token from processed logits.
 
-use super::processors::{Scratch, highest, sum};
-use crate::backend::dropout::mix;
+use super::processors::Scratch;
+use crate::backend::{
+    cpu::math::{max_of, sum_f64},
+    dropout::mix,
+};
 
 /// A stream of random numbers: SplitMix64. One draw a token, so that what a sequence becomes
 /// depends on its seed and its own logits, not on the batch that it is in.
@@ -28,7 +31,7 @@ const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The most likely token; of equal ones the first.
 pub fn greedy(logits: &[f32]) -> u32 {
-    let max = highest(logits);
+    let max = max_of(logits);
     logits.iter().position(|x| *x == max).unwrap_or(0) as u32
 }
 
@@ -36,6 +39,7 @@ pub fn greedy(logits: &[f32]) -> u32 {
 pub fn sample(logits: &[f32], u: f64, scratch: &mut Scratch) -> u32 {
     const BLOCK: usize = 256;
     scratch.softmax(logits);
+    let sum = |probabilities: &[f32]| sum_f64(probabilities, |p| p);
     let Scratch { ids, values: probabilities, .. } = scratch;
     let mut rest = u * probabilities.chunks(BLOCK).map(sum).sum::<f64>();
     for (ids, block) in ids.chunks(BLOCK).zip(probabilities.chunks(BLOCK)) {

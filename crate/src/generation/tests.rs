@@ -353,7 +353,7 @@ mod oracle {
     use proptest::prelude::*;
 
     use super::{Rng, sampling};
-    use crate::generation::processors::*;
+    use crate::{backend::cpu::math::max_of, generation::processors::*};
 
     fn naive_top_k(logits: &[f32], k: usize) -> Vec<f32> {
         let mut sorted = logits.to_vec();
@@ -365,7 +365,7 @@ mod oracle {
     fn naive_top_p(logits: &[f32], p: f64) -> Vec<f32> {
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a)));
-        let max = highest(logits);
+        let max = max_of(logits);
         let weight = |i: usize| f64::from((logits[i] - max).exp());
         let total: f64 = order.iter().map(|&i| weight(i)).sum();
         let (mut out, mut sum) = (logits.to_vec(), 0.0);
@@ -403,7 +403,7 @@ mod oracle {
             // The two sum in other orders: at most the token at the very edge may differ.
             let differ: Vec<usize> = (0..row.len()).filter(|&i| fast[i] != naive[i]).collect();
             if let [i] = differ[..] {
-                let max = highest(&row);
+                let max = max_of(&row);
                 let total: f64 = row.iter().map(|x| f64::from((x - max).exp())).sum();
                 let below = |j: &usize| row[*j] < row[i] || row[*j] == row[i] && *j >= i;
                 let sum: f64 = (0..row.len()).filter(below).map(|j| f64::from((row[j] - max).exp())).sum();
@@ -416,7 +416,7 @@ mod oracle {
         #[test]
         fn the_draw_is_the_inverse_of_the_cumulative_softmax(row in rows(400), u in 0f64..1.0) {
             let id = sampling::sample(&row, u, &mut Scratch::default()) as usize;
-            let max = highest(&row);
+            let max = max_of(&row);
             let weight = |x: &f32| f64::from((x - max).exp());
             let total: f64 = row.iter().map(weight).sum();
             let before: f64 = row[..id].iter().map(weight).sum::<f64>() / total;

@@ -8,7 +8,7 @@ use crate::{
         run::{Run, Saved},
         sequences::IGNORE_INDEX,
     },
-    error::{Error, Result},
+    error::{Error, Result, ensure},
 };
 
 /// A loss: logits `[N, vocab]` f32 of the N positions that have a label, and the labels `[N]` u32,
@@ -31,11 +31,9 @@ pub fn head_and_custom_loss(hidden: &Tensor, head: &Linear, loss: &LossFn, run: 
     let dx = run.with_saved(Some(Saved::default()), |run| {
         let logits = Var::from_tensor(&head.forward_logits(&x, run)?)?; // (N, vocab)
         let value = loss(&logits, &Tensor::from_vec(labels, n, &Device::Cpu)?)?;
-        if value.elem_count() != 1 {
-            let got = format!("a tensor of shape {:?}", value.dims());
-            let expected = "one number, the sum over the positions";
-            return Err(Error::argument("loss", got, expected, "end it with sum_all()?"));
-        }
+        let (got, expected) =
+            (format!("a tensor of shape {:?}", value.dims()), "one number, the sum over the positions");
+        ensure(value.elem_count() == 1, "loss", got, expected, "end it with sum_all()?")?;
         run.loss_sum += value.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0];
         let gradients = value.backward()?;
         let Some(d_logits) = gradients.get(&logits) else {

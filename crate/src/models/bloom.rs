@@ -9,13 +9,14 @@ use super::{
     config_size,
     decoder::{BlockKind, Description},
     parts::{NormKind, Part, Parts},
+    rope_scaling::BAD_CONFIG,
 };
 use crate::{
     backend::{
         operands::{Attention, HeadLayout, Norm, Normed},
         run::Run,
     },
-    error::{Error, Result},
+    error::{Result, ensure},
     layers::alibi_slopes,
     py_repr::py_float,
 };
@@ -50,14 +51,8 @@ impl BloomConfig {
             tie_word_embeddings: flag("tie_word_embeddings", true),
             attention_dropout: config["attention_dropout"].as_f64().unwrap_or(0.0),
         };
-        if !this.hidden_size.is_multiple_of(this.n_head) {
-            return Err(Error::argument(
-                "n_head",
-                this.n_head,
-                &format!("a divisor of hidden_size {}", this.hidden_size),
-                "get the model's config.json again",
-            ));
-        }
+        let expected = format!("a divisor of hidden_size {}", this.hidden_size);
+        ensure(this.hidden_size.is_multiple_of(this.n_head), "n_head", this.n_head, &expected, BAD_CONFIG)?;
         Ok(this)
     }
 }
@@ -67,24 +62,24 @@ pub fn describe(config: &Value) -> Result<Description> {
     let config = BloomConfig::from_json(config)?;
     let c = config.hidden_size;
     let norm_kind = NormKind::Layer { eps: config.layer_norm_epsilon };
-    let norm = |name| Part::norm(name, c, norm_kind.clone());
-    let linear = |name, shape| Part::linear(name, shape, true);
+    let norm = |name| Part::Norm(name, c, norm_kind.clone());
+    let linear = |name, shape| Part::Linear(name, shape, true);
     let attention_dropout = format!("Dropout(p={}, inplace=False)", py_float(config.attention_dropout));
     let attention = vec![
         linear("query_key_value", (3 * c, c)),
         linear("dense", (c, c)),
-        Part::plain("attention_dropout", attention_dropout),
+        Part::Plain("attention_dropout", attention_dropout),
     ];
     let mlp = vec![
         linear("dense_h_to_4h", (4 * c, c)),
-        Part::plain("gelu_impl", "BloomGelu()"),
+        Part::Plain("gelu_impl", "BloomGelu()".into()),
         linear("dense_4h_to_h", (c, 4 * c)),
     ];
     let block = vec![
         norm("input_layernorm"),
-        Part::module("self_attention", "BloomAttention", attention),
+        Part::Module("self_attention", "BloomAttention".into(), attention),
         norm("post_attention_layernorm"),
-        Part::module("mlp", "BloomMLP", mlp),
+        Part::Module("mlp", "BloomMLP".into(), mlp),
     ];
     let kind = BloomBlock {
         attention: Attention {

@@ -14,7 +14,7 @@ use candle_core::{
     DType, Device, Tensor,
     quantized::gguf_file::{Content, Value as Field},
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::{
     error::{Error, Result},
@@ -57,11 +57,8 @@ pub fn find(name_or_path: &Path, instead: &str) -> Result<Option<PathBuf>> {
         if name_or_path.is_file() {
             return Ok(Some(name_or_path.into()));
         }
-        return Err(Error::NotFound {
-            what: "GGUF file".into(),
-            path: name_or_path.into(),
-            remedy: "check the path; a relative path starts at the notebook's folder".into(),
-        });
+        let remedy = "check the path; a relative path starts at the notebook's folder";
+        return Err(Error::not_found("GGUF file", name_or_path, remedy));
     }
     if !name_or_path.is_dir() || name_or_path.join(instead).exists() {
         return Ok(None);
@@ -75,12 +72,8 @@ pub fn find(name_or_path: &Path, instead: &str) -> Result<Option<PathBuf>> {
         n => {
             let names: Vec<_> = found.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy()).collect();
             let expected = format!("one GGUF file, there are {n}: {}", names.join(", "));
-            Err(Error::argument(
-                "the model's folder",
-                name_or_path.display(),
-                &expected,
-                "give the path of one of them",
-            ))
+            let remedy = "give the path of one of them";
+            Err(Error::argument("the model's folder", name_or_path.display(), &expected, remedy))
         }
     }
 }
@@ -116,12 +109,9 @@ impl Gguf {
         let content = Content::read(&mut file).map_err(|e| header_error(path, &first_line(&e)))?;
         let this = Self { path: path.into(), content };
         if this.number("split.count").is_some_and(|n| n > 1.0) {
-            return Err(Error::Unsupported {
-                what: "GGUF file".into(),
-                got: format!("{}: one part of several", path.display()),
-                supported: vec!["models in one file".into()],
-                remedy: "join the parts with llama.cpp's llama-gguf-split --merge".into(),
-            });
+            let got = format!("{}: one part of several", path.display());
+            let remedy = "join the parts with llama.cpp's llama-gguf-split --merge";
+            return Err(Error::unsupported("GGUF file", got, ["models in one file"], remedy));
         }
         Ok(this)
     }
@@ -148,12 +138,9 @@ impl Gguf {
         let architecture = self.text("general.architecture").unwrap_or_default();
         let experts = self.number("llama.expert_count").is_some_and(|n| n > 0.0);
         if architecture != "llama" || experts {
-            return Err(Error::Unsupported {
-                what: format!("architecture of {}", self.path.display()),
-                got: if experts { "llama with experts".into() } else { architecture },
-                supported: vec!["llama".into()],
-                remedy: "choose a model of a supported architecture".into(),
-            });
+            let what = format!("architecture of {}", self.path.display());
+            let got = if experts { "llama with experts" } else { &architecture };
+            return Err(Error::unsupported(&what, got, ["llama"], "choose a model of a supported architecture"));
         }
         let need = |key: &str| {
             self.number(&format!("llama.{key}"))
@@ -200,13 +187,11 @@ impl Gguf {
 
     /// `rope_parameters` of config.json. A Llama 3.1 has its scaling as a tensor of factors.
     fn rope_parameters(&self, head_dim: usize) -> Result<Value> {
-        let mut rope = Map::new();
         let theta = self.number("llama.rope.freq_base").unwrap_or(10_000.0);
-        rope.insert("rope_theta".into(), theta.into());
         let kind = self.text("llama.rope.scaling.type").filter(|kind| kind != "none");
-        rope.insert("rope_type".into(), kind.unwrap_or_else(|| "default".into()).into());
+        let mut rope = json!({ "rope_theta": theta, "rope_type": kind.as_deref().unwrap_or("default") });
         if let Some(factor) = self.number("llama.rope.scaling.factor") {
-            rope.insert("factor".into(), factor.into());
+            rope["factor"] = factor.into();
         }
         if let Some(factors) = self.read("rope_freqs.weight")? {
             let factors = factors.flatten_all()?.to_vec1::<f32>()?;
@@ -218,23 +203,20 @@ impl Gguf {
                 ("high_freq_factor", 4.0.into()),
                 ("original_max_position_embeddings", 8192.into()),
             ] {
-                rope.insert(key.into(), value);
+                rope[key] = value;
             }
-            let ours = super::rope_scaling::RopeScaling::from_json(&Value::Null, &Value::Object(rope.clone()))?;
+            let ours = super::rope_scaling::RopeScaling::from_json(&Value::Null, &rope)?;
             let plain = crate::backend::operands::Rope::frequencies(theta, head_dim);
             let same = |(f, want): (&f32, &f32)| {
                 (f64::from(*f) / ours.apply(f64::from(*f)) / f64::from(*want) - 1.0).abs() < 1e-3
             };
             if plain.len() != factors.len() || !plain.iter().zip(&factors).all(same) {
-                return Err(Error::Unsupported {
-                    what: format!("rope_freqs.weight of {}", self.path.display()),
-                    got: "other factors".into(),
-                    supported: vec!["those of Llama 3.1 to 3.3".into()],
-                    remedy: "load the model from its folder in Hugging Face layout".into(),
-                });
+                let what = format!("rope_freqs.weight of {}", self.path.display());
+                let remedy = "load the model from its folder in Hugging Face layout";
+                return Err(Error::unsupported(&what, "other factors", ["those of Llama 3.1 to 3.3"], remedy));
             }
         }
-        Ok(rope.into())
+        Ok(rope)
     }
 
     /// The names, as Hugging Face has them, of the tensors that have one.
@@ -258,13 +240,8 @@ impl Gguf {
         let Some(gguf) = gguf_name(name) else { return Ok(None) };
         let Some(info) = self.content.tensor_infos.get(&gguf) else { return Ok(None) };
         if info.shape.dims() != shape {
-            return Err(Error::Shape {
-                name: format!("{gguf} ({name})"),
-                path: Some(self.path.clone()),
-                expected: shape.to_vec(),
-                got: info.shape.dims().to_vec(),
-                remedy: "the file is damaged: get it again".into(),
-            });
+            let (name, remedy) = (format!("{gguf} ({name})"), "the file is damaged: get it again");
+            return Err(Error::shape(name, Some(&self.path), shape, info.shape.dims(), remedy));
         }
         let Some(mut tensor) = self.read(&gguf)? else { return Ok(None) };
         let heads = match () {
@@ -353,22 +330,13 @@ fn number(field: &Field) -> Option<f64> {
 }
 
 fn malformed(path: &Path, detail: String) -> Error {
-    Error::Malformed {
-        path: path.into(),
-        format: "GGUF file",
-        detail,
-        remedy: "the file is damaged or half downloaded: get it again".into(),
-    }
+    Error::malformed(path, "GGUF file", detail, "the file is damaged or half downloaded: get it again")
 }
 
 fn unreadable(path: &Path, tensor: &str, kind: &str) -> Error {
-    Error::Unsupported {
-        what: format!("type of {tensor} in {}", path.display()),
-        got: kind.into(),
-        supported: READABLE.map(String::from).into(),
-        remedy: "get the model in one of these types, Q4_1 or Q8_0 for example, or make them with llama-quantize"
-            .into(),
-    }
+    let what = format!("type of {tensor} in {}", path.display());
+    let remedy = "get the model in one of these types, Q4_1 or Q8_0 for example, or make them with llama-quantize";
+    Error::unsupported(&what, kind, READABLE, remedy)
 }
 
 /// candle's message without its backtrace.
@@ -410,7 +378,7 @@ fn type_name(dtype: candle_core::quantized::GgmlDType) -> String {
 }
 
 /// (Hugging Face, GGUF) of the parts of a block.
-const BLOCK: [(&str, &str); 9] = [
+const BLOCK: [Pair; 9] = [
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
@@ -423,25 +391,30 @@ const BLOCK: [(&str, &str); 9] = [
 ];
 
 /// (Hugging Face, GGUF) of the parts around the blocks.
-const AROUND: [(&str, &str); 3] =
-    [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+const AROUND: [Pair; 3] = [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+
+/// (Hugging Face, GGUF) of the list of blocks.
+const BLOCKS: Pair = ("model.layers", "blk");
 
 fn gguf_name(hf: &str) -> Option<String> {
-    let (module, part) = hf.rsplit_once('.')?;
-    if let Some((_, name)) = AROUND.iter().find(|(theirs, _)| *theirs == module) {
-        return Some(format!("{name}.{part}"));
-    }
-    let (layer, module) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    let (_, name) = BLOCK.iter().find(|(theirs, _)| *theirs == module)?;
-    Some(format!("blk.{layer}.{name}.{part}"))
+    translated(hf, |pair| pair)
 }
 
 fn hf_name(gguf: &str) -> Option<String> {
-    let (module, part) = gguf.rsplit_once('.')?;
-    if let Some((name, _)) = AROUND.iter().find(|(_, ours)| *ours == module) {
-        return Some(format!("{name}.{part}"));
-    }
-    let (layer, module) = module.strip_prefix("blk.")?.split_once('.')?;
-    let (name, _) = BLOCK.iter().find(|(_, ours)| *ours == module)?;
-    Some(format!("model.layers.{layer}.{name}.{part}"))
+    translated(gguf, |(hf, gguf)| (gguf, hf))
 }
+
+/// A tensor's name in the other language; `direction` turns a pair of names to (from, to).
+fn translated(name: &str, direction: fn(Pair) -> Pair) -> Option<String> {
+    let find = |pairs: &[Pair], name: &str| pairs.iter().map(|p| direction(*p)).find(|(from, _)| *from == name);
+    let (module, part) = name.rsplit_once('.')?;
+    if let Some((_, to)) = find(&AROUND, module) {
+        return Some(format!("{to}.{part}"));
+    }
+    let (blocks, to_blocks) = direction(BLOCKS);
+    let (layer, module) = module.strip_prefix(blocks)?.strip_prefix('.')?.split_once('.')?;
+    let (_, to) = find(&BLOCK, module)?;
+    Some(format!("{to_blocks}.{layer}.{to}.{part}"))
+}
+
+type Pair = (&'static str, &'static str);

@@ -17,7 +17,7 @@ use crate::{
         operands::{Attention, HeadLayout, Norm, Rope},
         run::Run,
     },
-    error::{Error, Result},
+    error::{Error, Result, ensure},
 };
 
 /// config.json of a Llama.
@@ -85,12 +85,7 @@ impl LlamaConfig {
         let (hidden_size, heads) =
             (config_size(config, &["hidden_size"])?, config_size(config, &["num_attention_heads"])?);
         if let Some(act) = config["hidden_act"].as_str().filter(|a| *a != "silu") {
-            return Err(Error::Unsupported {
-                what: "hidden_act".into(),
-                got: act.into(),
-                supported: vec!["silu".into()],
-                remedy: "choose a model with this activation".into(),
-            });
+            return Err(Error::unsupported("hidden_act", act, ["silu"], "choose a model with this activation"));
         }
         let rope = ["rope_parameters", "rope_scaling"].into_iter().map(|name| &config[name]).find(|r| r.is_object());
         let rope = rope.unwrap_or(&Value::Null);
@@ -116,18 +111,16 @@ impl LlamaConfig {
         };
         // Beyond any model: a damaged file must not ask for that much memory.
         let wide = [heads, this.num_key_value_heads].map(|n| n.checked_mul(this.head_dim));
-        if wide.into_iter().any(|width| width.is_none_or(|w| w > 1 << 24)) {
-            let expected = format!("a head_dim of which {heads} heads are not wider than 2^24");
-            return Err(Error::argument("head_dim", this.head_dim, &expected, BAD_CONFIG));
-        }
+        let fine = wide.into_iter().all(|width| width.is_some_and(|w| w <= 1 << 24));
+        let expected = format!("a head_dim of which {heads} heads are not wider than 2^24");
+        ensure(fine, "head_dim", this.head_dim, &expected, BAD_CONFIG)?;
         let whole = [
             ("num_key_value_heads", this.num_key_value_heads, "a divisor of num_attention_heads", heads),
             ("head_dim: halves", 2, "an even head_dim", this.head_dim),
         ];
         for (name, divisor, expected, of) in whole {
-            if of == 0 || !of.is_multiple_of(divisor) {
-                return Err(Error::argument(name, divisor, &format!("{expected}, which is {of}"), BAD_CONFIG));
-            }
+            let fine = of > 0 && of.is_multiple_of(divisor);
+            ensure(fine, name, divisor, &format!("{expected}, which is {of}"), BAD_CONFIG)?;
         }
         Ok(this)
     }
@@ -150,25 +143,25 @@ impl LlamaConfig {
         let (c, wide) = (self.hidden_size, self.intermediate_size);
         let layout = HeadLayout::grouped(self.num_attention_heads, self.num_key_value_heads, self.head_dim);
         let norm_kind = NormKind::Rms { eps: self.rms_norm_eps, class: format!("{class}RMSNorm") };
-        let norm = |name, width| Part::norm(name, width, norm_kind.clone());
+        let norm = |name, width| Part::Norm(name, width, norm_kind.clone());
         let mut attention = vec![
-            Part::linear("q_proj", (layout.width(), c), self.qkv_bias),
-            Part::linear("k_proj", (layout.kv_width(), c), self.qkv_bias),
-            Part::linear("v_proj", (layout.kv_width(), c), self.qkv_bias),
-            Part::linear("o_proj", (c, layout.width()), self.o_bias),
+            Part::Linear("q_proj", (layout.width(), c), self.qkv_bias),
+            Part::Linear("k_proj", (layout.kv_width(), c), self.qkv_bias),
+            Part::Linear("v_proj", (layout.kv_width(), c), self.qkv_bias),
+            Part::Linear("o_proj", (c, layout.width()), self.o_bias),
         ];
         if self.qk_norm {
             attention.extend([norm("q_norm", self.head_dim), norm("k_norm", self.head_dim)]);
         }
         let mlp = vec![
-            Part::linear("gate_proj", (wide, c), self.mlp_bias),
-            Part::linear("up_proj", (wide, c), self.mlp_bias),
-            Part::linear("down_proj", (c, wide), self.mlp_bias),
-            Part::plain("act_fn", "SiLUActivation()"),
+            Part::Linear("gate_proj", (wide, c), self.mlp_bias),
+            Part::Linear("up_proj", (wide, c), self.mlp_bias),
+            Part::Linear("down_proj", (c, wide), self.mlp_bias),
+            Part::Plain("act_fn", "SiLUActivation()".into()),
         ];
         let block = vec![
-            Part::module("self_attn", format!("{class}Attention"), attention),
-            Part::module("mlp", format!("{class}MLP"), mlp),
+            Part::Module("self_attn", format!("{class}Attention"), attention),
+            Part::Module("mlp", format!("{class}MLP"), mlp),
             norm("input_layernorm", c),
             norm("post_attention_layernorm", c),
         ];

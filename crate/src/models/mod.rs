@@ -45,11 +45,9 @@ pub fn check_supported(config: &Value) -> Result<()> {
 fn family(config: &Value) -> Result<Describe> {
     let model_type = config["model_type"].as_str().unwrap_or("(missing)");
     let found = FAMILIES.iter().find(|(name, _)| *name == model_type);
-    found.map(|(_, describe)| *describe).ok_or_else(|| Error::Unsupported {
-        what: "model_type".into(),
-        got: model_type.into(),
-        supported: FAMILIES.iter().map(|(name, _)| name.to_string()).collect(),
-        remedy: "choose a model of a supported architecture".into(),
+    found.map(|(_, describe)| *describe).ok_or_else(|| {
+        let supported = FAMILIES.map(|(name, _)| name);
+        Error::unsupported("model_type", model_type, supported, "choose a model of a supported architecture")
     })
 }
 

@@ -10,6 +10,7 @@ use crate::{
         param::Param,
     },
     layers::{Embedding, Linear},
+    names::debug_as_display,
 };
 
 /// The dtype of a parameter; prints as PyTorch does: `torch.float16`.
@@ -28,11 +29,7 @@ impl fmt::Display for ParameterDType {
     }
 }
 
-impl fmt::Debug for ParameterDType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+debug_as_display!(ParameterDType);
 
 impl PartialEq<DType> for ParameterDType {
     fn eq(&self, other: &DType) -> bool {

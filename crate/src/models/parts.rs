@@ -16,27 +16,14 @@ use crate::{
 /// A part, before it is loaded: its name in the module that it belongs to, and what it is.
 #[derive(Clone, Debug)]
 pub enum Part {
-    /// `[out, in]`.
-    Linear {
-        name: &'static str,
-        shape: (usize, usize),
-        bias: bool,
-    },
-    Norm {
-        name: &'static str,
-        width: usize,
-        kind: NormKind,
-    },
-    Module {
-        name: &'static str,
-        class: String,
-        parts: Vec<Part>,
-    },
+    /// Its shape `[out, in]`, and whether it has a bias.
+    Linear(&'static str, (usize, usize), bool),
+    /// Its width.
+    Norm(&'static str, usize, NormKind),
+    /// Its class and what it is made of.
+    Module(&'static str, String, Vec<Part>),
     /// A module without parameters, as PyTorch prints it: `BloomGelu()`.
-    Plain {
-        name: &'static str,
-        label: String,
-    },
+    Plain(&'static str, String),
 }
 
 /// Which norm, and how PyTorch prints it.
@@ -69,24 +56,6 @@ impl NormKind {
     }
 }
 
-impl Part {
-    pub fn linear(name: &'static str, shape: (usize, usize), bias: bool) -> Self {
-        Self::Linear { name, shape, bias }
-    }
-
-    pub fn norm(name: &'static str, width: usize, kind: NormKind) -> Self {
-        Self::Norm { name, width, kind }
-    }
-
-    pub fn module(name: &'static str, class: impl Into<String>, parts: Vec<Part>) -> Self {
-        Self::Module { name, class: class.into(), parts }
-    }
-
-    pub fn plain(name: &'static str, label: impl Into<String>) -> Self {
-        Self::Plain { name, label: label.into() }
-    }
-}
-
 /// A block's parts, loaded. Cloning shares them.
 #[derive(Clone)]
 pub struct Parts {
@@ -113,7 +82,7 @@ impl Parts {
         for (prefix, part) in leaves(&description.1) {
             let full = |name: &str| format!("{path}.{prefix}{name}");
             match part {
-                Part::Linear { name, shape, bias } => {
+                Part::Linear(name, shape, bias) => {
                     let path = full(name);
                     let weight = weights.linear(&path, *shape, dtype, quantization)?;
                     let bias_name = format!("{path}.bias");
@@ -122,10 +91,10 @@ impl Parts {
                     linear.frozen.compute_dtype = quantization.map(|q| q.bnb_4bit_compute_dtype);
                     parts.linears.push((name, linear));
                 }
-                Part::Norm { name, width, kind } => {
+                Part::Norm(name, width, kind) => {
                     parts.norms.push((name, kind.load(&full(name), *width, weights, dtype)?));
                 }
-                Part::Module { .. } | Part::Plain { .. } => {}
+                Part::Module(..) | Part::Plain(..) => {}
             }
         }
         Ok(parts)
@@ -168,14 +137,14 @@ impl Parts {
         let mut all = Vec::new();
         for (module, part) in leaves(&self.description.1) {
             match part {
-                Part::Linear { .. } => {
+                Part::Linear(..) => {
                     all.extend(linears.next().into_iter().flat_map(|l| Parameter::of_linear(prefix, l)))
                 }
-                Part::Norm { name, .. } => {
+                Part::Norm(name, ..) => {
                     let path = format!("{prefix}{}.{module}{name}", self.path);
                     all.extend(norms.next().into_iter().flat_map(|norm| Parameter::of_norm(&path, norm)));
                 }
-                Part::Module { .. } | Part::Plain { .. } => {}
+                Part::Module(..) | Part::Plain(..) => {}
             }
         }
         all
@@ -191,15 +160,15 @@ impl Parts {
 
 fn part_tree(part: &Part, linears: &mut dyn Iterator<Item = &Linear>) -> ModuleNode {
     match part {
-        Part::Linear { name, shape, bias } => match linears.next() {
+        Part::Linear(name, shape, bias) => match linears.next() {
             Some(linear) => linear.module_tree(name),
             None => ModuleNode::linear(*name, "Linear", shape.1, shape.0, *bias),
         },
-        Part::Norm { name, width, kind } => kind.module_tree(name, *width),
-        Part::Module { name, class, parts } => {
+        Part::Norm(name, width, kind) => kind.module_tree(name, *width),
+        Part::Module(name, class, parts) => {
             ModuleNode::new(*name, class, parts.iter().map(|part| part_tree(part, linears)).collect())
         }
-        Part::Plain { name, label } => ModuleNode::leaf(*name, label),
+        Part::Plain(name, label) => ModuleNode::leaf(*name, label),
     }
 }
 
@@ -208,7 +177,7 @@ fn leaves(parts: &[Part]) -> Vec<(String, &Part)> {
     let mut all = Vec::new();
     for part in parts {
         match part {
-            Part::Module { name, parts, .. } => {
+            Part::Module(name, _, parts) => {
                 all.extend(leaves(parts).into_iter().map(|(path, part)| (format!("{name}.{path}"), part)));
             }
             leaf => all.push((String::new(), leaf)),

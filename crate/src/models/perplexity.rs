@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use super::decoder::Decoder;
 use crate::{
     batch::Batch,
-    error::{Error, Result},
+    error::{Result, ensure},
 };
 
 /// `exp` of the mean cross-entropy (nats) with which the network predicts each id from those before
@@ -29,13 +29,9 @@ use crate::{
 /// # }
 /// ```
 pub fn perplexity(decoder: &Decoder, input_ids: &[u32], window: usize) -> Result<f64> {
-    if window < 2 {
-        return Err(Error::argument("window", window, "at least 2 ids", "use 512, or the model's context length"));
-    }
-    if input_ids.len() < 2 {
-        let remedy = "give a longer text: the first id is not predicted";
-        return Err(Error::argument("input_ids", input_ids.len(), "at least 2 ids", remedy));
-    }
+    ensure(window >= 2, "window", window, "at least 2 ids", "use 512, or the model's context length")?;
+    let (n, remedy) = (input_ids.len(), "give a longer text: the first id is not predicted");
+    ensure(n >= 2, "input_ids", n, "at least 2 ids", remedy)?;
     let (mut loss_sum, mut predicted) = (0.0, 0);
     for ids in input_ids.chunks(window).filter(|ids| ids.len() > 1) {
         let ids = Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?; // [1, T]

@@ -23,11 +23,10 @@ pub enum RopeScaling {
 impl RopeScaling {
     /// Reads `rope_parameters` (transformers 5) or `rope_scaling` (before).
     pub(crate) fn from_json(config: &Value, rope: &Value) -> Result<Self> {
-        let unsupported = |what: &str, got: &Value, supported: &[&str]| Error::Unsupported {
-            what: what.into(),
-            got: got.as_str().map_or_else(|| got.to_string(), String::from),
-            supported: supported.iter().map(|s| s.to_string()).collect(),
-            remedy: "choose a model whose config.json has one of these".into(),
+        let unsupported = |what: &str, got: &Value, supported: &[&'static str]| {
+            let got = got.as_str().map_or_else(|| got.to_string(), String::from);
+            let remedy = "choose a model whose config.json has one of these";
+            Error::unsupported(what, got, supported.iter().copied(), remedy)
         };
         for partial in [&rope["partial_rotary_factor"], &config["partial_rotary_factor"]] {
             if partial.as_f64().is_some_and(|f| f != 1.0) {

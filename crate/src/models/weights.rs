@@ -15,9 +15,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use candle_core::{DType, Device, Tensor, WithDType};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
-use rayon::prelude::*;
 use safetensors::Dtype as FileDtype;
 
 use crate::{
@@ -28,15 +27,19 @@ use crate::{
         gguf::Gguf,
         options::{BitsAndBytesConfig, ModelOptions},
     },
-    quantized::{Element, NESTED_BLOCKSIZE, QuantType, QuantizedTensor, round_all},
+    quantized::{NESTED_BLOCKSIZE, QuantType, QuantizedTensor, filled, is_float, round_all},
 };
 
 /// Tensors of at most so many bytes are converted here before they go to a GPU: a launch would take longer.
 const SMALL: u64 = 64 << 10;
 
-/// Elements that one task reads.
+/// Of a remedy.
+const DAMAGED: &str = "the file is damaged or half downloaded: get it again";
+const OTHER_MODEL: &str = "config.json and the weights must come from the same model";
+
+/// An error names a number that is not finite among so many.
 const CHUNK: usize = 1 << 16;
-/// Elements of a task that are read and converted at a time: their bytes stay in the cache.
+/// Elements that are read and converted at a time: their bytes stay in the cache.
 const PIECE: usize = 1 << 14;
 
 /// Where a tensor lies.
@@ -71,14 +74,9 @@ impl Weights {
         }
         let index = snapshot.file("model.safetensors.index.json")?;
         let bytes = std::fs::read(&index).map_err(Error::io("read", &index))?;
-        let bad = |detail: String| Error::Malformed {
-            path: index.clone(),
-            format: "index of safetensors shards",
-            detail,
-            remedy: "the file is damaged or half downloaded: get it again".into(),
-        };
-        let index: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
-        let map = index["weight_map"].as_object().ok_or_else(|| bad("there is no weight_map".into()))?;
+        let bad = |detail: String| Error::malformed(&index, "index of safetensors shards", detail, DAMAGED);
+        let content: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        let map = content["weight_map"].as_object().ok_or_else(|| bad("there is no weight_map".into()))?;
         let shards: BTreeSet<&str> = map.values().filter_map(|v| v.as_str()).collect();
         Self::open(shards.into_iter().map(|name| snapshot.file(name)).collect::<Result<_>>()?)
     }
@@ -160,37 +158,28 @@ impl Weights {
     /// [`Weights::tensor`], in memory of at least `elements` elements; on a GPU only.
     fn padded(&mut self, name: &str, shape: &[usize], dtype: DType, elements: usize) -> Result<Tensor> {
         let key = self.key(name).to_string();
-        if let Some(gguf) = &self.gguf {
-            let Some(tensor) = gguf.tensor(&key, shape, dtype)? else {
-                self.missing.push(key);
-                return Ok(Tensor::zeros(shape, dtype, &self.device)?);
-            };
-            self.used.insert(key);
-            return self.with_padding(&tensor, elements);
-        }
-        match self.entry(key, shape)? {
-            Some((key, entry)) => self.read(&key, &entry, dtype, elements),
-            None => Ok(Tensor::zeros(shape, dtype, &self.device)?),
-        }
+        let found = match &self.gguf {
+            Some(gguf) => gguf.tensor(&key, shape, dtype)?.map(|tensor| self.with_padding(&tensor, elements)),
+            None => self.entry(&key, shape)?.map(|entry| self.read(&key, entry, dtype, elements)),
+        };
+        let Some(tensor) = found else { return self.missing(key, shape, dtype) };
+        self.used.insert(key);
+        tensor
     }
 
-    /// Where a tensor of this shape lies in its file; `None`, which [`Weights::finish`] reports, if it is not there.
-    fn entry(&mut self, key: String, shape: &[usize]) -> Result<Option<(String, Entry)>> {
-        let Some(entry) = self.entries.get(&key) else {
-            self.missing.push(key);
-            return Ok(None);
-        };
+    /// Where a tensor of this shape lies in its file.
+    fn entry(&self, key: &str, shape: &[usize]) -> Result<Option<&Entry>> {
+        let Some(entry) = self.entries.get(key) else { return Ok(None) };
         if entry.shape != shape {
-            return Err(Error::Shape {
-                name: key,
-                path: Some(self.files[entry.file].clone()),
-                expected: shape.to_vec(),
-                got: entry.shape.clone(),
-                remedy: "config.json and the weights must come from the same model".into(),
-            });
+            return Err(Error::shape(key, Some(&self.files[entry.file]), shape, &entry.shape, OTHER_MODEL));
         }
-        self.used.insert(key.clone());
-        Ok(Some((key, entry.clone())))
+        Ok(Some(entry))
+    }
+
+    /// Notes a tensor that is not there; zeros stand for it.
+    fn missing(&mut self, key: String, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        self.missing.push(key);
+        Ok(Tensor::zeros(shape, dtype, &self.device)?)
     }
 
     /// A copy on the device, which has room for `elements` elements there: those behind its own are zeros.
@@ -232,10 +221,10 @@ impl Weights {
         quantization: Option<&BitsAndBytesConfig>,
     ) -> Result<Weight> {
         let name = format!("{module}.weight");
-        if let Some(quantized) = self.prequantized(&name, (out, input))? {
+        let shape = [out, input];
+        if let Some(quantized) = self.prequantized(&name, shape)? {
             return Ok(Weight::Quantized(quantized));
         }
-        let shape = [out, input];
         let Some(config) = quantization.filter(|q| q.load_in_4bit) else {
             return Ok(Weight::Dense(self.tensor(&name, &shape, dtype)?));
         };
@@ -244,16 +233,19 @@ impl Weights {
             let dense = self.tensor(&name, &shape, dtype)?;
             return Ok(Weight::Quantized(QuantizedTensor::quantize(&dense, kind, BLOCKSIZE, double)?));
         }
-        let Some((key, entry)) = self.entry(self.key(&name).to_string(), &shape)? else {
-            return Ok(Weight::Dense(Tensor::zeros(&shape, dtype, &self.device)?));
+        let key = self.key(&name).to_string();
+        let Some(entry) = self.entry(&key, &shape)? else {
+            return Ok(Weight::Dense(self.missing(key, &shape, dtype)?));
         };
-        let source = Source::open(&self.files[entry.file], &key, &entry)?;
+        let source = Source::open(&self.files[entry.file], &key, entry, dtype)?;
         let read = |first: usize, x: &mut [f32]| source.read(dtype, first, x);
-        Ok(Weight::Quantized(QuantizedTensor::quantize_read(&shape, dtype, kind, BLOCKSIZE, double, &read)?))
+        let quantized = QuantizedTensor::quantize_read(&shape, dtype, kind, BLOCKSIZE, double, &read)?;
+        self.used.insert(key);
+        Ok(Weight::Quantized(quantized))
     }
 
     /// A weight that bitsandbytes saved in 4 bits.
-    fn prequantized(&mut self, name: &str, shape: (usize, usize)) -> Result<Option<QuantizedTensor>> {
+    fn prequantized(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<QuantizedTensor>> {
         let key = self.key(name).to_string();
         let mut used = Vec::new();
         let quantized = QuantizedTensor::from_tensors(&key, |name| {
@@ -263,14 +255,8 @@ impl Weights {
             self.read(name, entry, dtype, 0).map(Some)
         })?;
         let Some(quantized) = quantized else { return Ok(None) };
-        if quantized.shape() != [shape.0, shape.1] {
-            return Err(Error::Shape {
-                name: key,
-                path: None,
-                expected: vec![shape.0, shape.1],
-                got: quantized.shape().to_vec(),
-                remedy: "config.json and the weights must come from the same model".into(),
-            });
+        if quantized.shape() != shape {
+            return Err(Error::shape(key, None, &shape, quantized.shape(), OTHER_MODEL));
         }
         self.used.extend(used);
         Ok(Some(quantized))
@@ -393,32 +379,23 @@ const BLOCKSIZE: usize = 64;
 fn file_dtype(path: &Path, key: &str, from: FileDtype, dtype: DType) -> Result<DType> {
     match (from, dtype) {
         (_, DType::U8) => Ok(DType::U8),
-        (_, other) if !matches!(other, DType::F32 | DType::F16 | DType::BF16) => Err(unsupported(other)),
+        (_, other) if !is_float(other) => {
+            let (got, remedy) = (format!("{other:?}"), "load the model in one of these");
+            Err(Error::unsupported("torch_dtype", got, ["F32", "F16", "BF16"], remedy))
+        }
         (FileDtype::F32, _) => Ok(DType::F32),
         (FileDtype::F16, _) => Ok(DType::F16),
         (FileDtype::BF16, _) => Ok(DType::BF16),
-        (other, _) => Err(not_float(path, key, other)),
+        (other, _) => Err(malformed(path, format!("{key} holds {other:?}, not floating point"))),
     }
 }
 
 /// Reads one tensor in `dtype`.
 fn read(path: &Path, key: &str, entry: &Entry, dtype: DType) -> Result<Tensor> {
-    let source = Source::open(path, key, entry)?;
+    let source = Source::open(path, key, entry, dtype)?;
     match dtype {
-        DType::F32 => source.floats::<f32>(&entry.shape),
-        DType::F16 => source.floats::<f16>(&entry.shape),
-        DType::BF16 => source.floats::<bf16>(&entry.shape),
         DType::U8 => source.bytes(&entry.shape),
-        other => Err(unsupported(other)),
-    }
-}
-
-fn unsupported(dtype: DType) -> Error {
-    Error::Unsupported {
-        what: "torch_dtype".into(),
-        got: format!("{dtype:?}"),
-        supported: ["F32", "F16", "BF16"].map(String::from).into(),
-        remedy: "load the model in one of these".into(),
+        _ => filled(&entry.shape, dtype, &|first, x| source.read(dtype, first, x)),
     }
 }
 
@@ -427,7 +404,7 @@ struct Source<'a> {
     file: File,
     path: &'a Path,
     key: &'a str,
-    dtype: FileDtype,
+    dtype: DType,
     /// Its first byte in the file.
     start: u64,
     /// Elements.
@@ -435,9 +412,11 @@ struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn open(path: &'a Path, key: &'a str, entry: &Entry) -> Result<Self> {
+    /// Of a tensor that is to be read in `dtype`.
+    fn open(path: &'a Path, key: &'a str, entry: &Entry, dtype: DType) -> Result<Self> {
+        let dtype = file_dtype(path, key, entry.dtype, dtype)?;
         let file = File::open(path).map_err(Error::io("read", path))?;
-        Ok(Self { file, path, key, dtype: entry.dtype, start: entry.bytes.0, count: entry.shape.iter().product() })
+        Ok(Self { file, path, key, dtype, start: entry.bytes.0, count: entry.shape.iter().product() })
     }
 
     fn bytes(&self, shape: &[usize]) -> Result<Tensor> {
@@ -446,30 +425,9 @@ impl<'a> Source<'a> {
         Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
     }
 
-    fn floats<T: Element + WithDType>(&self, shape: &[usize]) -> Result<Tensor> {
-        let mut out = vec![T::zero(); self.count];
-        let tasks = out.par_chunks_mut(CHUNK).enumerate().map(|(task, out)| -> Result<()> {
-            let mut buffer = [0f32; PIECE];
-            out.chunks_mut(PIECE).enumerate().try_for_each(|(piece, out)| {
-                let x = &mut buffer[..out.len()];
-                self.read(T::DTYPE, task * CHUNK + piece * PIECE, x)?;
-                T::from_f32s(x, out);
-                Ok(())
-            })
-        });
-        if let Some(error) = tasks.find_map_first(Result::err) {
-            return Err(error);
-        }
-        Ok(Tensor::from_vec(out, shape, &Device::Cpu)?)
-    }
-
     /// Fills x with the elements from `first` on, rounded to `dtype`; fails for one that is not finite, there or then.
     fn read(&self, dtype: DType, first: usize, x: &mut [f32]) -> Result<()> {
-        let width = match self.dtype {
-            FileDtype::F32 => 4,
-            FileDtype::F16 | FileDtype::BF16 => 2,
-            other => return Err(not_float(self.path, self.key, other)),
-        };
+        let width = self.dtype.size_in_bytes();
         let mut bytes = [0u8; 4 * PIECE];
         for (piece, x) in x.chunks_mut(PIECE).enumerate() {
             let first = first + piece * PIECE;
@@ -477,10 +435,10 @@ impl<'a> Source<'a> {
             let at = self.start + (first * width) as u64;
             self.file.read_exact_at(bytes, at).map_err(Error::io("read", self.path))?;
             match self.dtype {
-                FileDtype::F32 => {
+                DType::F32 => {
                     x.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b));
                 }
-                FileDtype::F16 => {
+                DType::F16 => {
                     let mut halves = [f16::ZERO; PIECE];
                     let halves = &mut halves[..x.len()];
                     halves.iter_mut().zip(bytes.as_chunks().0).for_each(|(h, b)| *h = f16::from_le_bytes(*b));
@@ -489,12 +447,14 @@ impl<'a> Source<'a> {
                 _ => x.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = bf16::from_le_bytes(*b).to_f32()),
             }
             if !all_finite(x) {
-                return Err(finite_error(self.path, self.key, first, self.count));
+                let chunk = first / CHUNK * CHUNK;
+                let (key, end) = (self.key, self.count.min(chunk + CHUNK));
+                return Err(malformed(
+                    self.path,
+                    format!("{key} has a NaN or an infinity among elements {chunk}..{end}"),
+                ));
             }
-            if matches!(
-                (self.dtype, dtype),
-                (_, DType::F32) | (FileDtype::F16, DType::F16) | (FileDtype::BF16, DType::BF16)
-            ) {
+            if dtype == self.dtype || dtype == DType::F32 {
                 continue;
             }
             round_all(dtype, x);
@@ -512,24 +472,8 @@ fn all_finite(x: &[f32]) -> bool {
     x.iter().fold(true, |finite, v| finite & v.is_finite())
 }
 
-fn not_float(path: &Path, key: &str, dtype: FileDtype) -> Error {
-    malformed(path, format!("{key} holds {dtype:?}, not floating point"))
-}
-
-/// Of `count` elements, one near `index` is not finite.
-fn finite_error(path: &Path, key: &str, index: usize, count: usize) -> Error {
-    let first = index / CHUNK * CHUNK;
-    let end = count.min(first + CHUNK);
-    malformed(path, format!("{key} has a NaN or an infinity among elements {first}..{end}"))
-}
-
 fn malformed(path: &Path, detail: String) -> Error {
-    Error::Malformed {
-        path: path.into(),
-        format: "safetensors file",
-        detail,
-        remedy: "the file is damaged or half downloaded: get it again".into(),
-    }
+    Error::malformed(path, "safetensors file", detail, DAMAGED)
 }
 
 /// Reads the header of one file: 8 bytes of length, then JSON.

@@ -1,7 +1,7 @@
 //! One step over slices, each element by itself: each is read and written once.
 
 use super::{At, Optim};
-use crate::{backend::cpu::simd::Level, quantized::DynamicMap};
+use crate::{backend::cpu::simd::simd, quantized::DynamicMap};
 
 /// One step of an optimizer that updates each element by itself, from `N` moments (at most 2).
 ///
@@ -81,31 +81,11 @@ pub(super) fn each<const N: usize>(slices: Slices<'_, N>, update: impl Fn(f32, f
     }
 }
 
-/// [`Elementwise::run`] with the instructions of this level; the bits are the same.
-pub(super) fn run<S: Elementwise<N>, const N: usize>(level: Level, step: &S, slices: Slices<'_, N>) {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the level was detected on this processor.
-        Level::Avx512 => unsafe { run_avx512(step, slices) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Level::Avx2 => unsafe { run_avx2(step, slices) },
-        Level::Scalar => step.run(slices),
+simd! {
+    /// [`Elementwise::run`] with the instructions of this level; the bits are the same.
+    pub(super) fn run[S: Elementwise<N>, const N: usize](level: Level, step: &S, slices: Slices<'_, N>) {
+        step.run(slices);
     }
-}
-
-// One source, compiled for three kinds of processor: the loop vectorizes itself.
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,fma")]
-fn run_avx512<S: Elementwise<N>, const N: usize>(step: &S, slices: Slices<'_, N>) {
-    step.run(slices);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn run_avx2<S: Elementwise<N>, const N: usize>(step: &S, slices: Slices<'_, N>) {
-    step.run(slices);
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Learning-rate schedules, as transformers' `get_*_schedule`.
 
-use std::{f64::consts::PI, fmt, str::FromStr};
+use std::f64::consts::PI;
 
-use crate::error::{Error, Result};
+use crate::names::named;
 
 /// How the learning rate changes over a run, after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -18,38 +18,12 @@ pub enum SchedulerType {
     ConstantWithWarmup,
 }
 
-impl SchedulerType {
-    const ALL: [Self; 4] = [Self::Linear, Self::Cosine, Self::Constant, Self::ConstantWithWarmup];
-
-    /// The name in `TrainingArguments(lr_scheduler_type=...)`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Linear => "linear",
-            Self::Cosine => "cosine",
-            Self::Constant => "constant",
-            Self::ConstantWithWarmup => "constant_with_warmup",
-        }
-    }
-}
-
-impl fmt::Display for SchedulerType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for SchedulerType {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|t| t.as_str() == s).ok_or_else(|| Error::Unsupported {
-            what: "lr_scheduler_type".into(),
-            got: s.into(),
-            supported: Self::ALL.map(|t| t.as_str().to_string()).into(),
-            remedy: "use \"linear\", the default, or \"cosine\"".into(),
-        })
-    }
-}
+named!(SchedulerType: "lr_scheduler_type", "use \"linear\", the default, or \"cosine\"" {
+    Linear => "linear",
+    Cosine => "cosine",
+    Constant => "constant",
+    ConstantWithWarmup => "constant_with_warmup",
+});
 
 /// What the learning rate of optimizer step `step` (from 0) is multiplied with, in [0, 1].
 ///

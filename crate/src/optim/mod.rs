@@ -128,12 +128,8 @@ impl Optim {
 
     /// The error of a name that is none of this `family` ("": of any).
     fn unsupported(what: &str, got: &str, family: &str) -> Error {
-        Error::Unsupported {
-            what: what.into(),
-            got: got.into(),
-            supported: Self::ALL.iter().map(|o| o.to_string()).filter(|name| name.contains(family)).collect(),
-            remedy: "use \"paged_adamw_32bit\", as QLoRA does".into(),
-        }
+        let supported = Self::ALL.iter().map(|o| o.as_str()).filter(|name| name.contains(family));
+        Error::unsupported(what, got, supported, "use \"paged_adamw_32bit\", as QLoRA does")
     }
 }
 
@@ -207,19 +203,13 @@ pub trait Optimizer: Send {
 
     /// Moves the state of a paged optimizer from the GPU to the host's memory, to make room for something else;
     /// the next step brings it back. Does nothing on the CPU and for an optimizer that is not paged.
-    fn page_out(&self) -> Result<()> {
-        Ok(())
-    }
+    fn page_out(&self) -> Result<()>;
 
     /// Whether the state was moved to the host's memory, and not back yet.
-    fn is_paged_out(&self) -> Result<bool> {
-        Ok(false)
-    }
+    fn is_paged_out(&self) -> Result<bool>;
 
     /// Whether the state is in memory that may move between the GPU and the host.
-    fn is_paged(&self) -> bool {
-        false
-    }
+    fn is_paged(&self) -> bool;
 }
 
 /// The optimizer of that name over `params` (f32, all on one device), with a state of zeros.

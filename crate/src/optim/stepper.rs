@@ -14,7 +14,7 @@ use crate::{
         optimizer::{Part, States},
         param::Param,
     },
-    error::{Error, Result},
+    error::{Error, Result, ensure},
 };
 
 /// Which step is made, and how.
@@ -65,7 +65,7 @@ impl Stepper {
         let Hyperparameters { betas, eps, weight_decay } = *hyperparameters;
         for (name, beta) in [("adam_beta1", betas.0), ("adam_beta2", betas.1)] {
             let expected = "a number from 0 up to, not including, 1";
-            domain(name, beta, (0.0..1.0).contains(&beta), expected, "use 0.9 and 0.999")?;
+            ensure((0.0..1.0).contains(&beta), name, beta, expected, "use 0.9 and 0.999")?;
         }
         at_least_0("adam_epsilon", eps, "use 1e-8")?;
         at_least_0("weight_decay", weight_decay, "use 0, or 0.01 to 0.1")?;
@@ -164,13 +164,8 @@ impl Optimizer for Stepper {
 /// A copy of `tensor` on the CPU, which must be of this form.
 fn checked(part: &Part, tensor: &Tensor) -> Result<Tensor> {
     if tensor.dims() != part.shape {
-        return Err(Error::Shape {
-            name: part.name.clone(),
-            path: None,
-            expected: part.shape.clone(),
-            got: tensor.dims().to_vec(),
-            remedy: "resume with an adapter of the same r and target_modules".into(),
-        });
+        let remedy = "resume with an adapter of the same r and target_modules";
+        return Err(Error::shape(&part.name, None, &part.shape, tensor.dims(), remedy));
     }
     if tensor.dtype() != part.dtype {
         let (name, got) = (format!("dtype of {}", part.name), tensor.dtype().as_str());
@@ -184,10 +179,6 @@ fn each(parts: &[Vec<Part>], tensor: impl Fn(&Part) -> Result<Tensor>) -> Result
     parts.iter().map(|parts| parts.iter().map(&tensor).collect()).collect()
 }
 
-fn domain(name: &str, value: f64, ok: bool, expected: &str, remedy: &str) -> Result<()> {
-    if ok { Ok(()) } else { Err(Error::argument(name, value, expected, remedy)) }
-}
-
 fn at_least_0(name: &str, value: f64, remedy: &str) -> Result<()> {
-    domain(name, value, value >= 0.0 && value.is_finite(), "a number of at least 0", remedy)
+    ensure(value >= 0.0 && value.is_finite(), name, value, "a number of at least 0", remedy)
 }

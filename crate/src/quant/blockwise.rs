@@ -22,13 +22,8 @@ pub fn quantize_blockwise(x: &Tensor, blocksize: usize) -> Result<(Tensor, Block
 pub fn dequantize_blockwise(q: &Tensor, state: &BlockwiseState) -> Result<Tensor> {
     let blocks = q.elem_count().div_ceil(state.blocksize.max(1));
     if state.absmax.elem_count() != blocks || state.code.elem_count() != 256 {
-        return Err(Error::Shape {
-            name: "absmax of the blockwise state".into(),
-            path: None,
-            expected: vec![blocks],
-            got: state.absmax.dims().to_vec(),
-            remedy: "dequantize with the state that quantize_blockwise gave for this tensor".into(),
-        });
+        let remedy = "dequantize with the state that quantize_blockwise gave for this tensor";
+        return Err(Error::shape("absmax of the blockwise state", None, &[blocks], state.absmax.dims(), remedy));
     }
     backend::of(q.device())?.dequantize_blockwise(q, state)
 }

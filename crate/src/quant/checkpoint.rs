@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::{
     error::{Error, Result},
+    py_repr::py_float,
     quantized::{BlockwiseState, QuantState, QuantType, QuantizedTensor, create_dynamic_map, signed_code, with_slice},
 };
 
@@ -53,7 +54,7 @@ impl QuantState {
                 ", \"nested_blocksize\": {}, \"nested_dtype\": \"{}\", \"nested_offset\": {}",
                 state2.blocksize,
                 torch_name(state2.dtype),
-                python_float(f64::from(offset))
+                py_float(f64::from(offset))
             );
         }
         json + "}"
@@ -166,39 +167,4 @@ fn same_values(name: &str, tensor: &Tensor, expected: &[f32]) -> Result<()> {
         return Ok(());
     }
     Err(malformed(name, "a code book with other values"))
-}
-
-/// `repr(float)`: the shortest digits that read back, with an exponent only below 1e-4 and
-/// from 1e16 on.
-fn python_float(x: f64) -> String {
-    if x != 0.0 && !(1e-4..1e16).contains(&x.abs()) {
-        let text = format!("{x:e}");
-        let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-        let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |e| ('-', e));
-        return format!("{digits}e{sign}{exponent:0>2}");
-    }
-    format!("{x:?}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn floats_print_as_in_python() {
-        let cases = [
-            (0.129241943359375, "0.129241943359375"),
-            (0.0, "0.0"),
-            (1.0, "1.0"),
-            (1e-4, "0.0001"),
-            (1.5e-5, "1.5e-05"),
-            (3e-38, "3e-38"),
-            (2.5e120, "2.5e+120"),
-            (1e16, "1e+16"),
-            (123456789012345.0, "123456789012345.0"),
-        ];
-        for (x, text) in cases {
-            assert_eq!(python_float(x), text);
-        }
-    }
 }

@@ -28,7 +28,7 @@ use candle_core::{DType, Tensor};
 
 use crate::{
     backend::{self, cpu::quantize_4bit_read},
-    error::{Error, Result},
+    error::{Result, ensure},
     quantized::{Read, check_blocksize, check_float},
 };
 
@@ -57,9 +57,8 @@ pub fn quantize_4bit(
     compress_statistics: bool,
 ) -> Result<(Tensor, QuantState)> {
     check_blocksize(blocksize)?;
-    if weight.elem_count() == 0 {
-        return Err(Error::argument("elements of the weight", 0, "at least 1", "leave empty weights as they are"));
-    }
+    let n = weight.elem_count();
+    ensure(n > 0, "elements of the weight", n, "at least 1", "leave empty weights as they are")?;
     backend::of(weight.device())?.quantize(weight, quant_type, blocksize, compress_statistics)
 }
 
@@ -92,7 +91,7 @@ impl QuantizedTensor {
         compress_statistics: bool,
         read: &Read<'_>,
     ) -> Result<Self> {
-        let (packed, state) = quantize_4bit_read(shape, dtype, quant_type, blocksize, compress_statistics, read)?;
+        let (packed, state) = quantize_4bit_read(shape, dtype, quant_type, blocksize, compress_statistics, None, read)?;
         Self::new(&packed, &state)
     }
 

@@ -4,11 +4,14 @@
 //! quantizing is counting how many thresholds lie below `x / absmax`, and a permutation
 //! for the types (FP4, Int4) whose codes are not in the order of their values.
 
-use std::{fmt, str::FromStr, sync::LazyLock};
+use std::sync::LazyLock;
 
 use candle_core::{Device, Tensor};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    names::named,
+};
 
 /// How a block's values are coded, each relative to the block's `absmax`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,19 +26,15 @@ pub enum QuantType {
     Int8,
 }
 
+// As in checkpoints and in `bnb_4bit_quant_type`.
+named!(QuantType: "quantization type", "use \"nf4\"; QLoRA was made for it" {
+    Nf4 => "nf4",
+    Fp4 => "fp4",
+    Int4 => "int4",
+    Int8 => "int8",
+});
+
 impl QuantType {
-    pub(crate) const ALL: [Self; 4] = [Self::Nf4, Self::Fp4, Self::Int4, Self::Int8];
-
-    /// The name in checkpoints and in `bnb_4bit_quant_type`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Nf4 => "nf4",
-            Self::Fp4 => "fp4",
-            Self::Int4 => "int4",
-            Self::Int8 => "int8",
-        }
-    }
-
     /// Bits a weight, without the statistics.
     pub fn bits(self) -> usize {
         if self == Self::Int8 { 8 } else { 4 }
@@ -66,25 +65,6 @@ impl QuantType {
             Ok(codes) => Ok(codes[self as usize].clone()),
             Err(e) => Err(Error::Tensor(candle_core::Error::Msg(e.to_string()))),
         }
-    }
-}
-
-impl fmt::Display for QuantType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
-
-impl FromStr for QuantType {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|t| t.as_str() == s).ok_or_else(|| Error::Unsupported {
-            what: "quantization type".into(),
-            got: s.into(),
-            supported: Self::ALL.map(|t| t.as_str().to_string()).into(),
-            remedy: "use \"nf4\"; QLoRA was made for it".into(),
-        })
     }
 }
 

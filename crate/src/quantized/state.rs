@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{AbsmaxCpu, BlockwiseState, QuantType, QuantizedCpu, check_blocksize, check_float, code_on, with_slice};
-use crate::error::{Error, Result};
+use super::{AbsmaxCpu, BlockwiseState, QuantType, QuantizedCpu, check_blocksize, code_on, with_slice};
+use crate::error::{Error, Result, ensure};
 
 /// What undoes `quantize_4bit`: the fields of bitsandbytes' `QuantState`. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -58,47 +58,31 @@ impl QuantState {
                 expect("nested_absmax", &state2.absmax, DType::F32, blocks.div_ceil(state2.blocksize))?;
                 expect("nested_quant_map", &state2.code, DType::F32, 256)
             }
-            (Some(_), None) => Err(Error::argument(
-                "nested_offset",
-                "nothing",
-                "a number, because absmax is quantized itself",
-                "the quantization state is incomplete: quantize again, or get the checkpoint again",
-            )),
+            (Some(_), None) => {
+                let remedy = "the quantization state is incomplete: quantize again, or get the checkpoint again";
+                let expected = "a number, because absmax is quantized itself";
+                Err(Error::argument("nested_offset", "nothing", expected, remedy))
+            }
         }
     }
 }
 
 pub(crate) fn expect(name: &str, tensor: &Tensor, dtype: DType, elements: usize) -> Result<()> {
-    if tensor.dtype() != dtype {
-        return Err(Error::argument(
-            &format!("dtype of {name}"),
-            tensor.dtype().as_str(),
-            dtype.as_str(),
-            "the quantization state does not belong to this weight: get the checkpoint again",
-        ));
-    }
+    let remedy = "the quantization state does not belong to this weight: get the checkpoint again";
+    let (got, name_of_dtype) = (tensor.dtype(), format!("dtype of {name}"));
+    ensure(got == dtype, &name_of_dtype, got.as_str(), dtype.as_str(), remedy)?;
     if tensor.elem_count() != elements {
-        return Err(Error::Shape {
-            name: name.into(),
-            path: None,
-            expected: vec![elements],
-            got: tensor.dims().to_vec(),
-            remedy: "the quantization state does not belong to this weight: get the checkpoint again".into(),
-        });
+        return Err(Error::shape(name, None, &[elements], tensor.dims(), remedy));
     }
     Ok(())
 }
 
 pub(crate) fn same_device(name: &str, tensor: &Tensor, packed: &Tensor) -> Result<()> {
-    if tensor.device().same_device(packed.device()) {
-        return Ok(());
-    }
-    Err(Error::argument(
-        &format!("device of {name}"),
-        format!("{:?}", tensor.device().location()),
-        &format!("{:?}, as of the packed weight", packed.device().location()),
-        "move the weight and its state to one device: QuantizedTensor::to_device",
-    ))
+    let (here, there) = (tensor.device(), packed.device());
+    let (got, expected) =
+        (format!("{:?}", here.location()), format!("{:?}, as of the packed weight", there.location()));
+    let remedy = "move the weight and its state to one device: QuantizedTensor::to_device";
+    ensure(here.same_device(there), &format!("device of {name}"), got, &expected, remedy)
 }
 
 /// A weight in 4 bits (or 8): the codes and their state. Cloning is cheap and shares both.
@@ -156,12 +140,6 @@ impl QuantizedTensor {
     /// The dtype of the dequantized weight.
     pub fn dtype(&self) -> DType {
         self.state.dtype
-    }
-
-    /// The same weight dequantized to another dtype (`bnb_4bit_compute_dtype`).
-    pub fn with_dtype(&self, dtype: DType) -> Result<Self> {
-        check_float(dtype)?;
-        Ok(Self { packed: self.packed.clone(), state: QuantState { dtype, ..self.state.clone() } })
     }
 
     /// Bytes of the codes and the statistics.

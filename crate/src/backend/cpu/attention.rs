@@ -57,6 +57,8 @@ pub struct Head<'a> {
     pub scale: f32,
     /// A query sees so many keys at the most, its own the last of them.
     pub window: usize,
+    /// Where its output rows begin.
+    pub place: usize,
 }
 
 /// Queries whose scores exist at a time, and the keys that one of them sees.
@@ -97,11 +99,11 @@ impl Head<'_> {
         })
     }
 
-    /// Writes the head's output rows at `out[offset + i * row ..]`.
+    /// Writes the head's output rows to its place in `out`, `row` apart.
     ///
     /// # Safety
     /// No other thread may touch those elements.
-    unsafe fn forward(&self, out: SharedMut, offset: usize, row: usize) {
+    unsafe fn forward(&self, out: SharedMut, row: usize) {
         let mut p = Vec::new();
         for block in self.blocks() {
             self.probabilities(&block, &mut p);
@@ -109,18 +111,19 @@ impl Head<'_> {
             let v = self.v.rows(block.first_key);
             // SAFETY: the caller's promise.
             unsafe {
-                let out = out.at(offset + block.first_query * row);
+                let out = out.at(self.place + block.first_query * row);
                 gemm_into(dims, 1.0, Mat::rows(&p, block.keys), v, out, row, false, false);
             }
         }
     }
 
-    /// Adds the gradients of q, k and v at the operands' own places in `grad`.
+    /// Adds the gradients of q, k and v at the operands' own places in `grad`; `dout` has rows as the output.
     ///
     /// # Safety
     /// No other thread may touch those elements.
-    unsafe fn backward(&self, dout: Operand, grad: SharedMut) {
+    unsafe fn backward(&self, dout: &[f32], row: usize, grad: SharedMut) {
         let (mut p, mut dp) = (Vec::new(), Vec::new());
+        let dout = Operand { data: dout, offset: self.place, row };
         let (q, k, v, d) = (self.q, self.k, self.v, self.head_dim);
         for block in self.blocks() {
             let Block { first_query, queries, first_key, keys } = block;
@@ -149,49 +152,19 @@ impl Head<'_> {
     }
 }
 
-/// Runs every head; `place[i]` is where head i's output rows start, rows `row` apart.
-fn forward_heads(heads: &[Head], place: &[usize], out: &mut [f32], row: usize) {
-    check(heads, place, out.len(), row);
-    let shared = SharedMut::new(out);
-    let run = |(head, &offset): (&Head, &usize)| {
-        // SAFETY: each head of each sequence has its own columns and rows of the output.
-        unsafe { head.forward(shared, offset, row) }
-    };
-    if worth_threads(heads) {
-        heads.par_iter().zip(place).for_each(run);
-    } else {
-        heads.iter().zip(place).for_each(run);
-    }
-}
-
-/// Adds every head's gradients to `grad`, which has the layout of the operands' buffer.
-/// Heads that share keys and values (grouped queries) must be neighbours: groups of `group`.
-fn backward_heads(heads: &[Head], place: &[usize], dout: &[f32], row: usize, grad: &mut [f32], group: usize) {
-    check(heads, place, dout.len(), row);
-    let shared = SharedMut::new(grad);
-    let run = |(heads, places): (&[Head], &[usize])| {
-        for (head, &offset) in heads.iter().zip(places) {
-            // SAFETY: each group has its own keys and values, each head its own queries.
-            unsafe { head.backward(Operand { data: dout, offset, row }, shared) }
-        }
-    };
-    if worth_threads(heads) {
-        heads.par_chunks(group).zip(place.par_chunks(group)).for_each(run);
-    } else {
-        heads.chunks(group).zip(place.chunks(group)).for_each(run);
-    }
-}
-
-/// A single query against a short cache is over before a thread has woken up.
-fn worth_threads(heads: &[Head]) -> bool {
-    heads.iter().map(|h| h.queries * h.keys * h.head_dim).sum::<usize>() > 1 << 17
-}
-
-fn check(heads: &[Head], place: &[usize], len: usize, row: usize) {
-    assert_eq!(heads.len(), place.len(), "attention: one place a head");
-    for (head, offset) in heads.iter().zip(place) {
+/// Runs `work` on every head; rows of the output, of `len` elements, are `row` apart. A `group` of neighbours, which share
+/// keys and values, is one task.
+fn for_heads(heads: &[Head], group: usize, (len, row): (usize, usize), work: impl Fn(&Head) + Sync) {
+    for head in heads {
         assert!(head.queries <= head.keys, "attention: more queries than keys");
-        assert!(head.queries == 0 || offset + (head.queries - 1) * row + head.head_dim <= len, "attention: output");
+        let end = head.place + head.queries.saturating_sub(1) * row + head.head_dim;
+        assert!(head.queries == 0 || end <= len, "attention: output");
+    }
+    // A single query against a short cache is over before a thread has woken up.
+    if heads.iter().map(|h| h.queries * h.keys * h.head_dim).sum::<usize>() > 1 << 17 {
+        heads.par_chunks(group).for_each(|group| group.iter().for_each(&work));
+    } else {
+        heads.iter().for_each(work);
     }
 }
 
@@ -209,17 +182,17 @@ impl Attends for Cpu {
         run.save(PROJECTED, projected);
         let (layout, width) = (&attention.layout, attention.layout.width());
         let view = F32View::new(projected)?;
+        let mut heads = heads(attention, &view, run);
         let mut out = vec![0f32; run.sequences.num_tokens() * width];
+        let (size, shared) = ((out.len(), width), SharedMut::new(&mut out));
+        // SAFETY: each head of each sequence has its own columns and rows of the output.
+        let forward = |head: &Head| unsafe { head.forward(shared, width) };
         match &run.cache {
-            None => {
-                let (heads, places) = heads(attention, &view, run);
-                forward_heads(&heads, &places, &mut out, width);
-            }
+            None => for_heads(&heads, 1, size, forward),
             Some(cache) => {
                 append(cache, run, layout, &view)?;
                 let (keys, values) = cache.block(run.block);
                 let (keys, values) = (F32View::new(keys)?, F32View::new(values)?);
-                let (mut heads, places) = heads(attention, &view, run);
                 let kv_width = layout.kv_width();
                 for (i, head) in heads.iter_mut().enumerate() {
                     let (sequence, h) = (i / layout.heads, i % layout.heads);
@@ -229,7 +202,7 @@ impl Attends for Cpu {
                     head.k = Operand { data: &keys, offset, row: kv_width };
                     head.v = Operand { data: &values, offset, row: kv_width };
                 }
-                forward_heads(&heads, &places, &mut out, width);
+                for_heads(&heads, 1, size, forward);
             }
         }
         Ok(Tensor::from_vec(out, (run.sequences.num_tokens(), width), &Device::Cpu)?)
@@ -238,10 +211,13 @@ impl Attends for Cpu {
     fn attention_backward(&self, attention: &Attention, dy: &Tensor, run: &mut Run) -> Result<Tensor> {
         let projected = run.take(PROJECTED)?;
         let (view, dy) = (F32View::new(&projected)?, F32View::new(dy)?);
-        let (heads, places) = heads(attention, &view, run);
+        let heads = heads(attention, &view, run);
         let mut grad = vec![0f32; view.len()];
-        let layout = &attention.layout;
-        backward_heads(&heads, &places, &dy, layout.width(), &mut grad, layout.heads / layout.kv_heads);
+        let (layout, shared) = (&attention.layout, SharedMut::new(&mut grad));
+        let width = layout.width();
+        // SAFETY: each group has its own keys and values, each head its own queries.
+        let backward = |head: &Head| unsafe { head.backward(&dy, width, shared) };
+        for_heads(&heads, layout.heads / layout.kv_heads, (dy.len(), width), backward);
         Ok(Tensor::from_vec(grad, projected.dims(), &Device::Cpu)?)
     }
 }
@@ -268,11 +244,10 @@ fn append(cache: &KvCache, run: &Run, layout: &HeadLayout, projected: &[f32]) ->
     Ok(())
 }
 
-/// Every head of every sequence, heads innermost, and where its output rows begin.
-fn heads<'a>(attention: &Attention, projected: &'a [f32], run: &Run) -> (Vec<Head<'a>>, Vec<usize>) {
+/// Every head of every sequence, heads innermost.
+fn heads<'a>(attention: &Attention, projected: &'a [f32], run: &Run) -> Vec<Head<'a>> {
     let l = &attention.layout;
     let mut heads = Vec::with_capacity(run.sequences.len() * l.heads);
-    let mut places = Vec::with_capacity(heads.capacity());
     for range in run.sequences.ranges() {
         for h in 0..l.heads {
             let operand = |place: &Place, h: usize| Operand {
@@ -291,9 +266,9 @@ fn heads<'a>(attention: &Attention, projected: &'a [f32], run: &Run) -> (Vec<Hea
                 slope: attention.slopes.get(h).copied().unwrap_or(0.0),
                 scale: 1.0 / (l.head_dim as f32).sqrt(),
                 window: attention.window.unwrap_or(usize::MAX),
+                place: (range.start * l.heads + h) * l.head_dim,
             });
-            places.push((range.start * l.heads + h) * l.head_dim);
         }
     }
-    (heads, places)
+    heads
 }

@@ -4,14 +4,12 @@
 //! table of 16, made once (multiplied and rounded to the compute dtype), and each element is a
 //! look-up: one instruction for 16 elements with AVX-512, three for 8 with AVX2.
 
-use candle_core::{DType, Device, Tensor, WithDType};
-use half::{bf16, f16};
-use rayon::prelude::*;
+use candle_core::Tensor;
 
 use super::simd::{self, Level};
 use crate::{
     error::Result,
-    quantized::{Element, QuantType, QuantizedCpu, QuantizedTensor, round_to},
+    quantized::{QuantType, QuantizedCpu, QuantizedTensor, filled, round_to},
 };
 
 /// Dequantizes elements `[start, start + out.len())` of the flattened weight to f32, each
@@ -89,26 +87,11 @@ pub(crate) fn for_each_block(
 
 /// `dequantize_4bit` for a weight on the CPU.
 pub(super) fn dequantize(weight: &QuantizedTensor) -> Result<Tensor> {
-    let shape = weight.shape();
-    weight.with_cpu(|view| match view.dtype {
-        DType::F16 => dequantize_to::<f16>(view, shape),
-        DType::BF16 => dequantize_to::<bf16>(view, shape),
-        _ => dequantize_to::<f32>(view, shape),
+    weight.with_cpu(|view| {
+        let read = |first: usize, x: &mut [f32]| {
+            dequantize_range(view, first, x);
+            Ok(())
+        };
+        filled(weight.shape(), weight.dtype(), &read)
     })?
-}
-
-fn dequantize_to<T: Element + WithDType>(view: &QuantizedCpu<'_>, shape: &[usize]) -> Result<Tensor> {
-    // Whole blocks a task, and enough of them to be worth one; a buffer that stays in the cache.
-    const TASK: usize = 1 << 16;
-    const BUFFER: usize = 1 << 12;
-    let mut out = vec![T::zero(); view.len];
-    out.par_chunks_mut(TASK).enumerate().for_each(|(task, out)| {
-        let mut buffer = [0f32; BUFFER];
-        for (i, out) in out.chunks_mut(BUFFER).enumerate() {
-            let buffer = &mut buffer[..out.len()];
-            dequantize_range(view, task * TASK + i * BUFFER, buffer);
-            T::from_f32s(buffer, out);
-        }
-    });
-    Ok(Tensor::from_vec(out, shape, &Device::Cpu)?)
 }

@@ -3,35 +3,7 @@
 //! Multiplication and addition stay separate (no fused multiply-add), so a machine with
 //! AVX-512, one with AVX2 and one with neither give the same bits.
 
-/// Compiles a function three times and picks the widest that this CPU has.
-macro_rules! simd {
-    ($(#[$doc:meta])* pub fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
-        $(#[$doc])*
-        pub fn $name($($arg: $ty),*) $(-> $ret)? {
-            #[inline(always)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512vl,avx512dq")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
-                #[target_feature(enable = "avx2")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512dq")
-                {
-                    // SAFETY: the CPU has the features.
-                    return unsafe { avx512($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: the CPU has the feature.
-                    return unsafe { avx2($($arg),*) };
-                }
-            }
-            body($($arg),*)
-        }
-    };
-}
+use super::simd::simd;
 
 /// Partial sums that a reduction keeps, so that it needs no reordering to be vectorized.
 const LANES: usize = 32;
@@ -69,8 +41,9 @@ fn reduce<const N: usize>(slices: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f
     sum
 }
 
+/// The largest, `NaN` left out; -inf of nothing.
 #[inline(always)]
-fn max_of(x: &[f32]) -> f32 {
+pub fn max_of(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let chunks = x.chunks_exact(LANES);
     let mut max = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
@@ -285,16 +258,17 @@ simd! {
     }
 }
 
-/// The sum of the squares, in f64, so that the norm does not depend on how the gradients are cut into tensors.
-pub fn sum_of_squares(x: &[f32]) -> f64 {
+/// The sum of `f` over the elements, in f64 and in an order of its own that SIMD can follow.
+#[inline(always)]
+pub fn sum_f64(x: &[f32], f: impl Fn(f64) -> f64) -> f64 {
     let (whole, rest) = x.as_chunks::<16>();
     let mut sums = [0f64; 16];
     for chunk in whole {
         for (s, v) in sums.iter_mut().zip(chunk) {
-            *s += f64::from(*v) * f64::from(*v);
+            *s += f(f64::from(*v));
         }
     }
-    sums.iter().sum::<f64>() + rest.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>()
+    sums.iter().sum::<f64>() + rest.iter().map(|v| f(f64::from(*v))).sum::<f64>()
 }
 
 #[cfg(test)]

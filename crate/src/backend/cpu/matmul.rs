@@ -6,7 +6,7 @@
 //! number of threads: the same product gives the same bits with any number of them. (Between kinds
 //! of processor the last bits differ: `gemm` has kernels for AVX-512, for FMA and for neither.)
 
-use candle_core::{CpuStorage, Storage};
+use candle_core::DType;
 use gemm::{Parallelism, gemm};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
@@ -17,7 +17,10 @@ use super::{
     dequantize::dequantize_range,
     math,
 };
-use crate::{error::Result, quantized::QuantizedCpu};
+use crate::{
+    error::Result,
+    quantized::{QuantizedCpu, with_slice},
+};
 
 /// Elements of a weight that are widened at once (256 KiB of f32).
 const TILE: usize = 1 << 16;
@@ -54,13 +57,11 @@ impl Weight {
             Self::Quantized(q) => return q.with_cpu(|view| f(&WeightView::Quantized(*view))),
             Self::Dense(t) => t,
         };
-        let (storage, layout) = tensor.storage_and_layout();
-        let range = layout.contiguous_offsets().map(|(start, end)| start..end);
-        match (&*storage, range) {
-            (Storage::Cpu(CpuStorage::F32(w)), Some(r)) => Ok(f(&WeightView::F32(&w[r]))),
-            (Storage::Cpu(CpuStorage::F16(w)), Some(r)) => Ok(f(&WeightView::F16(&w[r]))),
-            (Storage::Cpu(CpuStorage::BF16(w)), Some(r)) => Ok(f(&WeightView::Bf16(&w[r]))),
-            _ => Err(internal(format!("weight: {:?} is not computed with", tensor.dtype()))),
+        match tensor.dtype() {
+            DType::F32 => with_slice(tensor, |w| f(&WeightView::F32(w))),
+            DType::F16 => with_slice(tensor, |w| f(&WeightView::F16(w))),
+            DType::BF16 => with_slice(tensor, |w| f(&WeightView::Bf16(w))),
+            other => Err(internal(format!("weight: {other:?} is not computed with"))),
         }
     }
 }

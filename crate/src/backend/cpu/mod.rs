@@ -134,7 +134,9 @@ impl Parameters for Cpu {
     }
 
     fn sum_of_squares(&self, params: &[&Param]) -> Result<f64> {
-        params.iter().try_fold(0.0, |sum, p| Ok(sum + math::sum_of_squares(&F32View::new(p.grad())?)))
+        // In f64, so that the norm does not depend on how the gradients are cut into tensors.
+        let squares = |grad: &[f32]| math::sum_f64(grad, |v| v * v);
+        params.iter().try_fold(0.0, |sum, p| Ok(sum + squares(&F32View::new(p.grad())?)))
     }
 
     fn optimizer_states(&self, _: &[Param], _: Vec<Vec<Part>>, _: usize, _: bool) -> Result<Option<Box<dyn States>>> {

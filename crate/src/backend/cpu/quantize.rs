@@ -12,14 +12,15 @@ use rayon::prelude::*;
 
 use super::{
     Cpu, dequantize,
-    simd::{self, Level},
+    matmul::WeightView,
+    simd::{self, simd},
 };
 use crate::{
-    backend::Quantizes,
+    backend::{Quantizes, operands::Weight},
     error::Result,
     quantized::{
-        BlockwiseState, DynamicMap, Element, ForFloats, NESTED_BLOCKSIZE, QuantState, QuantType, QuantizedTensor, Read,
-        Thresholds, absmax_mean, check_blocksize, check_float, for_floats, not_finite, round_to, signed_code,
+        BlockwiseState, DynamicMap, NESTED_BLOCKSIZE, QuantState, QuantType, QuantizedTensor, Read, Thresholds,
+        absmax_mean, check_blocksize, check_float, is_float, not_finite, round_to, signed_code, slices::not_float,
         tensor_f32, with_f32, with_slice,
     },
 };
@@ -30,28 +31,11 @@ const MIN_ABSMAX: f32 = 1e-38;
 /// Elements that one task handles: a multiple of every blocksize, and enough to pay for the task.
 const TASK: usize = 1 << 16;
 
-/// Quantizes `x` into `packed` and one `absmax` a block. Fails with the index of an element
-/// that is NaN or infinite.
-fn encode<T: Element>(
-    x: &[T],
-    quant_type: QuantType,
-    blocksize: usize,
-    packed: &mut [u8],
-    absmax: &mut [f32],
-) -> std::result::Result<(), usize> {
-    let level = simd::level();
-    let bytes = quant_type.packed_len(TASK);
-    let tasks = x.par_chunks(TASK).zip(packed.par_chunks_mut(bytes)).zip(absmax.par_chunks_mut(TASK / blocksize));
-    let found = tasks.enumerate().find_map_first(|(task, ((x, packed), absmax))| {
-        encode_blocks(level, x, quant_type, blocksize, packed, absmax).map(|index| task * TASK + index)
-    });
-    found.map_or(Ok(()), Err)
-}
-
-/// The same of `n` numbers that are nowhere in memory: `read` gives those from an index on, a piece a task. Fails with
-/// the first failure of `read`, and for a number that is not finite.
-fn encode_read(
+/// Quantizes `n` numbers into `packed` and one `absmax` a block: those that are `here`, or what `read` gives from an index
+/// on, a piece a task. Fails with the first failure of `read`, and for a number that is not finite.
+fn encode(
     n: usize,
+    here: Option<&[f32]>,
     read: &Read<'_>,
     quant_type: QuantType,
     blocksize: usize,
@@ -62,86 +46,53 @@ fn encode_read(
     let bytes = quant_type.packed_len(TASK);
     let tasks = packed.par_chunks_mut(bytes).zip(absmax.par_chunks_mut(TASK / blocksize)).enumerate();
     let done = tasks.map_init(
-        || vec![0f32; TASK.min(n)],
+        || vec![0f32; if here.is_some() { 0 } else { TASK.min(n) }],
         |buffer, (task, (packed, absmax))| {
             let first = task * TASK;
-            let x = &mut buffer[..TASK.min(n - first)];
-            read(first, x)?;
-            let found = encode_blocks(level, x, quant_type, blocksize, packed, absmax);
-            found.map_or(Ok(()), |index| Err(not_finite(first + index, x[index])))
+            let x = match here {
+                Some(x) => &x[first..n.min(first + TASK)],
+                None => {
+                    let x = &mut buffer[..TASK.min(n - first)];
+                    read(first, x)?;
+                    x
+                }
+            };
+            let blocks = x.chunks(blocksize).zip(packed.chunks_mut(quant_type.packed_len(blocksize))).zip(absmax);
+            for (block, ((x, packed), absmax)) in blocks.enumerate() {
+                *absmax = encode_block_at(level, x, quant_type, packed);
+                if !absmax.is_finite() {
+                    let at = x.iter().position(|v| !v.is_finite()).unwrap_or(0);
+                    return Err(not_finite(first + block * blocksize + at, x[at]));
+                }
+            }
+            Ok(())
         },
     );
     done.find_map_first(Result::err).map_or(Ok(()), Err)
 }
 
-/// The blocks of a task. The index of an element that is not finite, if there is one.
-fn encode_blocks<T: Element>(
-    level: Level,
-    x: &[T],
-    quant_type: QuantType,
-    blocksize: usize,
-    packed: &mut [u8],
-    absmax: &mut [f32],
-) -> Option<usize> {
-    let mut buffer = [0f32; 4096];
-    let blocks = x.chunks(blocksize).zip(packed.chunks_mut(quant_type.packed_len(blocksize))).zip(absmax);
-    for (block, ((x, packed), absmax)) in blocks.enumerate() {
-        let x = T::as_f32(x, &mut buffer);
-        *absmax = encode_block_at(level, x, quant_type, packed);
+simd! {
+    /// One block of at most 4096 values; returns its maximum, which is not finite if a value is not.
+    #[inline]
+    pub(crate) fn encode_block_at(level: Level, x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
+        // As integers, magnitudes order like the floats, and NaN and infinity lie above them all.
+        let absmax = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff)));
         if !absmax.is_finite() {
-            return Some(block * blocksize + x.iter().position(|v| !v.is_finite()).unwrap_or(0));
+            return absmax;
         }
-    }
-    None
-}
-
-/// One block of at most 4096 values; returns its maximum, which is not finite if a value is not.
-#[inline]
-pub(crate) fn encode_block_at(level: Level, x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the level was detected on this processor.
-        Level::Avx512 => unsafe { block_avx512(x, quant_type, packed) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Level::Avx2 => unsafe { block_avx2(x, quant_type, packed) },
-        Level::Scalar => block_portable(x, quant_type, packed),
-    }
-}
-
-// One source, compiled for three kinds of processor: the loops below vectorize themselves.
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn block_avx512(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
-    block_portable(x, quant_type, packed)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn block_avx2(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
-    block_portable(x, quant_type, packed)
-}
-
-#[inline(always)]
-fn block_portable(x: &[f32], quant_type: QuantType, packed: &mut [u8]) -> f32 {
-    // As integers, magnitudes order like the floats, and NaN and infinity lie above them all.
-    let absmax = f32::from_bits(x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff)));
-    if !absmax.is_finite() {
-        return absmax;
-    }
-    let inverse = 1.0 / absmax.max(MIN_ABSMAX);
-    if quant_type == QuantType::Int8 {
-        for (p, v) in packed.iter_mut().zip(x) {
-            *p = (v * inverse * 127.0).round_ties_even() as i8 as u8;
+        let inverse = 1.0 / absmax.max(MIN_ABSMAX);
+        if quant_type == QuantType::Int8 {
+            for (p, v) in packed.iter_mut().zip(x) {
+                *p = (v * inverse * 127.0).round_ties_even() as i8 as u8;
+            }
+            return absmax;
         }
-        return absmax;
+        match quant_type {
+            QuantType::Nf4 => pack_block::<true>(x, inverse, quant_type.thresholds(), packed),
+            _ => pack_block::<false>(x, inverse, quant_type.thresholds(), packed),
+        }
+        absmax
     }
-    match quant_type {
-        QuantType::Nf4 => pack_block::<true>(x, inverse, quant_type.thresholds(), packed),
-        _ => pack_block::<false>(x, inverse, quant_type.thresholds(), packed),
-    }
-    absmax
 }
 
 /// `IN_ORDER`: the code is the rank itself, which spares a look-up that does not vectorize.
@@ -174,38 +125,22 @@ fn pack_32<const IN_ORDER: bool>(x: &[f32; 32], inverse: f32, thresholds: &Thres
     }
 }
 
-/// [`quantize_4bit`] of a weight that is nowhere in memory, to the CPU. What `read` gives are numbers of `dtype`.
+/// [`Quantizes::quantize`] of a weight that may be nowhere in memory, to the CPU: of its numbers where they are `here`,
+/// otherwise of those that `read` gives. They are numbers of `dtype`.
 pub(crate) fn quantize_4bit_read(
     shape: &[usize],
     dtype: DType,
     quant_type: QuantType,
     blocksize: usize,
     compress_statistics: bool,
+    here: Option<&[f32]>,
     read: &Read<'_>,
 ) -> Result<(Tensor, QuantState)> {
     check_float(dtype)?;
     check_blocksize(blocksize)?;
     let n = shape.iter().product();
-    let (mut packed, mut absmax) = room(n, quant_type, blocksize);
-    encode_read(n, read, quant_type, blocksize, &mut packed, &mut absmax)?;
-    finish(packed, absmax, shape, dtype, quant_type, blocksize, compress_statistics)
-}
-
-/// For the codes of n elements, and the maxima of their blocks.
-fn room(n: usize, quant_type: QuantType, blocksize: usize) -> (Vec<u8>, Vec<f32>) {
-    (vec![0u8; quant_type.packed_len(n)], vec![0f32; n.div_ceil(blocksize)])
-}
-
-/// Codes and maxima as tensors, these quantized themselves with `compress_statistics`.
-fn finish(
-    packed: Vec<u8>,
-    mut absmax: Vec<f32>,
-    shape: &[usize],
-    dtype: DType,
-    quant_type: QuantType,
-    blocksize: usize,
-    compress_statistics: bool,
-) -> Result<(Tensor, QuantState)> {
+    let (mut packed, mut absmax) = (vec![0u8; quant_type.packed_len(n)], vec![0f32; n.div_ceil(blocksize)]);
+    encode(n, here, read, quant_type, blocksize, &mut packed, &mut absmax)?;
     let (absmax, offset, state2) = if compress_statistics {
         let offset = absmax_mean::cuda_mean(&absmax);
         absmax.iter_mut().for_each(|a| *a -= offset);
@@ -220,24 +155,6 @@ fn finish(
     Ok((Tensor::from_vec(packed, (len, 1), &Device::Cpu)?, state))
 }
 
-struct Quantize<'a> {
-    quant_type: QuantType,
-    blocksize: usize,
-    packed: &'a mut [u8],
-    absmax: &'a mut [f32],
-}
-
-impl ForFloats for Quantize<'_> {
-    type Output = Result<()>;
-
-    fn call<T: Element>(self, x: &[T]) -> Result<()> {
-        encode(x, self.quant_type, self.blocksize, self.packed, self.absmax).map_err(|index| {
-            let mut buffer = [0f32; 1];
-            not_finite(index, T::as_f32(&x[index..=index], &mut buffer)[0])
-        })
-    }
-}
-
 impl Quantizes for Cpu {
     fn quantize(
         &self,
@@ -246,10 +163,17 @@ impl Quantizes for Cpu {
         blocksize: usize,
         compress_statistics: bool,
     ) -> Result<(Tensor, QuantState)> {
-        let (mut packed, mut absmax) = room(weight.elem_count(), quant_type, blocksize);
-        let job = Quantize { quant_type, blocksize, packed: &mut packed, absmax: &mut absmax };
-        for_floats(weight, job)??;
-        finish(packed, absmax, weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics)
+        if !is_float(weight.dtype()) {
+            return Err(not_float(weight.dtype()));
+        }
+        Weight::Dense(weight.clone()).with_view(|view| {
+            let here = if let WeightView::F32(x) = view { Some(*x) } else { None };
+            let read = |first: usize, x: &mut [f32]| {
+                view.widen(first, x);
+                Ok(())
+            };
+            quantize_4bit_read(weight.dims(), weight.dtype(), quant_type, blocksize, compress_statistics, here, &read)
+        })?
     }
 
     fn dequantize(&self, weight: &QuantizedTensor) -> Result<Tensor> {

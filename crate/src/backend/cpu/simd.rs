@@ -1,4 +1,4 @@
-//! Look-up of 4-bit codes with x86 vector instructions, chosen at run time.
+//! Kinds of processor: loops compiled for each, and the look-up of 4-bit codes in x86 vector instructions.
 
 use std::sync::LazyLock;
 
@@ -41,6 +41,49 @@ pub(crate) fn available() -> Vec<Level> {
     levels
 }
 
+/// Compiles a function for every level, whose loops the compiler vectorizes by itself. It runs at the level that is its
+/// first argument, otherwise at the best of this processor. Generic parameters stand in brackets.
+macro_rules! simd {
+    ($(#[$about:meta])* $vis:vis fn $name:ident$([$($generics:tt)+])?(
+        $level:ident: Level, $($arg:ident: $ty:ty),* $(,)?
+    ) $(-> $ret:ty)? $body:block) => {
+        $(#[$about])*
+        $vis fn $name$(<$($generics)+>)?(
+            $level: $crate::backend::cpu::simd::Level, $($arg: $ty),*
+        ) $(-> $ret)? {
+            #[inline(always)]
+            fn body$(<$($generics)+>)?($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+            fn avx512$(<$($generics)+>)?($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2$(<$($generics)+>)?($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+            match $level {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: the level was detected on this processor.
+                $crate::backend::cpu::simd::Level::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                $crate::backend::cpu::simd::Level::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::backend::cpu::simd::Level::Scalar => body($($arg),*),
+            }
+        }
+    };
+    ($(#[$about:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$about])*
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            $crate::backend::cpu::simd::simd! {
+                #[inline(always)]
+                fn at(level: Level, $($arg: $ty),*) $(-> $ret)? $body
+            }
+            at($crate::backend::cpu::simd::level(), $($arg),*)
+        }
+    };
+}
+
+pub(crate) use simd;
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use std::arch::x86_64::*;
@@ -73,21 +116,10 @@ pub(crate) mod x86 {
                 // Only the low four bits of each index count, so the rest may stay.
                 _mm512_permutexvar_ps(_mm512_srlv_epi32(codes, shifts), table)
             };
-            let mut scalar_table = [0f32; 16];
-            let (head, whole) = split_odd(start, out);
-            let (groups, tail) = whole.as_chunks_mut::<16>();
-            let (head_start, first) = (start, start + head.len());
-            let (bytes, _) = view.packed[first / 2..].as_chunks::<8>();
-            for (o, packed) in groups.iter_mut().zip(bytes) {
-                // SAFETY: 16 writable f32.
-                unsafe { _mm512_storeu_ps(o.as_mut_ptr(), lookup(packed)) };
-            }
-            if !head.is_empty() || !tail.is_empty() {
-                // SAFETY: 16 writable f32.
-                unsafe { _mm512_storeu_ps(scalar_table.as_mut_ptr(), table) };
-                lookup_scalar(&scalar_table, view.packed, head_start, head);
-                lookup_scalar(&scalar_table, view.packed, first + groups.len() * 16, tail);
-            }
+            // SAFETY: 16 writable f32, here and below.
+            let store = |to: &mut [f32; 16], values| unsafe { _mm512_storeu_ps(to.as_mut_ptr(), values) };
+            let lookup = |packed: &[u8; 8], out: &mut [f32; 16]| store(out, lookup(packed));
+            for_each_group(view.packed, start, out, |to| store(to, table), lookup);
         });
     }
 
@@ -117,11 +149,7 @@ pub(crate) mod x86 {
             let absmax = _mm256_set1_ps(view.absmax.get(block));
             let low = round256(view.dtype, _mm256_mul_ps(low, absmax));
             let high = round256(view.dtype, _mm256_mul_ps(high, absmax));
-            let (head, whole) = split_odd(start, out);
-            let (groups, tail) = whole.as_chunks_mut::<8>();
-            let first = start + head.len();
-            let (bytes, _) = view.packed[first / 2..].as_chunks::<4>();
-            for (o, packed) in groups.iter_mut().zip(bytes) {
+            let lookup = |packed: &[u8; 4], out: &mut [f32; 8]| {
                 let index = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*packed)), shifts);
                 // A look-up sees three bits; the fourth, moved to the sign, chooses the half.
                 let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
@@ -131,16 +159,14 @@ pub(crate) mod x86 {
                     fourth,
                 );
                 // SAFETY: 8 writable f32.
-                unsafe { _mm256_storeu_ps(o.as_mut_ptr(), value) };
-            }
-            if !head.is_empty() || !tail.is_empty() {
-                let mut table = [0f32; 16];
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr(), value) };
+            };
+            let table = |to: &mut [f32; 16]| {
                 // SAFETY: 16 writable f32.
-                unsafe { _mm256_storeu_ps(table.as_mut_ptr(), low) };
-                unsafe { _mm256_storeu_ps(table[8..].as_mut_ptr(), high) };
-                lookup_scalar(&table, view.packed, start, head);
-                lookup_scalar(&table, view.packed, first + groups.len() * 8, tail);
-            }
+                unsafe { _mm256_storeu_ps(to.as_mut_ptr(), low) };
+                unsafe { _mm256_storeu_ps(to[8..].as_mut_ptr(), high) };
+            };
+            for_each_group(view.packed, start, out, table, lookup);
         });
     }
 
@@ -159,9 +185,27 @@ pub(crate) mod x86 {
         }
     }
 
-    /// A range that starts in the middle of a byte gives up its first element.
+    /// `lookup` for each whole group of elements; the first, if it starts in the middle of a byte, and the last few go
+    /// through the `table`.
     #[inline(always)]
-    fn split_odd(start: usize, out: &mut [f32]) -> (&mut [f32], &mut [f32]) {
-        out.split_at_mut(if start % 2 == 1 { 1.min(out.len()) } else { 0 })
+    fn for_each_group<const BYTES: usize, const N: usize>(
+        packed: &[u8],
+        start: usize,
+        out: &mut [f32],
+        table: impl FnOnce(&mut [f32; 16]),
+        lookup: impl Fn(&[u8; BYTES], &mut [f32; N]),
+    ) {
+        let (head, whole) = out.split_at_mut(if start % 2 == 1 { 1.min(out.len()) } else { 0 });
+        let (groups, tail) = whole.as_chunks_mut();
+        let first = start + head.len();
+        for (out, packed) in groups.iter_mut().zip(packed[first / 2..].as_chunks().0) {
+            lookup(packed, out);
+        }
+        if !head.is_empty() || !tail.is_empty() {
+            let mut values = [0f32; 16];
+            table(&mut values);
+            lookup_scalar(&values, packed, start, head);
+            lookup_scalar(&values, packed, first + groups.len() * N, tail);
+        }
     }
 }
