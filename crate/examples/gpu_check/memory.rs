@@ -172,20 +172,24 @@ fn trainer(model: &PeftModel, output: PathBuf, gradient_checkpointing: bool) -> 
 }
 
 fn adapted(base: &Model, modules: &[&str]) -> Result<PeftModel> {
-    let target_modules = modules.to_vec().into();
-    get_peft_model(base, &LoraConfig { r: 8, target_modules, ..Default::default() })
+    let (whole, linears): (Vec<&str>, Vec<&str>) = modules.iter().partition(|name| WHOLE.contains(*name));
+    let modules_to_save = Some(whole.into_iter().map(String::from).collect());
+    get_peft_model(base, &LoraConfig { r: 8, target_modules: linears.into(), modules_to_save, ..Default::default() })
 }
 
 const MODULES: [&str; 4] = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
+/// Modules that learn whole.
+const WHOLE: [&str; 2] = ["lm_head", "word_embeddings"];
 
 /// What is loaded and trained: dtype, in 4 bits, adapted modules, gradient checkpointing.
-const PLANS: [(DType, bool, &[&str], bool); 6] = [
+const PLANS: [(DType, bool, &[&str], bool); 7] = [
     (DType::F16, true, MODULES.split_at(1).0, true),
     (DType::F16, true, MODULES.split_at(1).0, false),
     (DType::F16, false, MODULES.split_at(1).0, true),
     (DType::BF16, true, &MODULES, false),
     (DType::F32, true, &MODULES, true),
     (DType::F32, false, MODULES.split_at(1).0, false),
+    (DType::F16, true, &["dense", "lm_head", "word_embeddings"], true),
 ];
 
 /// Each in a process of its own: the peak of recorded passes is the process's.

@@ -61,6 +61,10 @@ impl Adapter for SavedModule {
         Ok(self.weight.value().copy()?)
     }
 
+    fn casts_weight(&self) -> bool {
+        true
+    }
+
     fn base_name(&self) -> &'static str {
         "original_module"
     }

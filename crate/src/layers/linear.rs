@@ -38,6 +38,11 @@ pub trait Adapter: Send + Sync {
     /// The weight `[out, in]` (f32) with the adapter added into it, f32.
     fn merge(&self, weight: &Tensor) -> Result<Tensor>;
 
+    /// Whether products take a copy of its own weight, made for each of them where the activations are not in f32.
+    fn casts_weight(&self) -> bool {
+        false
+    }
+
     /// What PEFT calls the layer without the adapter.
     fn base_name(&self) -> &'static str {
         "base_layer"

@@ -67,8 +67,10 @@ impl MemoryReport {
             (rows * vocab + 2 * rows * width) * float + around_head
         } else {
             // The final norm's input and output; the rows with a label and their gradient; logits in f32 and
-            // their gradient.
-            2 * width * (tokens + labels) * float + rows * vocab * (size_of::<f32>() + float)
+            // their gradient; a head that learns whole, in the dtype of the activations.
+            let cast = decoder.head.adapter().is_some_and(|adapter| adapter.casts_weight());
+            let head = if cast { vocab * width * float } else { 0 };
+            head + 2 * width * (tokens + labels) * float + rows * vocab * (size_of::<f32>() + float)
         };
         if shape.gradient_checkpointing {
             report.add("inputs of the blocks (gradient checkpointing)", needs.len() * width * tokens * float);
