@@ -1,8 +1,10 @@
 //! Files and folders that are whole or not there.
 
 use std::{
+    ffi::{CString, OsStr},
     fs::{self, File},
-    io::Write,
+    io,
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
@@ -15,37 +17,100 @@ pub fn temporary_sibling(path: &Path) -> PathBuf {
 }
 
 /// Lets `fill` write a file or folder beside `path`, then renames it: whoever looks sees the old one or the new one,
-/// never a part. On failure what was at `path` is still there and nothing is left behind.
+/// never a part, whenever the process is killed or the power fails. On failure what was at `path` is still there and
+/// nothing is left behind.
 pub fn replace(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let _writes = writing_in(path, |name| Some(name) == path.file_name());
     let temporary = Removed::at(temporary_sibling(path));
-    fill(&temporary.0).map_err(|error| in_final_place(error, &temporary.0, path))?;
-    if !(path.is_dir() && temporary.0.is_dir()) {
-        return fs::rename(&temporary.0, path).map_err(Error::io("write", path));
-    }
-    // A rename does not replace a folder that has something in it: it steps aside first.
-    let aside = Removed::at(temporary.0.with_extension("old"));
-    fs::rename(path, &aside.0).map_err(Error::io("write", path))?;
-    fs::rename(&temporary.0, path).map_err(|e| {
-        let _ = fs::rename(&aside.0, path);
-        Error::io("write", path)(e)
-    })
+    // On disk before the name is: that the disk is full may show only then.
+    let done = fill(&temporary.0).and_then(|()| sync(&temporary.0));
+    done.map_err(|error| in_final_place(error, &temporary.0, path))?;
+    let renamed = match path.is_dir() && temporary.0.is_dir() {
+        // A rename does not replace a folder that has something in it: the two change places.
+        true => exchange(&temporary.0, path),
+        false => fs::rename(&temporary.0, path),
+    };
+    // The name, too, is on disk when this is done.
+    renamed.and_then(|()| File::open(folder_of(path))?.sync_all()).map_err(Error::io("write", path))
 }
 
 /// [`replace`] for a file of these bytes.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    replace(path, |temporary| write_to_disk(temporary, bytes))
+    replace(path, |temporary| write_file(temporary, bytes))
 }
 
-/// Writes a file and waits until the disk has it: that it is full may show only then.
-pub fn write_to_disk(path: &Path, bytes: &[u8]) -> Result<()> {
-    let written = File::create(path).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
-    written.map_err(Error::io("write", path))
+/// Writes a file, in a folder that [`replace`] fills.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    fs::write(path, bytes).map_err(Error::io("write", path))
 }
 
-/// What is removed now, left over from a process of this id that was killed, and again in the end if it is there.
+/// Deletes a folder: one that is half deleted does not have its name any more.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    let _writes = writing_in(path, |_| false);
+    let doomed = temporary_sibling(path);
+    fs::rename(path, &doomed).and_then(|()| fs::remove_dir_all(&doomed)).map_err(Error::io("delete", path))
+}
+
+/// Removes what processes that were killed have left beside `path` of the files and folders that `ours` names. While
+/// the result lives nobody else takes what this process writes there for such a leftover: who writes holds a shared lock
+/// on the folder, who removes has it alone. Where the file system has no locks, nothing is removed.
+pub fn writing_in(path: &Path, ours: impl Fn(&OsStr) -> bool) -> Option<File> {
+    let place = folder_of(path);
+    let folder = File::open(place).ok()?;
+    if folder.try_lock().is_ok() {
+        let entries = fs::read_dir(place).into_iter().flatten().flatten();
+        let left = entries.filter(|entry| written_for(&entry.file_name()).is_some_and(|name| ours(name.as_ref())));
+        left.for_each(|entry| remove(&entry.path()));
+        folder.unlock().ok()?;
+    }
+    folder.lock_shared().ok()?;
+    Some(folder)
+}
+
+/// `name` of `.name.PID.tmp`: what [`temporary_sibling`] is for.
+fn written_for(temporary: &OsStr) -> Option<String> {
+    let (name, process) = temporary.to_str()?.strip_prefix('.')?.strip_suffix(".tmp")?.rsplit_once('.')?;
+    let is_number = !process.is_empty() && process.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then(|| name.to_string())
+}
+
+/// The folder that something is in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."))
+}
+
+/// Waits until a file, or a folder and all in it, is on disk.
+fn sync(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        for entry in fs::read_dir(path).map_err(Error::io("read", path))? {
+            sync(&entry.map_err(Error::io("read", path))?.path())?;
+        }
+    }
+    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("write", path))
+}
+
+/// Two folders change names at once; where the file system cannot, one after the other.
+fn exchange(new: &Path, old: &Path) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        let name = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other);
+        let (from, to) = (name(new)?, name(old)?);
+        // SAFETY: two strings that end with zero.
+        let status = unsafe {
+            libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::RENAME_EXCHANGE)
+        };
+        if status == 0 {
+            return Ok(());
+        }
+    }
+    let aside = Removed::at(new.with_extension("0.tmp"));
+    fs::rename(old, &aside.0)?;
+    fs::rename(new, old).inspect_err(|_| {
+        let _ = fs::rename(&aside.0, old);
+    })
+}
+
+/// What is removed now, if it is there, and again in the end.
 struct Removed(PathBuf);
 
 impl Removed {
@@ -96,7 +161,7 @@ mod tests {
         let fill = |text: &'static str| {
             move |folder: &Path| {
                 fs::create_dir(folder).unwrap();
-                write_to_disk(&folder.join("inside"), text.as_bytes())
+                write_file(&folder.join("inside"), text.as_bytes())
             }
         };
         for text in ["old", "new"] {

@@ -12,6 +12,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fs,
     path::{Path, PathBuf},
 };
@@ -25,7 +26,7 @@ use crate::{
     backend::LossScale,
     error::{Error, Result},
     json_file::{read_fields, read_json_or},
-    safe_file::{replace, temporary_sibling, write_to_disk},
+    safe_file::{remove_folder, replace, write_file, writing_in},
 };
 
 pub(super) const PREFIX: &str = "checkpoint-";
@@ -73,6 +74,9 @@ pub(super) struct Content<'a> {
 /// Writes the folder beside its place, then renames it. On failure nothing is left behind, and
 /// a folder that was there before is untouched.
 pub(super) fn save(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
+    // Of other checkpoints, too: a process that was killed may have been deleting one.
+    let is_checkpoint = |name: &OsStr| name.to_str().is_some_and(|name| name.starts_with(PREFIX));
+    drop(writing_in(folder, is_checkpoint));
     replace(folder, |temporary| write_all(temporary, save_adapter, content))
 }
 
@@ -84,7 +88,7 @@ fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, cont
     tensors.sort_by_key(|(name, _)| *name);
     let bytes =
         safetensors::serialize(tensors, None).map_err(|e| Error::malformed(&path, "safetensors file", e, DAMAGED))?;
-    write_to_disk(&path, &bytes)?;
+    write_file(&path, &bytes)?;
     let arguments = json!({
         "arguments": content.arguments,
         "run": content.identity.iter().cloned().collect::<Map<_, _>>(),
@@ -96,7 +100,7 @@ fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, cont
         (PROGRESS, &json!(content.progress)),
         (ARGUMENTS, &arguments),
     ] {
-        write_to_disk(&folder.join(name), format!("{value:#}\n").as_bytes())?;
+        write_file(&folder.join(name), format!("{value:#}\n").as_bytes())?;
     }
     Ok(())
 }
@@ -166,11 +170,7 @@ pub(super) fn rotate(output_dir: &Path, limit: usize, keep: &[&Path]) -> Result<
     let mut surplus = found.len().saturating_sub(limit);
     for path in found {
         if surplus > 0 && !keep.contains(&path.as_path()) {
-            // Renamed first: a half-deleted folder must not look like a checkpoint.
-            let doomed = temporary_sibling(&path);
-            fs::rename(&path, &doomed)
-                .and_then(|()| fs::remove_dir_all(&doomed))
-                .map_err(Error::io("delete", &path))?;
+            remove_folder(&path)?;
             surplus -= 1;
         }
     }
@@ -195,7 +195,7 @@ mod tests {
     }
 
     fn adapter(folder: &Path) -> Result<()> {
-        write_to_disk(&folder.join(ADAPTER), b"adapter")
+        write_file(&folder.join(ADAPTER), b"adapter")
     }
 
     fn names(folder: &Path) -> Vec<String> {
