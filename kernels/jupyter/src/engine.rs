@@ -1,5 +1,6 @@
 //! evcxr, in a thread of its own: it gets each cell with what it needs to be honest, and says what came of it.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -60,6 +61,7 @@ pub fn start(folder: &Path, api: Arc<Api>) -> Result<Handle> {
         question: Question::new(folder),
         replaced: Vec::new(),
         typed: None,
+        definitions: HashMap::new(),
         api,
         must_set_up_process: true,
         stopping: stopping.clone(),
@@ -120,6 +122,8 @@ struct Engine {
     question: Question,
     replaced: Vec<Replaced>,
     typed: Option<String>,
+    /// [`syntax::definitions`] of the cells so far.
+    definitions: HashMap<String, String>,
     /// What the library's functions return.
     api: Arc<Api>,
     /// Whether the process for the cells is a new one.
@@ -206,6 +210,11 @@ impl Engine {
             wrapper::mark(&self.folder, true);
             context.execute(FLUSH).map_err(|error| diagnostics::failure(&error, FLUSH))?;
         }
+        if code[..syntax::rust_begins(code)].lines().any(|line| line.split_whitespace().next() == Some(":quit")) {
+            let message = "`:quit` would end the notebook's process: restart or shut down the kernel in its place";
+            return Err(Failure::new(FailureKind::Compile, message, message));
+        }
+        self.give_up_outdated(context, code)?;
         // Answers that came too late belong to nobody.
         self.answered.try_iter().for_each(drop);
         let bindings = syntax::bindings(code);
@@ -226,7 +235,41 @@ impl Engine {
             result = self.run(context, code);
         }
         self.typed = prepared.typed;
+        if !matches!(result, Err(evcxr::Error::CompilationErrors(_))) {
+            self.definitions.extend(syntax::definitions(code));
+        }
         result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
+    }
+
+    /// Forgets the variables whose type a cell, if it compiles, defines anew. evcxr knows a type by its name and those of
+    /// its fields, and would take the memory of a `struct S(i32)` for that of a `struct S(i64)`.
+    fn give_up_outdated(&self, context: &mut CommandContext, code: &str) -> Result<(), Failure> {
+        let is_new = |(name, text): &(String, String)| self.definitions.get(name).is_some_and(|old| old != text);
+        let mut changed: Vec<String> = syntax::definitions(code).filter(is_new).map(|(name, _)| name).collect();
+        // And what is made of them.
+        while let Some((name, _)) =
+            self.definitions.iter().find(|(name, text)| !changed.contains(name) && syntax::mentions(text, &changed))
+        {
+            changed.push(name.clone());
+        }
+        let outdated = context.variables_and_types().filter(|(_, ty)| syntax::mentions(ty, &changed));
+        let outdated: Vec<String> = outdated.map(|(name, _)| name.to_owned()).collect();
+        if outdated.is_empty() {
+            return Ok(());
+        }
+        let errors = context.check(code).map_err(|error| diagnostics::failure(&error, code))?;
+        if errors.iter().any(|error| error.level().starts_with("error")) {
+            return Err(diagnostics::failure(&evcxr::Error::CompilationErrors(errors), code));
+        }
+        // A variable that has moved away is none any more.
+        let moved =
+            |name: &String| format!("let {name}: ::std::string::String = ::std::string::String::new(); drop({name}); ");
+        let moved: String = outdated.iter().map(moved).collect();
+        let names = outdated.join(", ");
+        let note = format!(
+            "{moved}::std::eprintln!(\"a type is defined anew, so variables of the old one are gone: {names}\");"
+        );
+        context.execute(&note).map(drop).map_err(|error| diagnostics::failure(&error, code))
     }
 
     fn run(&self, context: &mut CommandContext, code: &str) -> Result<evcxr::EvalOutputs, evcxr::Error> {

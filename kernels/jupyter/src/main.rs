@@ -22,6 +22,14 @@
 //! - who talks to it: [`history`], [`messages`], [`executor`], [`kernel`], [`repl`];
 //! - notebook files: [`notebook`], [`runner`], [`diff`], [`check`], [`junit`], [`batch`], [`testing`].
 
+/// In place of the standard library's, which panic where nobody reads: `qlora-nb run | head` still writes the notebook.
+macro_rules! println {
+    ($($text:tt)*) => { crate::files::say(&mut std::io::stdout(), format_args!($($text)*)) };
+}
+macro_rules! eprintln {
+    ($($text:tt)*) => { crate::files::say(&mut std::io::stderr(), format_args!($($text)*)) };
+}
+
 mod files;
 mod highlight;
 mod processes;
@@ -127,7 +135,9 @@ fn main() -> ExitCode {
     if wrapper::is_asked_for() {
         return wrapper::stand_before_rustc();
     }
-    supervisor::prepare_worker();
+    if let Some(done) = supervisor::is_worker() {
+        supervisor::work(&done);
+    }
     evcxr::runtime_hook();
 
     match obey(CommandLine::parse().command) {

@@ -32,6 +32,8 @@ pub enum Report {
         cell: usize,
         outputs: Vec<Value>,
     },
+    /// It has come to its end, wherever that was.
+    Ended,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -57,7 +59,7 @@ pub fn run_cells(path: &Path, timeout: Duration, layout: &Layout) -> Result<()> 
     let api = Arc::new(Api::load(&layout.at(API)));
     let session = Session::start(layout, api, path.parent().unwrap_or(Path::new("/")))?;
     report(&Report::Ready { seconds: begin.elapsed().as_secs_f64() })?;
-    session.controls().interrupt_on_ctrl_c();
+    session.controls().interrupt_on_ctrl_c()?;
     let mut displays = Displays::default();
     let mut count = 0;
     for cell in notebook.code_cells() {
@@ -84,7 +86,7 @@ pub fn run_cells(path: &Path, timeout: Duration, layout: &Layout) -> Result<()> 
         }
     }
     session.close();
-    Ok(())
+    report(&Report::Ended)
 }
 
 fn report(report: &Report) -> Result<()> {
