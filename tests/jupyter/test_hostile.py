@@ -211,3 +211,40 @@ def test_a_folder_with_a_space(tmp_path):
     folder.mkdir()
     with driver.started("qlora-nb", cwd=folder, env={"TMPDIR": str(folder)}) as kernel:
         assert kernel.run("let n = 1;\nn + 1").ok().result == "2"
+
+
+# --- what a cell sees
+
+
+def test_what_a_thread_prints_between_two_cells_is_called_so(kernel, tmp_path):
+    gate = tmp_path / "gate"
+    nap = "std::thread::sleep(std::time::Duration::from_millis(5));"
+    wait = f'while !std::path::Path::new("{gate}").exists() {{ {nap} }}'
+    kernel.run(f'let _ = std::thread::spawn(|| {{ {wait} println!("late"); std::fs::remove_file("{gate}") }});').ok()
+    gate.touch()
+    wait_until(lambda: not gate.exists())
+    time.sleep(0.3)
+    cell = kernel.run('println!("next");').ok()
+    assert cell.stdout.endswith("\nlate\nnext\n") and "earlier cell" in cell.stdout
+
+
+def test_completion_and_inspection_know_the_cells_own_types(kernel):
+    kernel.run("/// Mine alone.\nstruct Own { size: u8 }\nimpl Own { fn grown(&self) -> Own { Own { size: 2 } } }").ok()
+    kernel.run("use std::collections::BTreeSet as Sorted;\nlet own = Own { size: 1 };").ok()
+    samples = {"own.si": "size", "own.grown().gr": "grown", "Own { si": "size", "Own::gr": "grown", "Sort": "Sorted"}
+    samples |= {"use std::coll": "collections", "std::fs::read_to": "read_to_string", ":tim": ":timing"}
+    for code, match in samples.items():
+        reply = kernel.ask("complete_request", {"code": code, "cursor_pos": len(code)})
+        assert match in reply["matches"], (code, reply["matches"])
+    for name, shown in {"own": "Mine alone.", "Own": "size: u8", "String": "from_utf8", "println": "stdout"}.items():
+        reply = kernel.ask("inspect_request", {"code": name, "cursor_pos": len(name), "detail_level": 0})
+        assert shown in reply["data"].get("text/plain", ""), (name, reply)
+
+
+@pytest.mark.parametrize("code", ["%%time\n1 + 1", "?x"])
+def test_who_types_what_ipython_knows_is_told_of_the_commands(kernel, code):
+    assert ":timing" in kernel.run(code).complaint
+
+
+def test_help_is_one_line(kernel):
+    assert "`push` with a similar name: `push`" in kernel.run("let v = vec![1];\nv.psh(2);").complaint

@@ -115,7 +115,13 @@ fn render(error: &CompilationError, code: &str) -> String {
         out.push_str(format!("\n     | {indent}{marks} {}", spanned.label).trim_end());
     }
     for help in error.help() {
-        out.push_str(&format!("\nhelp: {help}"));
+        // What is to stand there, if it is a line of its own.
+        let (help, code) = help.split_once("\n\n").unwrap_or((&help, ""));
+        let code = if code.is_empty() || code.contains('\n') { String::new() } else { format!(": `{}`", code.trim()) };
+        out.push_str(&format!("\nhelp: {help}{code}"));
+    }
+    if code.trim_start().starts_with(['%', '?']) {
+        out.push_str("\nhelp: these are no IPython cells: `:help` lists the commands, of which `:timing` shows times");
     }
     if let Some(hint) = error.evcxr_extra_hint() {
         out.push_str(&format!("\nnote: {hint}"));

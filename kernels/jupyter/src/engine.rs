@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use evcxr::CommandContext;
 
-use crate::api::Api;
+use crate::api::{Api, Item};
 use crate::diagnostics::{self, Failure, FailureKind};
 use crate::keep::{self, Replaced};
 use crate::layout::{self, Layout};
@@ -19,7 +19,7 @@ use crate::outputs::{self, Forms, Reply};
 use crate::scope::{Names, Scope};
 use crate::syntax::{self, Binding};
 use crate::types::{self, Question, Types};
-use crate::{plain, supervisor, wrapper};
+use crate::{own, plain, supervisor, wrapper};
 
 pub enum Request {
     Execute(String),
@@ -62,6 +62,7 @@ pub fn start(folder: &Path, api: Arc<Api>) -> Result<Handle> {
         replaced: Vec::new(),
         typed: None,
         definitions: HashMap::new(),
+        items: Vec::new(),
         api,
         must_set_up_process: true,
         stopping: stopping.clone(),
@@ -124,6 +125,8 @@ struct Engine {
     typed: Option<String>,
     /// [`syntax::definitions`] of the cells so far.
     definitions: HashMap<String, String>,
+    /// What they define.
+    items: Vec<Item>,
     /// What the library's functions return.
     api: Arc<Api>,
     /// Whether the process for the cells is a new one.
@@ -170,7 +173,7 @@ impl Engine {
                 }
             };
             self.must_set_up_process |= matches!(&result, Err(failure) if failure.kind == FailureKind::Died);
-            let now = names(&context);
+            let now = self.names(&context);
             let lost = before.into_iter().filter(|name| !now.has_variable(name)).collect();
             if let Ok(mut names) = self.names.lock() {
                 *names = now;
@@ -237,6 +240,7 @@ impl Engine {
         self.typed = prepared.typed;
         if !matches!(result, Err(evcxr::Error::CompilationErrors(_))) {
             self.definitions.extend(syntax::definitions(code));
+            own::learn(&mut self.items, code);
         }
         result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
     }
@@ -291,7 +295,7 @@ impl Engine {
     /// What can be told of a cell without compiling it: the types of all its variables, if it does not write them and
     /// the index tells them all; and whether it is [`plain`].
     fn seen(&self, context: &CommandContext, code: &str, bindings: &[Binding]) -> (Option<Types>, bool) {
-        let Names { variables, items } = names(context);
+        let Names { variables, items } = self.names(context);
         let scope = Scope { api: &self.api, variables: &variables, items: &items, ask: &|_| None };
         let is_plain = plain::is_plain(&scope, code);
         if bindings.iter().all(|variable| variable.is_typed) {
@@ -356,6 +360,16 @@ impl Engine {
         Ok(Some(answer.types))
     }
 
+    fn names(&self, context: &CommandContext) -> Names {
+        let variables = context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned()));
+        let mut items = self.items.clone();
+        let known = |name: &&str| self.items.iter().any(|item| item.path == *name);
+        let imports = context.defined_item_names().filter(|name| !known(name));
+        let imports = imports.filter(|name| ![keep::PRELUDE_DEFINES, outputs::PRELUDE_DEFINES].contains(name));
+        items.extend(imports.map(|name| Item::import(name)));
+        Names { variables: variables.collect(), items }
+    }
+
     /// The type of an expression, as rustc writes it.
     fn type_of(&self, context: &mut CommandContext, expression: &str) -> Option<String> {
         const NAME: &str = "qlora_nb_asked";
@@ -363,13 +377,6 @@ impl Engine {
         let answer = self.question.ask(|| drop(context.check(&code))).ok()??;
         answer.types.get(NAME).cloned()
     }
-}
-
-fn names(context: &CommandContext) -> Names {
-    let variables = context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned()));
-    let items = context.defined_item_names();
-    let items = items.filter(|name| ![keep::PRELUDE_DEFINES, outputs::PRELUDE_DEFINES].contains(name));
-    Names { variables: variables.collect(), items: items.map(str::to_owned).collect() }
 }
 
 /// A cell as evcxr gets it.

@@ -16,7 +16,7 @@
 //!
 //! - the machine: [`files`], [`processes`], [`highlight`];
 //! - what is installed: [`layout`], [`kernelspec`], [`api`], [`install`], [`uninstall`], [`doctor`];
-//! - the text of a cell: [`syntax`], [`std_names`], [`scope`], [`complete`], [`inspect`], [`assistance`], [`plain`];
+//! - the text of a cell: [`syntax`], [`std_names`], [`scope`], [`own`], [`complete`], [`inspect`], [`assistance`], [`plain`];
 //! - rustc: [`types`], [`wrapper`];
 //! - a session: [`supervisor`], [`diagnostics`], [`outputs`], [`keep`], [`engine`], [`session`];
 //! - who talks to it: [`history`], [`messages`], [`executor`], [`kernel`], [`repl`];
@@ -44,6 +44,7 @@ mod uninstall;
 mod assistance;
 mod complete;
 mod inspect;
+mod own;
 mod plain;
 mod scope;
 mod std_names;

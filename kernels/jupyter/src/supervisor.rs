@@ -49,6 +49,8 @@ pub const COLON: char = '\u{2}';
 /// What every marker begins with; a text that may still become a marker is held back.
 const MARKER: &str = "EVCXR_";
 
+/// How much of what is printed between two cells is kept.
+const LATE_BYTES: usize = 1 << 16;
 /// How often it is looked after whether the worker lives.
 const DEATH_MS: u16 = 500;
 
@@ -205,6 +207,7 @@ fn carry(worker: &mut Child, done: String) -> std::io::Result<ExitStatus> {
         if ready[2] {
             let n = std::io::stdin().read(&mut buffer)?;
             relay.reading.bytes_came();
+            relay.push_late();
             // A worker that died between two cells is noticed by its pipes.
             let is_written = commands.as_mut().is_some_and(|pipe| pipe.write_all(&buffer[..n]).is_ok());
             if n == 0 || !is_written {
@@ -323,6 +326,8 @@ struct Relay {
     /// Whether events are dropped, up to the end of evcxr's first cell.
     mute: bool,
     reading: Reading,
+    /// The end of what was printed since the last cell ended.
+    late: String,
     lines: String,
 }
 
@@ -437,8 +442,23 @@ impl Relay {
     }
 
     fn push(&mut self, event: Event) {
-        if !self.mute {
-            self.lines.push_str(&event.to_line());
+        match event {
+            _ if self.mute => {}
+            Event::Stdout(text) | Event::Stderr(text) if !self.reading.is_running => {
+                self.late.push_str(&text);
+                let excess = self.late.len().saturating_sub(LATE_BYTES);
+                self.late.drain(..self.late.ceil_char_boundary(excess));
+            }
+            event => self.lines.push_str(&event.to_line()),
+        }
+    }
+
+    /// Shows what threads printed when no cell ran, and evcxr did not listen: at the head of the next cell, which did not
+    /// print it.
+    fn push_late(&mut self) {
+        if !self.late.is_empty() {
+            let text = std::mem::take(&mut self.late);
+            self.push(Event::Stdout(format!("[a thread of an earlier cell, before this one began]\n{text}")));
         }
     }
 
@@ -487,7 +507,7 @@ mod tests {
 
     /// What evcxr would be sent for these chunks of stdout: events, and markers as bare strings.
     fn relayed(chunks: &[&str]) -> Vec<Result<Event, String>> {
-        let mut relay = Relay { done: DONE.into(), ..Relay::default() };
+        let mut relay = running();
         for chunk in chunks {
             relay.stdout(chunk.as_bytes());
         }
@@ -495,6 +515,11 @@ mod tests {
     }
 
     const DONE: &str = "EVCXR_EXECUTION_COMPLETE 7";
+
+    fn running() -> Relay {
+        let reading = Reading { is_running: true, ..Reading::default() };
+        Relay { done: DONE.into(), reading, ..Relay::default() }
+    }
 
     fn text(s: &str) -> Result<Event, String> {
         Ok(Event::Stdout(s.to_owned()))
@@ -519,7 +544,7 @@ mod tests {
 
     #[test]
     fn a_character_cut_in_two_is_put_together() {
-        let mut relay = Relay { done: DONE.into(), ..Relay::default() };
+        let mut relay = running();
         let bytes = "诗\n".as_bytes();
         relay.stdout(&bytes[..1]);
         relay.stdout(&bytes[1..]);
@@ -541,7 +566,7 @@ mod tests {
 
     #[test]
     fn a_message_stands_between_text_and_marker() {
-        let mut relay = Relay { done: DONE.into(), ..Relay::default() };
+        let mut relay = running();
         relay.stderr(b"panicked");
         relay.stdout(b"shown\nEVCXR_PANIC_NOTIFICATION\n");
         let events: Vec<_> = relay.lines.lines().filter_map(Event::from_line).collect();
@@ -555,6 +580,21 @@ mod tests {
         let expected = [text("tail of a line"), Ok(Event::Display(operation)), text("EVCXR_QLORA_NB no json\n")];
         assert_eq!(relayed(&chunks.each_ref().map(String::as_str)), expected);
         assert_eq!(relayed(&["EVCXR_INPUT_REQUEST:a: b\n"]), [marker("EVCXR_INPUT_REQUEST:a\u{2} b")]);
+    }
+
+    #[test]
+    fn what_is_printed_between_two_cells_is_called_so() {
+        let mut relay = running();
+        relay.stdout(format!("{DONE}\n").as_bytes());
+        relay.stdout("诗".repeat(LATE_BYTES).as_bytes());
+        relay.stdout(b"tick\n");
+        assert_eq!(relay.lines, format!("{EXECUTION_COMPLETE}\n"));
+        relay.reading.bytes_came();
+        relay.push_late();
+        let Some(Event::Stdout(late)) = relay.lines.lines().last().and_then(Event::from_line) else {
+            panic!("no text")
+        };
+        assert!(late.starts_with("[a thread of") && late.ends_with("诗tick\n") && late.len() < LATE_BYTES + 100);
     }
 
     #[test]

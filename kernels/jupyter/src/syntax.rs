@@ -53,7 +53,8 @@ pub fn as_a_call(text: &str, call: &ast::MacroCall) -> Option<String> {
 pub fn rust_begins(code: &str) -> usize {
     let is_rust = |line: &&str| {
         let start = line.trim_start();
-        !(start.is_empty() || start.starts_with(':') || line.starts_with('!') || line.starts_with("//"))
+        let is_comment = line.starts_with("//") && !line.starts_with("///");
+        !(start.is_empty() || start.starts_with(':') || line.starts_with('!') || is_comment)
     };
     code.split_inclusive('\n').take_while(|line| !is_rust(line)).map(str::len).sum()
 }
@@ -70,7 +71,7 @@ pub fn ends_in_expression(code: &str) -> bool {
 }
 
 /// The items at a cell's top level.
-fn items(code: &str) -> impl Iterator<Item = ast::Item> {
+pub fn items(code: &str) -> impl Iterator<Item = ast::Item> {
     let statements = statements(code).into_iter().flat_map(|list| list.statements());
     statements.filter_map(|statement| if let ast::Stmt::Item(item) = statement { Some(item) } else { None })
 }
