@@ -227,16 +227,21 @@ fn an_interrupt_of_the_run_alone_ends_it() {
 #[test]
 fn the_end_of_the_run_is_the_end_of_its_cells() {
     let folder = tempfile::tempdir().expect("a folder");
-    let path = notebook(folder.path(), &[WAITS]);
-    let before = read(&path);
-    let (mut run, cells) = waiting(&path);
-    kill(Pid::from_raw(run.id() as i32), Signal::SIGTERM).expect("sent");
-    run.wait().expect("it ends");
-    for _ in 0..500 {
-        match kill(Pid::from_raw(cells), None) {
-            Ok(()) => std::thread::sleep(Duration::from_millis(20)),
-            Err(_) => return assert_eq!(read(&path), before),
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let path = notebook(folder.path(), &[WAITS]);
+        let before = read(&path);
+        let (mut run, cells) = waiting(&path);
+        kill(Pid::from_raw(run.id() as i32), signal).expect("sent");
+        assert!(!run.wait().expect("it ends").success());
+        let is_gone = || kill(Pid::from_raw(cells), None).is_err();
+        for _ in 0..500 {
+            if is_gone() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
+        assert!(is_gone(), "{cells} lives on");
+        assert_eq!(read(&path) == before, signal == Signal::SIGKILL);
+        std::fs::remove_file(path.with_file_name("id")).expect("removed");
     }
-    panic!("the process of the cells lives on");
 }

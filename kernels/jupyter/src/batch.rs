@@ -185,8 +185,10 @@ pub fn run_all(jobs: &[Job], options: &Options, mut each: impl FnMut(usize, Said
     let mut waiting: Vec<usize> = (0..jobs.len()).collect();
     let mut running: Vec<(usize, Option<Pid>)> = Vec::new();
     let (say, said) = unbounded();
-    let interrupt = say.clone();
-    processes::on_ctrl_c(move || drop(interrupt.send(None))).context("cannot listen for Ctrl-C")?;
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let say = say.clone();
+        processes::on_signal(signal, move || drop(say.send(Err(signal)))).context("cannot listen for signals")?;
+    }
     while !waiting.is_empty() || !running.is_empty() {
         let needed: u64 = running.iter().map(|(job, _)| jobs[*job].memory_mib).sum();
         let fits = |job: &usize| running.is_empty() || needed.saturating_add(jobs[*job].memory_mib) <= memory;
@@ -199,16 +201,16 @@ pub fn run_all(jobs: &[Job], options: &Options, mut each: impl FnMut(usize, Said
         }
         // Never without an answer, for `say` is alive.
         match said.recv()? {
-            Some((job, said)) => {
+            Ok((job, said)) => {
                 if matches!(said, Said::Done { .. }) {
                     running.retain(|(other, _)| *other != job);
                 }
                 each(job, said);
             }
             // The processes that run cells stop, and what they have is written.
-            None => {
+            Err(signal) => {
                 eprintln!("\ncells are asked to stop; Ctrl-C once more, a second later, kills their processes");
-                running.iter().filter_map(|(_, id)| *id).for_each(|id| _ = kill(id, Signal::SIGINT));
+                running.iter().filter_map(|(_, id)| *id).for_each(|id| _ = kill(id, signal));
                 let done = || Said::Done { broken: Some("interrupted before it began".to_owned()), seconds: 0.0 };
                 waiting.drain(..).for_each(|job| each(job, done()));
             }
@@ -230,23 +232,23 @@ fn start(
     path: &Path,
     layout: &Layout,
     timeout: Duration,
-    say: Sender<Option<(usize, Said)>>,
+    say: Sender<Result<(usize, Said), Signal>>,
 ) -> Option<Pid> {
     let mut command = Command::new(std::env::current_exe().unwrap_or("qlora-nb".into()));
     command.arg(CELLS).arg(path).arg("--prefix").arg(&layout.prefix);
     command.arg("--timeout").arg(timeout.as_secs_f64().to_string());
     // A Ctrl-C in the terminal is for us, who pass it on.
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    processes::die_together(&mut command);
+    processes::end_together(&mut command, Signal::SIGTERM);
     let begin = Instant::now();
     let process = command.spawn();
     let id = process.as_ref().ok().map(|process| Pid::from_raw(process.id() as i32));
     thread::spawn(move || {
         let broken = match process {
-            Ok(process) => listen(process, |report| drop(say.send(Some((job, Said::Report(report)))))),
+            Ok(process) => listen(process, |report| drop(say.send(Ok((job, Said::Report(report)))))),
             Err(error) => Some(format!("cannot start a process for the notebook: {error}")),
         };
-        let _ = say.send(Some((job, Said::Done { broken, seconds: begin.elapsed().as_secs_f64() })));
+        let _ = say.send(Ok((job, Said::Done { broken, seconds: begin.elapsed().as_secs_f64() })));
     });
     id
 }

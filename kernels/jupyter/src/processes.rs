@@ -9,16 +9,16 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Has a Ctrl-C, from now on, do this instead of ending the process.
-pub fn on_ctrl_c(act: impl Fn() + Send + 'static) -> io::Result<()> {
+/// Has a signal, from now on, do this instead of ending the process.
+pub fn on_signal(of: Signal, act: impl Fn() + Send + 'static) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let entered = runtime.enter();
     // Not in the thread: an editor of lines, which puts back what it finds, must find this.
-    let mut pressed = signal(SignalKind::interrupt())?;
+    let mut signals = signal(SignalKind::from_raw(of as i32))?;
     drop(entered);
     thread::spawn(move || {
         runtime.block_on(async {
-            while pressed.recv().await.is_some() {
+            while signals.recv().await.is_some() {
                 act()
             }
         })
@@ -26,10 +26,10 @@ pub fn on_ctrl_c(act: impl Fn() + Send + 'static) -> io::Result<()> {
     Ok(())
 }
 
-/// Has a process die when the thread that starts it ends.
-pub fn die_together(command: &mut Command) {
+/// Has a process get a signal when the thread that starts it ends.
+pub fn end_together(command: &mut Command, by: Signal) {
     // SAFETY: prctl is async-signal-safe.
-    unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+    unsafe { command.pre_exec(move || Ok(set_pdeathsig(by)?)) };
 }
 
 /// Kills whatever descends from this process, but for the `spared` processes and their descendants. Returns whether

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -14,6 +15,7 @@ use crate::diagnostics::{Failure, FailureKind};
 use crate::layout::{API, Layout};
 use crate::notebook::{self, Notebook};
 use crate::outputs::{Client, Output, Recorder, Update, error};
+use crate::processes;
 use crate::session::{Ending, Session};
 
 /// What the process says, one JSON object a line. Cells are named by their position in the notebook.
@@ -60,6 +62,9 @@ pub fn run_cells(path: &Path, timeout: Duration, layout: &Layout) -> Result<()> 
     let session = Session::start(layout, api, path.parent().unwrap_or(Path::new("/")))?;
     report(&Report::Ready { seconds: begin.elapsed().as_secs_f64() })?;
     session.controls().interrupt_on_ctrl_c()?;
+    let controls = session.controls();
+    // The cell fails, and what there is of it is reported.
+    processes::on_signal(Signal::SIGTERM, move || controls.kill())?;
     let mut displays = Displays::default();
     let mut count = 0;
     for cell in notebook.code_cells() {

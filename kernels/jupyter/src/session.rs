@@ -62,7 +62,7 @@ impl Controls {
 
     /// Has Ctrl-C ask the running cell to stop, instead of ending this process.
     pub fn interrupt_on_ctrl_c(self) -> Result<()> {
-        processes::on_ctrl_c(move || self.interrupt()).context("cannot listen for Ctrl-C")
+        processes::on_signal(Signal::SIGINT, move || self.interrupt()).context("cannot listen for Ctrl-C")
     }
 
     /// The line that a cell asked for.

@@ -185,7 +185,7 @@ fn start_worker(done: &str) -> std::io::Result<Child> {
     command.env(WORKER, done).env(DISPLAY_IS_UNDERSTOOD, "1").env("RUST_BACKTRACE", "0");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     // evcxr can only kill us.
-    processes::die_together(&mut command);
+    processes::end_together(&mut command, Signal::SIGKILL);
     command.spawn()
 }
 
