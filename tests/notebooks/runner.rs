@@ -196,6 +196,9 @@ fn hidden_folders_are_nobodys_notebooks() {
 fn waiting(path: &Path) -> (Child, i32) {
     let mut run = qlora_nb();
     run.arg("run").arg(path).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let temporary = path.with_file_name("tmp");
+    std::fs::create_dir_all(&temporary).expect("made");
+    run.env("TMPDIR", temporary);
     let run = run.spawn().expect("qlora-nb starts");
     let said = path.with_file_name("id");
     let id = loop {
@@ -233,7 +236,10 @@ fn the_end_of_the_run_is_the_end_of_its_cells() {
         let (mut run, cells) = waiting(&path);
         kill(Pid::from_raw(run.id() as i32), signal).expect("sent");
         assert!(!run.wait().expect("it ends").success());
-        let is_gone = || kill(Pid::from_raw(cells), None).is_err();
+        // And with them goes what the session left in /tmp.
+        let is_left =
+            || std::fs::read_dir(path.with_file_name("tmp")).is_ok_and(|mut entries| entries.next().is_some());
+        let is_gone = || kill(Pid::from_raw(cells), None).is_err() && !is_left();
         for _ in 0..500 {
             if is_gone() {
                 break;
