@@ -366,7 +366,7 @@ impl Engine {
         let known = |name: &&str| self.items.iter().any(|item| item.path == *name);
         let imports = context.defined_item_names().filter(|name| !known(name));
         let imports = imports.filter(|name| ![keep::PRELUDE_DEFINES, outputs::PRELUDE_DEFINES].contains(name));
-        items.extend(imports.map(|name| Item::import(name)));
+        items.extend(imports.map(Item::import));
         Names { variables: variables.collect(), items }
     }
 
