@@ -194,6 +194,16 @@ mod tests {
     }
 
     #[test]
+    fn no_two_cells_get_one_id() -> Result<()> {
+        let cell = |id: &str| format!(r#"{{"cell_type": "code", "source": "1"{id}}}"#);
+        let cells = [cell(r#", "id": "cell-1""#), cell(""), cell(r#", "id": "cell-2""#), cell("")].join(", ");
+        let notebook = read(&format!(r#"{{"nbformat": 4, "cells": [{cells}]}}"#))?;
+        let ids: Vec<&str> = notebook.cells().iter().filter_map(|cell| cell["id"].as_str()).collect();
+        assert_eq!(ids, ["cell-1", "cell-3", "cell-2", "cell-4"]);
+        Ok(())
+    }
+
+    #[test]
     fn writes_what_jupyter_reads() -> Result<()> {
         let cell = r#"{"cell_type": "code", "metadata": {}, "source": ["let a = 1;\n", "a"], "outputs": [{"old": 1}]}"#;
         let mut notebook = read(&format!(r#"{{"nbformat": 4, "nbformat_minor": 2, "cells": [{cell}]}}"#))?;

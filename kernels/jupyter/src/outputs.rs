@@ -272,6 +272,13 @@ impl<'a> Outputs<'a> {
         self.stream("stderr", text.to_owned());
     }
 
+    /// A remark for whoever watches, which no notebook keeps.
+    pub fn hint(&mut self, text: &str) {
+        if self.client.patience().is_some() {
+            self.remark(text);
+        }
+    }
+
     /// Takes a line of what evcxr passes on.
     pub fn line(&mut self, line: &str) {
         Event::from_line(line).into_iter().for_each(|event| self.event(event));

@@ -18,7 +18,7 @@ pub(crate) fn learn(items: &mut Vec<Item>, code: &str) {
                 own.members.retain(|member| added.iter().all(|new| new.name != member.name));
                 own.members.extend(added);
             }
-        } else if let (Some(path), Some(kind)) = (name(node), kind(node.kind())) {
+        } else if let (Some(path), Some(kind)) = (name(node), kind(&item)) {
             items.retain(|known| known.path != path);
             let (signature, docs, ty, members) = (head(node), docs(node), ty(node), members(node, &path));
             items.push(Item { path, kind: kind.to_owned(), signature, docs, ty, members, ..Item::default() });
@@ -26,17 +26,18 @@ pub(crate) fn learn(items: &mut Vec<Item>, code: &str) {
     }
 }
 
-fn kind(kind: SyntaxKind) -> Option<&'static str> {
-    Some(match kind {
-        SyntaxKind::STRUCT => "struct",
-        SyntaxKind::ENUM => "enum",
-        SyntaxKind::UNION => "union",
-        SyntaxKind::TRAIT => "trait",
-        SyntaxKind::FN => "function",
-        SyntaxKind::CONST | SyntaxKind::STATIC => "constant",
-        SyntaxKind::TYPE_ALIAS => "type",
-        SyntaxKind::MODULE => "module",
-        SyntaxKind::MACRO_RULES => "macro",
+/// An item's kind in the words of the index.
+fn kind(item: &ast::Item) -> Option<&'static str> {
+    Some(match item {
+        ast::Item::Struct(_) => "struct",
+        ast::Item::Enum(_) => "enum",
+        ast::Item::Union(_) => "union",
+        ast::Item::Trait(_) => "trait",
+        ast::Item::Fn(_) => "function",
+        ast::Item::Const(_) | ast::Item::Static(_) => "constant",
+        ast::Item::TypeAlias(_) => "type",
+        ast::Item::Module(_) => "module",
+        ast::Item::MacroRules(_) => "macro",
         _ => return None,
     })
 }

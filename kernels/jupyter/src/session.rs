@@ -116,7 +116,7 @@ impl Session {
         let code = code.trim_start_matches('\u{feff}');
         let mut outputs = Outputs::new(client, syntax::ends_in_expression(code));
         if syntax::has_changing_static(code) {
-            outputs.remark("a static begins anew in each cell: keep what changes in a variable\n");
+            outputs.hint("a static begins anew in each cell: keep what changes in a variable\n");
         }
         let (reply, interrupted) = self.wait_for(Request::Execute(code.to_owned()), timeout, &mut outputs);
         self.engine.stopping.store(false, SeqCst);
@@ -317,7 +317,7 @@ impl Interrupt {
         let _ = kill(Pid::from_raw(id), Signal::SIGINT);
         if !self.remarked && self.since.elapsed() >= PATIENCE {
             self.remarked = true;
-            outputs.remark(
+            outputs.hint(
                 "the cell was asked to stop and has not stopped yet; \
                  interrupt again to kill its process, which loses all variables\n",
             );

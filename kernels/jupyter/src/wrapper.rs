@@ -112,6 +112,21 @@ mod tests {
     }
 
     #[test]
+    fn a_crate_keeps_its_identity_until_a_dependency_changes() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let identity = |line: &str| {
+            let mut args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            keep_identity(&mut args, &folder.path().join("identity"));
+            args[1].to_string_lossy().into_owned()
+        };
+        assert_eq!(identity("-C metadata=1"), "metadata=1");
+        assert_eq!(identity("-C metadata=2 --extern a=/a1"), "metadata=1");
+        assert_eq!(identity("-C metadata=3 --extern b=/b1 --extern a=/a1"), "metadata=1");
+        assert_eq!(identity("-C metadata=4 --extern b=/b1 --extern a=/a2"), "metadata=4");
+        assert_eq!(identity("-C metadata=5 --extern b=/b1 --extern a=/a2"), "metadata=4");
+    }
+
+    #[test]
     fn a_mark_is_seen_until_it_is_taken_away() {
         let folder = tempfile::tempdir().expect("a folder");
         mark(folder.path(), false);
