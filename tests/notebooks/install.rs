@@ -84,6 +84,28 @@ fn installing_again_changes_nothing() {
     assert!(own.status.success() && text(&own).contains("is up to date"), "{}", text(&own));
 }
 
+/// As a build of the workspace does with the binary that it is run from.
+#[test]
+fn a_program_that_is_replaced_while_it_installs_goes_on() {
+    let home = tempfile::tempdir().expect("a folder");
+    let own = home.path().join("qlora-nb");
+    fs::copy(env!("CARGO_BIN_EXE_qlora-nb"), &own).expect("copied");
+    let path = std::env::var("PATH").expect("PATH");
+    let cargo = home.path().join("cargo");
+    let script = format!(
+        "#!/bin/sh\ncp --remove-destination {} {}\nPATH='{path}' exec cargo \"$@\"\n",
+        env!("CARGO_BIN_EXE_qlora-nb"),
+        own.display()
+    );
+    fs::write(&cargo, script).expect("written");
+    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).expect("executable");
+    let mut install = Command::new(&own);
+    install.arg("install").env("QLORA_NB_PREFIX", prefix_of(&qlora_nb()));
+    install.env("PATH", format!("{}:{path}", home.path().display()));
+    let output = install.output().expect("qlora-nb starts");
+    assert!(output.status.success(), "{}", text(&output));
+}
+
 #[test]
 fn uninstall_removes_the_installation_and_nothing_else() {
     let home = tempfile::tempdir().expect("a folder");

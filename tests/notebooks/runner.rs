@@ -1,7 +1,12 @@
 //! The runner itself: what it writes, and what it says of bad input.
 
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
 
 use crate::{Run, qlora_nb, refuses, text};
 
@@ -62,7 +67,9 @@ fn bad_input_is_refused_with_a_remedy() {
     refuses(bare().arg("run").arg(&good).arg("--prefix").arg(&missing), "remedy: qlora-nb install");
     refuses(qlora_nb().arg("run").arg(&good).env("PATH", "/nowhere"), "cannot run rustc");
     refuses(bare().args(["run", "a.ipynb", "--timeout", "soon"]), "expected seconds, got \"soon\"");
-    refuses(bare().args(["run", "a.ipynb", "--timeout", "1e300"]), "expected seconds, got \"1e300\"");
+    for number in ["1e300", "1e30", "1e19", "1e-12", "0", "nan"] {
+        refuses(bare().args(["run", "a.ipynb", "--timeout", number]), &format!("expected seconds, got {number:?}"));
+    }
     refuses(bare().args(["walk"]), "unrecognized subcommand 'walk'");
     refuses(bare().args(["run"]), "<NOTEBOOK>...");
     refuses(bare().args(["run", "a.ipynb", "--uptade"]), "unexpected argument '--uptade'");
@@ -100,4 +107,147 @@ fn another_rustc_is_noticed() {
 fn a_healthy_installation_is_healthy() {
     let output = qlora_nb().arg("doctor").output().expect("qlora-nb starts");
     assert!(output.status.success(), "{}", text(&output));
+}
+
+/// A notebook of code cells, in a folder of its own.
+fn notebook(folder: &Path, cells: &[&str]) -> PathBuf {
+    let stored = json!({ "output_type": "stream", "name": "stdout", "text": ["stored\n"] });
+    let cell = |source: &&str| json!({ "cell_type": "code", "metadata": {}, "source": source, "outputs": [stored] });
+    let cells: Vec<Value> = cells.iter().map(cell).collect();
+    let path = folder.join("own.ipynb");
+    std::fs::write(&path, json!({ "nbformat": 4, "metadata": {}, "cells": cells }).to_string()).expect("written");
+    path
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).expect("a notebook")
+}
+
+#[test]
+fn a_run_that_comes_to_nothing_leaves_the_notebook() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = notebook(folder.path(), &["1", "2"]);
+    let before = read(&path);
+    let output = qlora_nb().arg("run").arg(&path).env("TMPDIR", "/nowhere").output().expect("qlora-nb starts");
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("not written"), "{}", text(&output));
+    assert_eq!(read(&path), before);
+}
+
+#[test]
+fn what_was_saved_meanwhile_stays() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let edit = "let text = std::fs::read_to_string(\"own.ipynb\")?;\n\
+                std::fs::write(\"own.ipynb\", text.replace(\"1 + 1\", \"2 + 2\"))?;";
+    let path = notebook(folder.path(), &[edit, "1 + 1"]);
+    refuses(qlora_nb().arg("run").arg(&path), "was changed while it ran");
+    assert!(read(&path).contains("2 + 2") && read(&path).contains("stored"));
+    let beside = folder.path().join("own.executed.ipynb");
+    assert!(read(&beside).contains("1 + 1") && !read(&beside).contains("stored"));
+}
+
+#[test]
+fn a_link_to_a_notebook_stays_a_link() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = notebook(folder.path(), &["1 + 41"]);
+    let link = folder.path().join("link.ipynb");
+    std::os::unix::fs::symlink(&path, &link).expect("linked");
+    let output = qlora_nb().arg("run").arg(&link).output().expect("qlora-nb starts");
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(link.is_symlink() && read(&path).contains("42"), "{}", read(&path));
+}
+
+#[test]
+fn a_cell_that_quits_fails() {
+    let run = Run::cells(&["1", ":quit", "2"]);
+    assert!(!run.success && run.said.contains("restart or shut down"), "{}", run.said);
+}
+
+/// `qlora-nb run | head`, `qlora-nb doctor | head -1`, and `> /dev/full`.
+#[test]
+fn nobody_need_read_what_it_says() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = notebook(folder.path(), &["1 + 41"]);
+    for full in [false, true] {
+        for args in [vec!["run", path.to_str().expect("UTF-8")], vec!["doctor"], vec!["--help"]] {
+            let mut command = qlora_nb();
+            command.args(&args).stderr(Stdio::piped()).stdout(Stdio::piped());
+            if full {
+                command.stdout(std::fs::File::options().write(true).open("/dev/full").expect("/dev/full"));
+            }
+            let mut process = command.spawn().expect("qlora-nb starts");
+            drop(process.stdout.take());
+            let output = process.wait_with_output().expect("it ends");
+            assert!(output.status.success() && !text(&output).contains("panicked"), "{args:?}: {}", text(&output));
+        }
+        assert!(read(&path).contains("42"));
+    }
+}
+
+#[test]
+fn hidden_folders_are_nobodys_notebooks() {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::create_dir(folder.path().join(".trash")).expect("made");
+    notebook(&folder.path().join(".trash"), &["1"]);
+    refuses(qlora_nb().arg("run").arg(folder.path()), "there is no notebook");
+}
+
+/// Starts a run whose first cell waits, and returns it with the id of the process of its cells.
+fn waiting(path: &Path) -> (Child, i32) {
+    let mut run = qlora_nb();
+    run.arg("run").arg(path).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let temporary = path.with_file_name("tmp");
+    std::fs::create_dir_all(&temporary).expect("made");
+    run.env("TMPDIR", temporary);
+    let run = run.spawn().expect("qlora-nb starts");
+    let said = path.with_file_name("id");
+    let id = loop {
+        match std::fs::read_to_string(&said).map(|text| text.parse()) {
+            Ok(Ok(id)) => break id,
+            _ => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    (run, id)
+}
+
+const WAITS: &str = "std::fs::write(\"id\", std::process::id().to_string())?;\n\
+                     println!(\"begun\");\nlet _ = std::process::Command::new(\"sleep\").arg(\"7804\").status()?;";
+
+#[test]
+fn an_interrupt_of_the_run_alone_ends_it() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = notebook(folder.path(), &[WAITS, "1 + 1"]);
+    let (run, _) = waiting(&path);
+    // What the cell starts, it starts behind its first line.
+    std::thread::sleep(Duration::from_millis(300));
+    kill(Pid::from_raw(run.id() as i32), Signal::SIGINT).expect("sent");
+    let output = run.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("asked to stop") && text(&output).contains("Interrupted"), "{}", text(&output));
+    assert!(read(&path).contains("begun"), "{}", read(&path));
+}
+
+#[test]
+fn the_end_of_the_run_is_the_end_of_its_cells() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let path = notebook(folder.path(), &[WAITS]);
+        let before = read(&path);
+        let (mut run, cells) = waiting(&path);
+        kill(Pid::from_raw(run.id() as i32), signal).expect("sent");
+        assert!(!run.wait().expect("it ends").success());
+        // And with them goes what the session left in /tmp.
+        let is_left =
+            || std::fs::read_dir(path.with_file_name("tmp")).is_ok_and(|mut entries| entries.next().is_some());
+        let is_gone = || kill(Pid::from_raw(cells), None).is_err() && !is_left();
+        for _ in 0..500 {
+            if is_gone() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(is_gone(), "{cells} lives on");
+        assert_eq!(read(&path) == before, signal == Signal::SIGKILL);
+        std::fs::remove_file(path.with_file_name("id")).expect("removed");
+    }
 }

@@ -31,7 +31,7 @@ pub(crate) struct Item {
     pub path: String,
     /// Where it is defined, which is what rustc prints at times.
     pub defined: String,
-    /// `struct`, `enum`, `trait`, `function`, `module`, `macro`, `constant`, `type`.
+    /// `struct`, `enum`, `trait`, `function`, `module`, `macro`, `constant`, `type`; of a cell also `import`.
     pub kind: String,
     pub signature: String,
     pub docs: String,
@@ -52,6 +52,11 @@ pub(crate) struct Member {
 }
 
 impl Item {
+    /// A name that a cell imported, which says nothing of what it means.
+    pub fn import(name: &str) -> Item {
+        Item { path: name.to_owned(), kind: "import".to_owned(), ..Item::default() }
+    }
+
     pub fn name(&self) -> &str {
         last_segment(&self.path)
     }

@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 
 use crate::api::Api;
 use crate::complete::{self, Completions};
-use crate::inspect;
 use crate::layout::{API, Layout};
 use crate::scope::{Names, Scope};
+use crate::{inspect, own};
 
 /// What is known of the library.
 pub struct Assistance {
@@ -27,9 +27,16 @@ impl Assistance {
         Scope { api: &self.api, variables: &names.variables, items: &names.items, ask }
     }
 
+    /// The names of earlier cells, and those that this one defines.
+    fn with_own(names: &Names, code: &str) -> Names {
+        let mut names = names.clone();
+        own::learn(&mut names.items, code);
+        names
+    }
+
     /// Where the completed word begins, in bytes, and what may stand there.
     pub fn matches(&self, code: &str, at: usize, names: &Names, ask: Ask) -> Completions {
-        complete::complete(&self.scope(names, ask), code, at)
+        complete::complete(&self.scope(&Self::with_own(names, code), ask), code, at)
     }
 
     /// The content of a `complete_reply`.
@@ -48,7 +55,7 @@ impl Assistance {
 
     /// The content of an `inspect_reply`.
     pub fn inspect(&self, code: &str, cursor: usize, names: &Names, ask: Ask) -> Value {
-        let found = inspect::inspect(&self.scope(names, ask), code, byte_offset(code, cursor));
+        let found = inspect::inspect(&self.scope(&Self::with_own(names, code), ask), code, byte_offset(code, cursor));
         let data = found.as_ref().map_or(
             json!({}),
             |found| json!({ "text/plain": found.plain, "text/markdown": found.markdown, "text/html": found.html }),

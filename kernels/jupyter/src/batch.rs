@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
@@ -13,14 +14,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use crossbeam_channel::{Sender, unbounded};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use walkdir::{DirEntry, WalkDir};
 
 use crate::check;
 use crate::diagnostics::Failure;
 use crate::layout::{Installation, Layout};
 use crate::notebook::Notebook;
+use crate::processes;
 use crate::runner::{CellRun, Report};
-use crate::supervisor;
 
 /// The command with which this binary starts itself for one notebook; for nobody else.
 pub const CELLS: &str = "cells";
@@ -74,9 +77,9 @@ fn positive(text: &str) -> Result<u64> {
 }
 
 fn seconds(text: &str) -> Result<Duration> {
-    let seconds = text.parse().ok().filter(|seconds| *seconds > 0.0);
-    let duration = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    duration.with_context(|| format!("expected seconds, got {text:?}"))
+    let seconds = text.parse().ok().filter(|seconds| (1e-3..=1e9).contains(seconds));
+    let seconds = seconds.with_context(|| format!("expected seconds, got {text:?}: from 0.001 to 1e9"))?;
+    Ok(Duration::from_secs_f64(seconds))
 }
 
 /// A notebook that is to be run.
@@ -131,6 +134,17 @@ impl Job {
         format!("\ncell {number} of {path} failed: {kind}\n\n{source}\n\n{details}\n")
     }
 
+    /// Writes the notebook, executed. What somebody saved meanwhile stays: then it goes beside it.
+    pub fn write(&self, executed: &Notebook, target: &Path) -> Result<()> {
+        let is_own = target.canonicalize().ok() == self.path.canonicalize().ok();
+        if !is_own || Notebook::read(&self.path).is_ok_and(|now| now == self.notebook) {
+            return executed.write(target);
+        }
+        let (path, beside) = (self.path.display(), target.with_extension("executed.ipynb"));
+        executed.write(&beside)?;
+        bail!("{path} was changed while it ran, so it is not rewritten\nits outputs are in {}", beside.display())
+    }
+
     /// A cell as people count it.
     pub fn number(&self, cell: usize) -> usize {
         self.cells.iter().position(|other| *other == cell).map_or(0, |i| i + 1)
@@ -152,8 +166,9 @@ pub fn every<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
 fn notebooks_in(folder: &Path) -> Result<Vec<PathBuf>> {
     // A link to a folder is not followed, for it may lead back.
     let entries = WalkDir::new(folder).sort_by_file_name().into_iter();
-    // Jupyter's own copies of what was once saved.
-    let entries = entries.filter_entry(|entry| entry.file_name() != ".ipynb_checkpoints");
+    // Jupyter's own copies of what was once saved, and whatever else is hidden.
+    let is_hidden = |entry: &DirEntry| entry.depth() > 0 && entry.file_name().as_encoded_bytes().starts_with(b".");
+    let entries = entries.filter_entry(|entry| !is_hidden(entry));
     let entries = entries.collect::<Result<Vec<_>, _>>();
     let entries = entries.with_context(|| format!("cannot read the folder {}", folder.display()))?;
     let files = entries.into_iter().filter(|entry| !entry.file_type().is_dir()).map(DirEntry::into_path);
@@ -164,31 +179,42 @@ fn notebooks_in(folder: &Path) -> Result<Vec<PathBuf>> {
 pub fn run_all(jobs: &[Job], options: &Options, mut each: impl FnMut(usize, Said)) -> Result<()> {
     let layout = options.cell.installation.layout()?;
     layout.check()?;
-    // Ctrl-C is for the processes that run cells: they stop, and what they have is written.
-    supervisor::survive_interrupts();
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let at_once = options.jobs.map_or(cores, |jobs| usize::try_from(jobs).unwrap_or(usize::MAX));
     let memory = options.memory_mib.or_else(available_mib).unwrap_or(u64::MAX);
     let mut waiting: Vec<usize> = (0..jobs.len()).collect();
-    let mut running: Vec<usize> = Vec::new();
+    let mut running: Vec<(usize, Option<Pid>)> = Vec::new();
     let (say, said) = unbounded();
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let say = say.clone();
+        processes::on_signal(signal, move || drop(say.send(Err(signal)))).context("cannot listen for signals")?;
+    }
     while !waiting.is_empty() || !running.is_empty() {
-        let needed: u64 = running.iter().map(|job| jobs[*job].memory_mib).sum();
+        let needed: u64 = running.iter().map(|(job, _)| jobs[*job].memory_mib).sum();
         let fits = |job: &usize| running.is_empty() || needed.saturating_add(jobs[*job].memory_mib) <= memory;
         if running.len() < at_once
             && let Some(next) = waiting.iter().position(fits)
         {
             let job = waiting.remove(next);
-            running.push(job);
-            start(job, &jobs[job].path, &layout, options.cell.timeout, say.clone());
+            running.push((job, start(job, &jobs[job].path, &layout, options.cell.timeout, say.clone())));
             continue;
         }
         // Never without an answer, for `say` is alive.
-        let Ok((job, said)) = said.recv() else { break };
-        if matches!(said, Said::Done { .. }) {
-            running.retain(|other| *other != job);
+        match said.recv()? {
+            Ok((job, said)) => {
+                if matches!(said, Said::Done { .. }) {
+                    running.retain(|(other, _)| *other != job);
+                }
+                each(job, said);
+            }
+            // The processes that run cells stop, and what they have is written.
+            Err(signal) => {
+                eprintln!("\ncells are asked to stop; Ctrl-C once more, a second later, kills their processes");
+                running.iter().filter_map(|(_, id)| *id).for_each(|id| _ = kill(id, signal));
+                let done = || Said::Done { broken: Some("interrupted before it began".to_owned()), seconds: 0.0 };
+                waiting.drain(..).for_each(|job| each(job, done()));
+            }
         }
-        each(job, said);
     }
     Ok(())
 }
@@ -200,19 +226,31 @@ fn available_mib() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib / 1024)
 }
 
-fn start(job: usize, path: &Path, layout: &Layout, timeout: Duration, say: Sender<(usize, Said)>) {
+/// Starts a notebook's process, and returns its id if it lives.
+fn start(
+    job: usize,
+    path: &Path,
+    layout: &Layout,
+    timeout: Duration,
+    say: Sender<Result<(usize, Said), Signal>>,
+) -> Option<Pid> {
     let mut command = Command::new(std::env::current_exe().unwrap_or("qlora-nb".into()));
     command.arg(CELLS).arg(path).arg("--prefix").arg(&layout.prefix);
     command.arg("--timeout").arg(timeout.as_secs_f64().to_string());
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A Ctrl-C in the terminal is for us, who pass it on.
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    processes::end_together(&mut command, Signal::SIGTERM);
+    let begin = Instant::now();
+    let process = command.spawn();
+    let id = process.as_ref().ok().map(|process| Pid::from_raw(process.id() as i32));
     thread::spawn(move || {
-        let begin = Instant::now();
-        let broken = match command.spawn() {
-            Ok(process) => listen(process, |report| drop(say.send((job, Said::Report(report))))),
+        let broken = match process {
+            Ok(process) => listen(process, |report| drop(say.send(Ok((job, Said::Report(report)))))),
             Err(error) => Some(format!("cannot start a process for the notebook: {error}")),
         };
-        let _ = say.send((job, Said::Done { broken, seconds: begin.elapsed().as_secs_f64() }));
+        let _ = say.send(Ok((job, Said::Done { broken, seconds: begin.elapsed().as_secs_f64() })));
     });
+    id
 }
 
 /// Passes on what the process says until it ends, and returns why it broke down, if it did.
@@ -223,16 +261,18 @@ fn listen(mut process: Child, mut each: impl FnMut(Report)) -> Option<String> {
         let _ = stderr.map(|mut stderr| stderr.read_to_end(&mut bytes));
         String::from_utf8_lossy(&bytes).trim().to_owned()
     });
+    let mut has_ended = false;
     for line in process.stdout.take().map(|stdout| BufReader::new(stdout).lines()).into_iter().flatten() {
         // Anything else on the pipe is no report: evcxr's, or a library's.
-        if let Some(report) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) {
-            each(report);
+        match line.ok().and_then(|line| serde_json::from_str(&line).ok()) {
+            Some(Report::Ended) => has_ended = true,
+            report => report.into_iter().for_each(&mut each),
         }
     }
     let status = process.wait();
     let stderr = stderr.join().unwrap_or_default();
     match status {
-        Ok(status) if status.success() => None,
+        Ok(status) if status.success() && has_ended => None,
         Ok(status) if status.code() == Some(2) => Some(stderr.trim_start_matches("qlora-nb: ").to_owned()),
         Ok(status) => Some(format!("the notebook's process stopped: {status}\n{stderr}").trim_end().to_owned()),
         Err(error) => Some(format!("the notebook's process is lost: {error}")),
@@ -296,10 +336,16 @@ pub fn run(RunOptions { options, output, write_types }: &RunOptions) -> Result<E
             failed[i] = failure.map(|failure| (cell, failure));
         }
         Said::Report(Report::Changed { cell, outputs }) => notebooks[i].replace_outputs(cell, outputs),
+        Said::Report(Report::Ended) => {}
         Said::Done { broken, seconds } => {
-            let (path, target) = (jobs[i].path.display(), targets[i].display());
+            let path = jobs[i].path.display();
             let of = if jobs.len() == 1 { String::new() } else { format!("{path}: ") };
-            if let Err(error) = notebooks[i].write(&targets[i]) {
+            let mut target = targets[i].display().to_string();
+            if broken.is_some() && ran[i] == 0 {
+                // Nothing ran, so what is stored still holds.
+                target = "not written".to_owned();
+            } else if let Err(error) = jobs[i].write(&notebooks[i], &targets[i]) {
+                target = "not written".to_owned();
                 unwritten.push(format!("{error:#}"));
             }
             all_well &= broken.is_none() && failed[i].is_none();

@@ -6,9 +6,9 @@
 use std::path::Path;
 
 use ra_ap_syntax::SyntaxKind;
-use ra_ap_syntax::ast::{self, AstNode, HasName};
+use ra_ap_syntax::ast::{self, AstNode};
 
-use crate::api::{Api, Member};
+use crate::api::{Api, Item, Member};
 use crate::scope::{Cell, Place, Scope};
 use crate::std_names;
 
@@ -26,7 +26,7 @@ pub(crate) struct Completions {
 pub(crate) struct Match {
     pub text: String,
     /// `field`, `method`, `function`, `variant`, `constant`, `struct`, `enum`, `trait`, `type`, `module`, `macro`,
-    /// `variable`, `item`, `keyword`, `path`.
+    /// `variable`, `item`, `keyword`, `path`, `command`.
     pub kind: String,
     /// Signature or type in one line; may be empty.
     pub signature: String,
@@ -38,9 +38,18 @@ const KEYWORDS: [&str; 30] = [
     "where", "while",
 ];
 
+/// What can stand behind `::`, the likeliest first.
+const KINDS: [&str; 8] = ["variant", "function", "constant", "method", "struct", "enum", "trait", "module"];
+
 /// Completes a cell at a cursor that counts bytes.
 pub(crate) fn complete(scope: &Scope, code: &str, cursor: usize) -> Completions {
     let cursor = (0..=cursor.min(code.len())).rev().find(|at| code.is_char_boundary(*at)).unwrap_or(0);
+    let line = code[..cursor].rsplit('\n').next().filter(|line| line.starts_with(':') && !line.contains(' '));
+    if let Some(line) = line {
+        let matches = std_names::commands().filter(|(name, _)| name.starts_with(line));
+        let matches = matches.map(|(name, usage)| named(name, "command", usage)).collect();
+        return Completions { start: cursor - line.len(), end: cursor, matches };
+    }
     let Some(cell) = Cell::with_name_at(code, cursor) else { return nothing(cursor) };
     if cell.token.kind() == SyntaxKind::COMMENT {
         return nothing(cursor);
@@ -107,17 +116,21 @@ fn qualified(scope: &Scope, qualifier: &str) -> Vec<Match> {
     if let Some(module) = scope.module(qualifier) {
         return module.iter().map(|(name, path)| exported(scope.api, name, path)).collect();
     }
-    let mut found = members(scope.members_of(qualifier), &["variant", "function", "constant", "method"]);
+    let mut found = members(scope.members_of(qualifier), &KINDS);
     if qualifier == "Default" {
         found.push(named("default", "function", "fn default() -> Self"));
     }
     found
 }
 
+fn of_item(name: &str, item: &Item) -> Match {
+    let sign = if item.kind == "macro" { "!" } else { "" };
+    named(&format!("{name}{sign}"), &item.kind, &item.signature)
+}
+
 fn exported(api: &Api, name: &str, path: &str) -> Match {
     match api.item(path) {
-        Some(item) if item.kind == "macro" => named(&format!("{name}!"), "macro", &item.signature),
-        Some(item) => named(name, &item.kind, &item.signature),
+        Some(item) => of_item(name, item),
         None => named(name, if api.modules.contains_key(path) { "module" } else { "item" }, path),
     }
 }
@@ -138,15 +151,7 @@ fn plain(scope: &Scope, cell: &Cell) -> Vec<Match> {
     let mut found: Vec<Match> = cell.local_names().iter().map(|name| named(name, "variable", "")).collect();
     found.retain(|local| scope.variables.iter().all(|(name, _)| *name != local.text));
     found.extend(scope.variables.iter().map(|(name, ty)| named(name, "variable", ty)));
-    let here = cell.root().descendants().filter_map(ast::Item::cast).filter_map(|item| match item {
-        ast::Item::Fn(item) => item.name(),
-        ast::Item::Struct(item) => item.name(),
-        ast::Item::Enum(item) => item.name(),
-        _ => None,
-    });
-    // The first is the function into which the cell was put for parsing.
-    found.extend(here.skip(1).map(|name| named(name.text(), "item", "")));
-    found.extend(scope.items.iter().map(|name| named(name, "item", "")));
+    found.extend(scope.items.iter().map(|item| of_item(item.name(), item)));
     found.sort_by(|a, b| (a.kind != "variable", &a.text).cmp(&(b.kind != "variable", &b.text)));
     let prelude = scope.api.modules.get("qlora_nb::prelude").into_iter().flatten();
     found.extend(prelude.map(|(name, path)| exported(scope.api, name, path)));
@@ -242,6 +247,11 @@ mod tests {
             ("trainingarg¦", "trainingarg", &["TrainingArguments"]),
             ("let local = 1; loc¦", "loc", &["local"]),
             ("helpe¦", "helpe", &["helper"]),
+            ("struct Own { size: u8 }\nlet own = Own { size: 1 };\nown.si¦", "si", &["size"]),
+            ("impl Own { fn grow(&self) {} }\nstruct Own;\nlet own = Own;\nown.gr¦", "gr", &[]),
+            ("use std::coll¦", "coll", &["collections"]),
+            ("std::fs::re¦", "re", &["read", "read_dir", "read_to_string", "remove_dir_all", "remove_file", "rename"]),
+            (":ti¦", ":ti", &[":timing"]),
             ("printl¦", "printl", &["println!"]),
             ("printl¦!(\"\")", "printl", &["println"]),
             ("whil¦", "whil", &["while"]),
@@ -252,7 +262,9 @@ mod tests {
         for (code, replaced, texts) in table {
             let cursor = code.find('¦').expect("a cursor");
             let cell = code.replace('¦', "");
-            let found = with_scope(|scope| complete(scope, &cell, cursor));
+            let mut items = vec![Item::import("helper")];
+            crate::own::learn(&mut items, &cell);
+            let found = with_scope(|scope| complete(&Scope { items: &items, ..*scope }, &cell, cursor));
             assert_eq!(&cell[found.start..found.end], *replaced, "{code}");
             let found: Vec<&str> = found.matches.iter().map(|m| m.text.as_str()).collect();
             assert_eq!(found, *texts, "{code}");

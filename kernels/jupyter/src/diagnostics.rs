@@ -4,6 +4,8 @@
 use evcxr::{CompilationError, Error};
 use serde::{Deserialize, Serialize};
 
+use crate::syntax;
+
 /// Why a cell failed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Failure {
@@ -66,7 +68,14 @@ fn compile_errors(errors: &[CompilationError], code: &str) -> Failure {
     let mut rendered: Vec<String> = errors.iter().filter(is_error).map(|error| render(error, code)).collect();
     rendered.dedup();
     let first = errors.iter().find(is_error).or(errors.first());
-    let message = first.map_or_else(|| "the cell does not compile".to_owned(), headline);
+    let mut message = first.map_or_else(|| "the cell does not compile".to_owned(), headline);
+    let has_place = |error: &CompilationError| error.spanned_messages().iter().any(|spanned| spanned.span.is_some());
+    if let Some((error, at)) = syntax::error(code).filter(|_| !errors.iter().any(has_place)) {
+        // rustc tells of the code that evcxr puts around a cell.
+        let number = code[..at].lines().count().max(1);
+        message = format!("error: {}", error.to_lowercase());
+        rendered = vec![format!("{message}\n{number:>4} | {}", code.lines().nth(number - 1).unwrap_or_default())];
+    }
     let message = message.lines().next().unwrap_or_default().to_owned();
     if rendered.is_empty() {
         rendered.extend(errors.iter().map(|error| render(error, code)));
@@ -106,7 +115,13 @@ fn render(error: &CompilationError, code: &str) -> String {
         out.push_str(format!("\n     | {indent}{marks} {}", spanned.label).trim_end());
     }
     for help in error.help() {
-        out.push_str(&format!("\nhelp: {help}"));
+        // What is to stand there, if it is a line of its own.
+        let (help, code) = help.split_once("\n\n").unwrap_or((&help, ""));
+        let code = if code.is_empty() || code.contains('\n') { String::new() } else { format!(": `{}`", code.trim()) };
+        out.push_str(&format!("\nhelp: {help}{code}"));
+    }
+    if code.trim_start().starts_with(['%', '?']) {
+        out.push_str("\nhelp: these are no IPython cells: `:help` lists the commands, of which `:timing` shows times");
     }
     if let Some(hint) = error.evcxr_extra_hint() {
         out.push_str(&format!("\nnote: {hint}"));
@@ -119,16 +134,13 @@ pub fn panic(said: &str, code: &str, compiled: &str) -> Failure {
     let (first, rest) = said.trim().split_once('\n').unwrap_or((said.trim(), ""));
     let message = rest.split("\nnote: run with").next().unwrap_or_default().trim_end();
     let place = first.split_once("panicked at ").map_or("", |(_, place)| place.trim_end_matches(':'));
-    let place = match cell_line(place, code, compiled) {
-        Some((number, line)) => format!("line {number}: {}", line.trim()),
-        None => place.to_owned(),
-    };
+    let place = cell_line(place, code, compiled).unwrap_or(place.to_owned());
     let headline = message.lines().next().filter(|line| !line.is_empty()).unwrap_or("a panic without a message");
     Failure::new(FailureKind::Panic, headline, format!("panicked at {place}\n{message}").trim_end())
 }
 
 /// The cell's line for `src/lib.rs:LINE:COLUMN` in the source that evcxr compiled.
-fn cell_line<'a>(place: &str, code: &'a str, compiled: &str) -> Option<(usize, &'a str)> {
+fn cell_line(place: &str, code: &str, compiled: &str) -> Option<String> {
     let number = place.strip_prefix("src/lib.rs:")?.split(':').next()?.parse::<usize>().ok()?;
     let line = compiled.lines().nth(number.checked_sub(1)?)?.trim();
     if line.is_empty() {
@@ -136,5 +148,12 @@ fn cell_line<'a>(place: &str, code: &'a str, compiled: &str) -> Option<(usize, &
     }
     // evcxr puts each statement on a line of its own, and a variable's type stands behind it.
     let is_it = |own: &str| !own.trim().is_empty() && (line.starts_with(own.trim()) || own.contains(line));
-    code.lines().enumerate().find(|(_, own)| is_it(own)).map(|(i, own)| (i + 1, own))
+    // The cell stands behind what earlier ones defined, so of lines that are equal it is the one that is so from the end.
+    let behind = compiled.lines().skip(number).filter(|other| other.trim() == line).count();
+    let found: Vec<_> = code.lines().enumerate().filter(|(_, own)| is_it(own)).collect();
+    let own = found.iter().rev().nth(behind).or(found.first());
+    Some(match own {
+        Some((i, own)) => format!("line {}: {}", i + 1, own.trim()),
+        None => format!("a line of an earlier cell: {line}"),
+    })
 }

@@ -1,5 +1,6 @@
 //! evcxr, in a thread of its own: it gets each cell with what it needs to be honest, and says what came of it.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -10,7 +11,7 @@ use anyhow::{Result, bail};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use evcxr::CommandContext;
 
-use crate::api::Api;
+use crate::api::{Api, Item};
 use crate::diagnostics::{self, Failure, FailureKind};
 use crate::keep::{self, Replaced};
 use crate::layout::{self, Layout};
@@ -18,7 +19,7 @@ use crate::outputs::{self, Forms, Reply};
 use crate::scope::{Names, Scope};
 use crate::syntax::{self, Binding};
 use crate::types::{self, Question, Types};
-use crate::{plain, supervisor, wrapper};
+use crate::{own, plain, supervisor, wrapper};
 
 pub enum Request {
     Execute(String),
@@ -60,6 +61,8 @@ pub fn start(folder: &Path, api: Arc<Api>) -> Result<Handle> {
         question: Question::new(folder),
         replaced: Vec::new(),
         typed: None,
+        definitions: HashMap::new(),
+        items: Vec::new(),
         api,
         must_set_up_process: true,
         stopping: stopping.clone(),
@@ -120,6 +123,10 @@ struct Engine {
     question: Question,
     replaced: Vec<Replaced>,
     typed: Option<String>,
+    /// [`syntax::definitions`] of the cells so far.
+    definitions: HashMap<String, String>,
+    /// What they define.
+    items: Vec<Item>,
     /// What the library's functions return.
     api: Arc<Api>,
     /// Whether the process for the cells is a new one.
@@ -166,7 +173,7 @@ impl Engine {
                 }
             };
             self.must_set_up_process |= matches!(&result, Err(failure) if failure.kind == FailureKind::Died);
-            let now = names(&context);
+            let now = self.names(&context);
             let lost = before.into_iter().filter(|name| !now.has_variable(name)).collect();
             if let Ok(mut names) = self.names.lock() {
                 *names = now;
@@ -206,6 +213,11 @@ impl Engine {
             wrapper::mark(&self.folder, true);
             context.execute(FLUSH).map_err(|error| diagnostics::failure(&error, FLUSH))?;
         }
+        if code[..syntax::rust_begins(code)].lines().any(|line| line.split_whitespace().next() == Some(":quit")) {
+            let message = "`:quit` would end the notebook's process: restart or shut down the kernel in its place";
+            return Err(Failure::new(FailureKind::Compile, message, message));
+        }
+        self.give_up_outdated(context, code)?;
         // Answers that came too late belong to nobody.
         self.answered.try_iter().for_each(drop);
         let bindings = syntax::bindings(code);
@@ -226,7 +238,42 @@ impl Engine {
             result = self.run(context, code);
         }
         self.typed = prepared.typed;
+        if !matches!(result, Err(evcxr::Error::CompilationErrors(_))) {
+            self.definitions.extend(syntax::definitions(code));
+            own::learn(&mut self.items, code);
+        }
         result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
+    }
+
+    /// Forgets the variables whose type a cell, if it compiles, defines anew. evcxr knows a type by its name and those of
+    /// its fields, and would take the memory of a `struct S(i32)` for that of a `struct S(i64)`.
+    fn give_up_outdated(&self, context: &mut CommandContext, code: &str) -> Result<(), Failure> {
+        let is_new = |(name, text): &(String, String)| self.definitions.get(name).is_some_and(|old| old != text);
+        let mut changed: Vec<String> = syntax::definitions(code).filter(is_new).map(|(name, _)| name).collect();
+        // And what is made of them.
+        while let Some((name, _)) =
+            self.definitions.iter().find(|(name, text)| !changed.contains(name) && syntax::mentions(text, &changed))
+        {
+            changed.push(name.clone());
+        }
+        let outdated = context.variables_and_types().filter(|(_, ty)| syntax::mentions(ty, &changed));
+        let outdated: Vec<String> = outdated.map(|(name, _)| name.to_owned()).collect();
+        if outdated.is_empty() {
+            return Ok(());
+        }
+        let errors = context.check(code).map_err(|error| diagnostics::failure(&error, code))?;
+        if errors.iter().any(|error| error.level().starts_with("error")) {
+            return Err(diagnostics::failure(&evcxr::Error::CompilationErrors(errors), code));
+        }
+        // A variable that has moved away is none any more.
+        let moved =
+            |name: &String| format!("let {name}: ::std::string::String = ::std::string::String::new(); drop({name}); ");
+        let moved: String = outdated.iter().map(moved).collect();
+        let names = outdated.join(", ");
+        let note = format!(
+            "{moved}::std::eprintln!(\"a type is defined anew, so variables of the old one are gone: {names}\");"
+        );
+        context.execute(&note).map(drop).map_err(|error| diagnostics::failure(&error, code))
     }
 
     fn run(&self, context: &mut CommandContext, code: &str) -> Result<evcxr::EvalOutputs, evcxr::Error> {
@@ -248,7 +295,7 @@ impl Engine {
     /// What can be told of a cell without compiling it: the types of all its variables, if it does not write them and
     /// the index tells them all; and whether it is [`plain`].
     fn seen(&self, context: &CommandContext, code: &str, bindings: &[Binding]) -> (Option<Types>, bool) {
-        let Names { variables, items } = names(context);
+        let Names { variables, items } = self.names(context);
         let scope = Scope { api: &self.api, variables: &variables, items: &items, ask: &|_| None };
         let is_plain = plain::is_plain(&scope, code);
         if bindings.iter().all(|variable| variable.is_typed) {
@@ -313,6 +360,16 @@ impl Engine {
         Ok(Some(answer.types))
     }
 
+    fn names(&self, context: &CommandContext) -> Names {
+        let variables = context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned()));
+        let mut items = self.items.clone();
+        let known = |name: &&str| self.items.iter().any(|item| item.path == *name);
+        let imports = context.defined_item_names().filter(|name| !known(name));
+        let imports = imports.filter(|name| ![keep::PRELUDE_DEFINES, outputs::PRELUDE_DEFINES].contains(name));
+        items.extend(imports.map(Item::import));
+        Names { variables: variables.collect(), items }
+    }
+
     /// The type of an expression, as rustc writes it.
     fn type_of(&self, context: &mut CommandContext, expression: &str) -> Option<String> {
         const NAME: &str = "qlora_nb_asked";
@@ -320,13 +377,6 @@ impl Engine {
         let answer = self.question.ask(|| drop(context.check(&code))).ok()??;
         answer.types.get(NAME).cloned()
     }
-}
-
-fn names(context: &CommandContext) -> Names {
-    let variables = context.variables_and_types().map(|(name, ty)| (name.to_owned(), ty.to_owned()));
-    let items = context.defined_item_names();
-    let items = items.filter(|name| ![keep::PRELUDE_DEFINES, outputs::PRELUDE_DEFINES].contains(name));
-    Names { variables: variables.collect(), items: items.map(str::to_owned).collect() }
 }
 
 /// A cell as evcxr gets it.

@@ -160,7 +160,7 @@ impl Executor {
                 }
                 Job::Execute(request) => match parsed(&request) {
                     Ok(asked) => self.execute(&request, &asked, queue),
-                    Err(error) => self.shared.reply(&request, refusal(&error)),
+                    Err(error) => self.shared.answer(&request, || refusal(&error)),
                 },
             }
         }

@@ -1,7 +1,7 @@
 //! What the name at the cursor is: its type or signature, and its documentation.
 
 use pulldown_cmark::{Event, HeadingLevel, Parser, Tag, TagEnd};
-use ra_ap_syntax::ast::{self, AstNode, HasName};
+use ra_ap_syntax::ast::{self, AstNode};
 use ra_ap_syntax::{Edition, SyntaxKind};
 
 use crate::api::{Item, Member};
@@ -93,7 +93,8 @@ fn of_member(owner: &str, member: &Member) -> Found {
 }
 
 fn of_item(item: &Item) -> Found {
-    Found { headline: format!("{}  // {}", item.signature, item.path), docs: item.docs.clone(), inside: inside(item) }
+    let path = if item.path.contains("::") { format!("  // {}", item.path) } else { String::new() };
+    Found { headline: item.signature.clone() + &path, docs: item.docs.clone(), inside: inside(item) }
 }
 
 /// Fields and variants with their meaning, then methods.
@@ -112,9 +113,10 @@ fn inside(item: &Item) -> Vec<String> {
 fn of_name(scope: &Scope, cell: &Cell, name: &str) -> Option<Found> {
     let parent = cell.token.parent()?;
     let is_macro = parent.ancestors().take(4).any(|node| ast::MacroCall::can_cast(node.kind()));
-    let macro_name = format!("{name}!");
-    if let Some((_, usage)) = std_names::macros().find(|(known, _)| is_macro && *known == macro_name) {
-        return Some(Found { headline: usage.to_owned(), ..Default::default() });
+    let usage = std_names::macros().find(|(known, _)| known.strip_suffix('!') == Some(name));
+    let usage = usage.map(|(_, usage)| Found { headline: usage.to_owned(), ..Default::default() });
+    if is_macro && usage.is_some() {
+        return usage;
     }
     let variable = match ast::Name::can_cast(parent.kind()) {
         true => {
@@ -125,7 +127,7 @@ fn of_name(scope: &Scope, cell: &Cell, name: &str) -> Option<Found> {
         false => scope.type_of_variable(name, &parent),
     };
     if let Some(ty) = variable {
-        let item = scope.api.type_at(ty.trim_start_matches('&').split('<').next().unwrap_or(&ty));
+        let item = scope.type_at(&ty);
         let headline = format!("{name}: {ty}");
         let (docs, inside) = item.map(|item| (item.docs.clone(), inside(item))).unwrap_or_default();
         return Some(Found { headline, docs, inside });
@@ -133,13 +135,8 @@ fn of_name(scope: &Scope, cell: &Cell, name: &str) -> Option<Found> {
     if let Some(item) = scope.item(name) {
         return Some(of_item(item));
     }
-    // A function of this cell: its own head.
-    let mut functions = cell.root().descendants().filter_map(ast::Fn::cast);
-    let function = functions.find(|function| function.name().is_some_and(|own| own.text() == name))?;
-    let body = function.body().map_or(function.syntax().text_range().end(), |body| body.syntax().text_range().start());
-    let length = body - function.syntax().text_range().start();
-    let head = function.syntax().text().slice(..length).to_string();
-    Some(Found { headline: head.trim().to_owned(), ..Default::default() })
+    let inside: Vec<String> = std_names::members(name, &[], name).into_iter().map(|member| member.signature).collect();
+    usage.or((!inside.is_empty()).then(|| Found { headline: name.to_owned(), docs: String::new(), inside }))
 }
 
 fn rendered(found: &Found) -> Inspection {
@@ -222,10 +219,17 @@ mod tests {
             ("use qlora_nb::trainer::Train|er;", "struct Trainer"),
             ("print|ln!(\"\")", "println!("),
             ("fn own(a: u8) -> u8 { a }\now|n(1)", "fn own(a: u8) -> u8"),
+            ("/// Mine.\nstruct Own { size: u8 }\nlet o = Own { size: 1 };\no|", "o: Own\n\nMine.\n\nsize: u8,"),
+            ("Strin|g", "String\n\nfn new() -> String"),
+            ("std::fs::rena|me", "fn rename(from: P, to: Q)"),
+            ("printl|n", "println!("),
         ];
         for (code, begin) in table {
             let cursor = code.find('|').expect("a bar");
-            let found = with_scope(|scope| inspect(scope, &code.replacen('|', "", 1), cursor));
+            let code = code.replacen('|', "", 1);
+            let mut items = Vec::new();
+            crate::own::learn(&mut items, &code);
+            let found = with_scope(|scope| inspect(&Scope { items: &items, ..*scope }, &code, cursor));
             let plain = found.map(|found| found.plain).unwrap_or_default();
             assert!(plain.starts_with(begin), "{code}: {plain:?}");
         }

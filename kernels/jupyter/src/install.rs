@@ -37,6 +37,8 @@ pub struct Options {
 pub fn install(options: &Options) -> Result<()> {
     let begin = Instant::now();
     let Place { layout, kernelspec } = options.target.place()?;
+    // Before the build, which may put another in its place.
+    let own = std::env::current_exe().context("cannot find this program's own file")?;
     let rustc = rustc_version()?;
     let source = sources(options.source.as_deref())?;
     kernelspec::refuse_foreign(&kernelspec)?;
@@ -48,7 +50,7 @@ pub fn install(options: &Options) -> Result<()> {
     println!("  built or fresh after {:.1} s", begin.elapsed().as_secs_f64());
     let parts = [
         install_library(&layout, &built, &rustc)?,
-        install_binary(&layout)?,
+        install_binary(&layout, &own)?,
         install_api(&layout, &built)?,
         kernelspec::write(&kernelspec, &layout)?,
     ];
@@ -93,16 +95,15 @@ fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> 
 }
 
 /// Copies this binary into the layout, also when it is the one that lies there.
-fn install_binary(layout: &Layout) -> Result<bool> {
-    let own = std::env::current_exe().context("cannot find this program's own file")?;
+fn install_binary(layout: &Layout, own: &Path) -> Result<bool> {
     let read = |path: &Path| fs::read(path).map_err(|error| cannot("read", path, error));
-    if layout.at(BINARY).exists() && read(&own)? == read(&layout.at(BINARY))? {
+    if layout.at(BINARY).exists() && read(own)? == read(&layout.at(BINARY))? {
         return Ok(false);
     }
     let staging = Staging::new(layout)?;
     let copy = staging.path(BINARY);
     create_folder(&staging.path(BINARY_ENTRY))?;
-    let bytes = fs::copy(&own, &copy).map_err(|error| cannot("copy the kernel to", &copy, error))?;
+    let bytes = fs::copy(own, &copy).map_err(|error| cannot("copy the kernel to", &copy, error))?;
     staging.commit(&[BINARY_ENTRY])?;
     println!("  copied the kernel to {} ({} MiB)", layout.at(BINARY).display(), bytes >> 20);
     Ok(true)

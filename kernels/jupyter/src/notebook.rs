@@ -1,5 +1,6 @@
 //! Notebook files: nbformat 4 in, nbformat 4.5 out.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -46,6 +47,7 @@ impl Notebook {
             bail!("{shown} is a notebook in {language}, and only Rust is run here");
         }
         let Some(cells) = json["cells"].as_array_mut() else { bail!("{shown} has no list of \"cells\"") };
+        let mut ids: HashSet<String> = cells.iter().filter_map(|cell| Some(cell["id"].as_str()?.to_owned())).collect();
         for (i, cell) in cells.iter_mut().enumerate() {
             let is_cell = cell.is_object() && (cell["source"].is_string() || cell["source"].is_array());
             if !is_cell || !cell["cell_type"].is_string() {
@@ -53,7 +55,7 @@ impl Notebook {
             }
             // Format 4.5 wants an id a cell; older notebooks have none.
             if !cell["id"].is_string() {
-                cell["id"] = json!(format!("cell-{i}"));
+                cell["id"] = json!((i..).map(|n| format!("cell-{n}")).find(|id| ids.insert(id.clone())));
             }
         }
         let minor = json["nbformat_minor"].as_u64().unwrap_or(0).max(5);
@@ -189,6 +191,16 @@ mod tests {
         assert!(
             Notebook::read(Path::new("/nowhere.ipynb")).is_err_and(|e| format!("{e:#}").contains("/nowhere.ipynb"))
         );
+    }
+
+    #[test]
+    fn no_two_cells_get_one_id() -> Result<()> {
+        let cell = |id: &str| format!(r#"{{"cell_type": "code", "source": "1"{id}}}"#);
+        let cells = [cell(r#", "id": "cell-1""#), cell(""), cell(r#", "id": "cell-2""#), cell("")].join(", ");
+        let notebook = read(&format!(r#"{{"nbformat": 4, "cells": [{cells}]}}"#))?;
+        let ids: Vec<&str> = notebook.cells().iter().filter_map(|cell| cell["id"].as_str()).collect();
+        assert_eq!(ids, ["cell-1", "cell-3", "cell-2", "cell-4"]);
+        Ok(())
     }
 
     #[test]

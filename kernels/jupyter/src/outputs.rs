@@ -272,6 +272,13 @@ impl<'a> Outputs<'a> {
         self.stream("stderr", text.to_owned());
     }
 
+    /// A remark for whoever watches, which no notebook keeps.
+    pub fn hint(&mut self, text: &str) {
+        if self.client.patience().is_some() {
+            self.remark(text);
+        }
+    }
+
     /// Takes a line of what evcxr passes on.
     pub fn line(&mut self, line: &str) {
         Event::from_line(line).into_iter().for_each(|event| self.event(event));
@@ -311,6 +318,9 @@ impl<'a> Outputs<'a> {
             more.sort();
             more.into_iter().for_each(|(mime, data)| self.content(mime.clone(), data.clone()));
         }
+        // evcxr tells of a process that died between two cells in the process's own last words.
+        let last_words = reply.result.as_ref().err().filter(|failure| failure.kind == FailureKind::Died);
+        last_words.iter().flat_map(|failure| failure.details.lines()).for_each(|line| self.line(line));
         self.release_last(self.is_result && self.failed.is_none() && reply.result.is_ok());
         match (self.failed, &reply.result) {
             (Some(FailureKind::Panic), _) => Some(diagnostics::panic(&self.said, code, &reply.compiled)),
@@ -320,7 +330,8 @@ impl<'a> Outputs<'a> {
             }
             (None, Err(failure)) => {
                 let mut failure = failure.clone();
-                if let (FailureKind::Died, Some(how)) = (failure.kind, &self.death) {
+                if failure.kind == FailureKind::Died {
+                    let how = self.death.as_deref().unwrap_or("it cannot say why");
                     failure.message = format!("the process that runs the cells died: {how}");
                     failure.details = format!("{}\nall variables are gone", failure.message);
                 }

@@ -33,7 +33,7 @@ pub(crate) fn is_plain(scope: &Scope, code: &str) -> bool {
     let names = |node: &SyntaxNode| node.children().find_map(ast::Name::cast).map(|name| name.text().to_string());
     // Items of the cell itself do nothing until they are used.
     let own = list.syntax().children().filter(is_item).filter_map(|item| names(&item));
-    let items: Vec<String> = own.chain(scope.items.iter().cloned()).collect();
+    let items: Vec<String> = own.chain(scope.items.iter().map(|item| item.path.clone())).collect();
     let variables = list.syntax().descendants().filter_map(ast::IdentPat::cast);
     let variables = variables.filter_map(|pattern| Some(pattern.name()?.text().to_string())).collect();
     let cell = PlainCell { scope, items, variables };
@@ -200,7 +200,7 @@ mod tests {
             ("foreign", "alloc::vec::Vec<ndarray::Array1<f64>>"),
         ];
         let variables = variables.map(|(name, ty)| (name.to_owned(), ty.to_owned()));
-        let items = ["work".to_owned(), "Matrix".to_owned()];
+        let items = ["work", "Matrix"].map(Item::import);
         let api = api();
         let scope = Scope { api: &api, variables: &variables, items: &items, ask: &|_| None };
         for cell in cells {

@@ -1,13 +1,40 @@
-//! The compilers that evcxr starts are processes of ours, of which it says nothing.
+//! Signals, and the compilers that evcxr starts: processes of ours, of which it says nothing.
 
-use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::{fs, io, thread};
 
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Has a signal, from now on, do this instead of ending the process.
+pub fn on_signal(of: Signal, act: impl Fn() + Send + 'static) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let entered = runtime.enter();
+    // Not in the thread: an editor of lines, which puts back what it finds, must find this.
+    let mut signals = signal(SignalKind::from_raw(of as i32))?;
+    drop(entered);
+    thread::spawn(move || {
+        runtime.block_on(async {
+            while signals.recv().await.is_some() {
+                act()
+            }
+        })
+    });
+    Ok(())
+}
+
+/// Has a process get a signal when the thread that starts it ends.
+pub fn end_together(command: &mut Command, by: Signal) {
+    // SAFETY: prctl is async-signal-safe.
+    unsafe { command.pre_exec(move || Ok(set_pdeathsig(by)?)) };
+}
 
 /// Kills whatever descends from this process, but for the `spared` processes and their descendants. Returns whether
 /// there was any.
-pub fn kill_compilers(spared: &[i32]) -> bool {
+pub fn kill_descendants(spared: &[i32]) -> bool {
     let own = std::process::id() as i32;
     let all = processes();
     let mut doomed = vec![own];
@@ -52,7 +79,6 @@ fn process(id: i32) -> Option<Process> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
 
     #[test]
     fn grandchildren_die_and_the_spared_live() -> std::io::Result<()> {
@@ -64,7 +90,7 @@ mod tests {
         }
         let grandchildren: Vec<i32> =
             processes().iter().filter(|process| process.parent == parent).map(|process| process.id).collect();
-        assert!(kill_compilers(&[spared.id() as i32]));
+        assert!(kill_descendants(&[spared.id() as i32]));
         assert!(!shell.wait()?.success());
         assert!(grandchildren.iter().all(|id| process(*id).is_none_or(|process| process.parent != parent)));
         assert!(spared.try_wait()?.is_none());

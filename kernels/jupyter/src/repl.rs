@@ -34,7 +34,7 @@ pub fn run(layout: &Layout) -> Result<()> {
     println!("qlora-nb {}. Ctrl-D leaves, :help helps.", env!("CARGO_PKG_VERSION"));
     let assistance = Assistance::new(layout);
     let session = Arc::new(Session::start(layout, assistance.api.clone(), &folder)?);
-    session.controls().interrupt_on_ctrl_c();
+    session.controls().interrupt_on_ctrl_c()?;
     let config = Config::builder().auto_add_history(true).completion_type(CompletionType::List).build();
     let mut editor: Editor<Assistant, _> = Editor::with_config(config).context("the terminal cannot be used")?;
     editor.set_helper(Some(Assistant { assistance, names: session.names(), session: session.clone() }));
@@ -84,7 +84,7 @@ impl Terminal {
     /// Leaves a live display as it is, and goes on below it.
     fn finish(&mut self) {
         if self.live.take().is_some() {
-            println!();
+            println!("");
         }
     }
 
@@ -117,8 +117,8 @@ impl Client for Terminal {
             Update::Add(output) => {
                 self.finish();
                 match output {
-                    Output::Stream { name: "stderr", text } => eprint!("{text}"),
-                    Output::Stream { text, .. } => print!("{text}"),
+                    Output::Stream { name: "stderr", text } => drop(write!(std::io::stderr(), "{text}")),
+                    Output::Stream { text, .. } => drop(write!(std::io::stdout(), "{text}")),
                     Output::Display { data, .. } => println!("{}", plain(&data)),
                     Output::Error { name, traceback, .. } => {
                         let lines = highlight::traceback(&name, &traceback.join("\n"));
@@ -164,7 +164,7 @@ impl Echo {
 impl Drop for Echo {
     fn drop(&mut self) {
         let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.0);
-        println!();
+        println!("");
     }
 }
 

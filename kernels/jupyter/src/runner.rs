@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -14,6 +15,7 @@ use crate::diagnostics::{Failure, FailureKind};
 use crate::layout::{API, Layout};
 use crate::notebook::{self, Notebook};
 use crate::outputs::{Client, Output, Recorder, Update, error};
+use crate::processes;
 use crate::session::{Ending, Session};
 
 /// What the process says, one JSON object a line. Cells are named by their position in the notebook.
@@ -32,6 +34,8 @@ pub enum Report {
         cell: usize,
         outputs: Vec<Value>,
     },
+    /// It has come to its end, wherever that was.
+    Ended,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -57,7 +61,10 @@ pub fn run_cells(path: &Path, timeout: Duration, layout: &Layout) -> Result<()> 
     let api = Arc::new(Api::load(&layout.at(API)));
     let session = Session::start(layout, api, path.parent().unwrap_or(Path::new("/")))?;
     report(&Report::Ready { seconds: begin.elapsed().as_secs_f64() })?;
-    session.controls().interrupt_on_ctrl_c();
+    session.controls().interrupt_on_ctrl_c()?;
+    let controls = session.controls();
+    // The cell fails, and what there is of it is reported.
+    processes::on_signal(Signal::SIGTERM, move || controls.kill())?;
     let mut displays = Displays::default();
     let mut count = 0;
     for cell in notebook.code_cells() {
@@ -84,7 +91,7 @@ pub fn run_cells(path: &Path, timeout: Duration, layout: &Layout) -> Result<()> 
         }
     }
     session.close();
-    Ok(())
+    report(&Report::Ended)
 }
 
 fn report(report: &Report) -> Result<()> {

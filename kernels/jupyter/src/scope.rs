@@ -16,7 +16,8 @@ use crate::{std_names, syntax};
 pub struct Names {
     /// Variables and their types.
     pub variables: Vec<(String, String)>,
-    pub items: Vec<String>,
+    /// Functions, types and other items.
+    pub items: Vec<Item>,
 }
 
 impl Names {
@@ -30,8 +31,8 @@ pub(crate) struct Scope<'a> {
     pub api: &'a Api,
     /// Variables of earlier cells, with the types as rustc writes them.
     pub variables: &'a [(String, String)],
-    /// Names of functions, types and other items of earlier cells.
-    pub items: &'a [String],
+    /// Functions, types and other items of cells.
+    pub items: &'a [Item],
     /// The type of an expression, from rustc. One that needs the cell's own variables comes as a block that begins
     /// with the statements before it: it is to be checked, never run.
     pub ask: &'a dyn Fn(&str) -> Option<String>,
@@ -92,10 +93,6 @@ impl Cell {
             };
             text = syntax::as_a_call(&text, &call)?;
         }
-    }
-
-    pub fn root(&self) -> &SyntaxNode {
-        &self.root
     }
 
     /// Where the token begins, in the cell.
@@ -263,14 +260,25 @@ impl Scope<'_> {
             let (module, name) = path.rsplit_once("::")?;
             self.api.item(self.api.modules.get(module)?.get(name)?)
         };
-        let exact = self.api.item(path).or_else(in_module);
+        let exact = self.own(path).or_else(|| self.api.item(path)).or_else(in_module);
         exact.or_else(|| self.api.in_prelude(path)).or_else(|| self.api.type_at(path))
+    }
+
+    /// What is known of a type.
+    pub fn type_at(&self, ty: &str) -> Option<&Item> {
+        let path = without_generics(peeled(ty));
+        self.own(&path).or_else(|| self.api.type_at(&path))
+    }
+
+    /// What cells define under a name.
+    fn own(&self, name: &str) -> Option<&Item> {
+        self.items.iter().find(|item| item.path == name && item.kind != "import")
     }
 
     /// All that can stand behind a dot or `::` of the type.
     pub fn members_of(&self, ty: &str) -> Vec<Member> {
         let ty = peeled(ty);
-        let known = self.api.type_at(&without_generics(ty)).map(|item| item.members.clone());
+        let known = self.type_at(ty).map(|item| item.members.clone());
         known.unwrap_or_else(|| std_names::members(head(ty), arguments(ty).as_slice(), ty))
     }
 
@@ -375,12 +383,6 @@ impl Scope<'_> {
             let owner = self.item(&qualifier).map(|item| item.path.clone()).unwrap_or(qualifier);
             let member = self.member(&owner, &name)?;
             return if member.kind == "variant" { Some(owner) } else { member.ty };
-        }
-        let root = call.syntax().ancestors().last()?;
-        let own =
-            root.descendants().filter_map(ast::Fn::cast).find(|item| item.name().is_some_and(|n| n.text() == name));
-        if let Some(own) = own {
-            return Some(own.ret_type()?.ty()?.syntax().text().to_string());
         }
         match name.as_str() {
             "format" => Some("String".to_owned()),
@@ -569,7 +571,7 @@ pub(crate) mod testing {
     pub fn with_scope<T>(work: impl FnOnce(&Scope) -> T) -> T {
         let variables = [("trainer", "qlora_nb::trainer::Trainer"), ("names", "alloc::string::String")];
         let variables = variables.map(|(name, ty)| (name.to_owned(), ty.to_owned()));
-        work(&Scope { items: &["helper".to_owned()], ..scope(&api(), &variables) })
+        work(&Scope { items: &[Item::import("helper")], ..scope(&api(), &variables) })
     }
 
     #[test]

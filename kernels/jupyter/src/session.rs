@@ -61,15 +61,8 @@ impl Controls {
     }
 
     /// Has Ctrl-C ask the running cell to stop, instead of ending this process.
-    pub fn interrupt_on_ctrl_c(self) {
-        std::thread::spawn(move || {
-            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-            runtime.block_on(async {
-                while tokio::signal::ctrl_c().await.is_ok() {
-                    self.interrupt()
-                }
-            });
-        });
+    pub fn interrupt_on_ctrl_c(self) -> Result<()> {
+        processes::on_signal(Signal::SIGINT, move || self.interrupt()).context("cannot listen for Ctrl-C")
     }
 
     /// The line that a cell asked for.
@@ -119,7 +112,12 @@ impl Session {
     /// Runs a cell and shows the client what it does, the failure included. The cell's process is killed after the
     /// timeout.
     pub fn execute(&self, code: &str, timeout: Option<Duration>, client: &mut dyn Client) -> Ending {
+        // A mark that some editors put before a text.
+        let code = code.trim_start_matches('\u{feff}');
         let mut outputs = Outputs::new(client, syntax::ends_in_expression(code));
+        if syntax::has_changing_static(code) {
+            outputs.hint("a static begins anew in each cell: keep what changes in a variable\n");
+        }
         let (reply, interrupted) = self.wait_for(Request::Execute(code.to_owned()), timeout, &mut outputs);
         self.engine.stopping.store(false, SeqCst);
         let mut failure = outputs.finish(code, &reply);
@@ -175,12 +173,9 @@ impl Session {
         (reply, wait.interrupt.is_some())
     }
 
-    /// Kills the cells' process, and compilers, for which evcxr may be waiting.
+    /// Kills the cells' process, what cells have started, and compilers, for which evcxr may be waiting.
     fn kill(&self) {
-        if let Ok(mut process) = self.engine.process.lock() {
-            processes::kill_compilers(&[process.id() as i32]);
-            let _ = process.kill();
-        }
+        processes::kill_descendants(&[]);
     }
 
     /// Removes what the session left in /tmp. It does not wait for evcxr, which may wait for a compiler.
@@ -312,7 +307,7 @@ impl Interrupt {
         // Held by evcxr while it waits for a process that is dead already.
         let Ok(process) = process.try_lock() else { return false };
         let id = process.id() as i32;
-        if processes::kill_compilers(&[id]) {
+        if processes::kill_descendants(&[id]) {
             return false;
         }
         if self.again && self.since.elapsed() >= DOUBLE_CLICK {
@@ -322,7 +317,7 @@ impl Interrupt {
         let _ = kill(Pid::from_raw(id), Signal::SIGINT);
         if !self.remarked && self.since.elapsed() >= PATIENCE {
             self.remarked = true;
-            outputs.remark(
+            outputs.hint(
                 "the cell was asked to stop and has not stopped yet; \
                  interrupt again to kill its process, which loses all variables\n",
             );

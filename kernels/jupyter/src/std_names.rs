@@ -1,4 +1,5 @@
-//! The commonest macros of the standard library, and the commonest methods of its commonest types.
+//! The commonest macros and paths of the standard library, the commonest methods of its commonest types, and evcxr's
+//! commands.
 //!
 //! The standard library's sources and documentation are components that many toolchains lack; a notebook uses few of
 //! its names, and uses these.
@@ -31,6 +32,13 @@ pub(crate) fn macros() -> impl Iterator<Item = (&'static str, &'static str)> {
     usages.filter_map(|usage| Some((&usage[..=usage.find('!')?], usage)))
 }
 
+/// evcxr's commands, each with what it does.
+pub(crate) fn commands() -> impl Iterator<Item = (&'static str, &'static str)> {
+    paragraphs("commands")
+        .flat_map(|(_, lines)| lines.lines())
+        .filter_map(|usage| Some((usage.split(' ').next()?, usage)))
+}
+
 /// The parameters' names and the lines of each paragraph that names a type.
 fn paragraphs(head: &str) -> impl Iterator<Item = (Vec<&'static str>, &'static str)> {
     TABLE.split("\n\n").filter_map(move |paragraph| {
@@ -41,8 +49,14 @@ fn paragraphs(head: &str) -> impl Iterator<Item = (Vec<&'static str>, &'static s
 }
 
 fn member(signature: &str) -> Option<Member> {
-    let name = signature.strip_prefix("fn ")?.split('(').next()?;
-    let kind = if signature.contains("self") { "method" } else { "function" };
+    let (word, rest) = signature.split_once(' ')?;
+    let name = rest.split('(').next()?;
+    let kind = match word {
+        "fn" if signature.contains("self") => "method",
+        "fn" => "function",
+        "mod" => "module",
+        word => word,
+    };
     let ty = signature.split_once(" -> ").map_or("()", |(_, ty)| ty);
     // One letter that is still there is a parameter of the method's own.
     let is_known = !ty.split(|c: char| !c.is_alphanumeric()).any(|word| word.len() == 1);

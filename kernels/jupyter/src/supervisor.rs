@@ -6,25 +6,30 @@
 //! markers that it acts on. It also keeps the order of text and rich outputs, of which evcxr keeps one a MIME
 //! type, and text without a newline at the end, which would run into evcxr's own markers.
 
+use std::hash::BuildHasher;
 use std::io::{Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 
+use libloading::Library;
 use nix::errno::Errno;
-use nix::libc::{self, c_int};
+use nix::libc::{self, c_int, c_void};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, killpg, sigaction};
 use nix::unistd::{Pid, setpgid};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::processes;
+
 /// Set by evcxr for the process that it starts to run cells.
 const EVCXR_IS_RUNTIME: &str = "EVCXR_IS_RUNTIME";
-/// Set by us for the process that runs them in truth.
+/// Set by us for the process that runs them in truth: the line by which it says that a cell has ended. No cell knows it.
 const WORKER: &str = "QLORA_NB_WORKER";
 
 const EXECUTION_COMPLETE: &str = "EVCXR_EXECUTION_COMPLETE";
@@ -43,6 +48,11 @@ const DISPLAY_IS_UNDERSTOOD: &str = "QLORA_NB_DISPLAY";
 pub const COLON: char = '\u{2}';
 /// What every marker begins with; a text that may still become a marker is held back.
 const MARKER: &str = "EVCXR_";
+
+/// How much of what is printed between two cells is kept.
+const LATE_BYTES: usize = 1 << 16;
+/// How often it is looked after whether the worker lives.
+const DEATH_MS: u16 = 500;
 
 /// Begins a line that carries an [`Event`]; no text can forge it, for text travels inside events.
 const EVENT: char = '\u{1}';
@@ -70,7 +80,8 @@ pub enum Event {
 
 impl Event {
     fn to_line(&self) -> String {
-        format!("{EVENT}{}\n", json!(self))
+        // evcxr looks for its markers also inside a line.
+        format!("{EVENT}{}\n", json!(self)).replace(MARKER, "EVCXR\\u005f")
     }
 
     /// The event in a line of evcxr's output; None for a line that is none.
@@ -87,29 +98,59 @@ pub fn is_asked_for() -> bool {
     std::env::var_os(EVCXR_IS_RUNTIME).is_some() && std::env::var_os(WORKER).is_none()
 }
 
-/// Has the worker survive a SIGINT: a request to stop, which the library's long calls honour while they run, and
-/// which means nothing to other code.
-pub fn prepare_worker() {
-    if std::env::var_os(WORKER).is_some() {
-        survive_interrupts();
-    }
+/// The line by which a worker, if this process is one, says that a cell has ended.
+pub fn is_worker() -> Option<String> {
+    std::env::var(WORKER).ok()
 }
 
-/// Has a SIGINT do nothing to this process. (To ignore it would have its children ignore it, too.)
-pub fn survive_interrupts() {
+/// Runs cells, in place of evcxr's own runtime: that takes any line of a cell for the end of it, knows no path with a space,
+/// and shows a stack that overflowed as its own backtrace.
+pub fn work(done: &str) -> ! {
+    // SAFETY: the only thread so far. What a cell starts is no worker, and may not read evcxr's commands.
+    unsafe {
+        std::env::remove_var(EVCXR_IS_RUNTIME);
+        std::env::remove_var(WORKER);
+        libc::fcntl(libc::STDIN_FILENO, libc::F_SETFD, libc::FD_CLOEXEC);
+    }
+    // A request to stop, which the library's long calls honour while they run, and which means nothing to other code. (To
+    // ignore it would have the children of cells ignore it, too.)
     on_sigint(nothing);
+    let mut store = std::ptr::null_mut();
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        // Any other line is the answer to a question that a cell did not wait for.
+        let Some((library, name)) = line.strip_prefix("LOAD_AND_RUN ").and_then(|line| line.rsplit_once(' ')) else {
+            continue;
+        };
+        store = load_and_run(library, name, store).unwrap_or_else(|error| {
+            eprintln!("qlora-nb: cannot load the compiled cell {library}: {error}");
+            std::process::exit(1);
+        });
+        println!("{done}");
+    }
+    std::process::exit(0);
+}
+
+/// Runs a compiled cell on the store of variables, and returns the store. The library stays for good: variables may need
+/// its code.
+fn load_and_run(library: &str, name: &str, store: *mut c_void) -> Result<*mut c_void, libloading::Error> {
+    // SAFETY: evcxr compiled the library, and names a function of this type.
+    unsafe {
+        let library = ManuallyDrop::new(Library::new(library)?);
+        let cell = library.get::<extern "C" fn(*mut c_void) -> *mut c_void>(name.as_bytes())?;
+        Ok(cell(store))
+    }
 }
 
 extern "C" fn nothing(_: c_int) {}
 
-/// The process that [`forward`] tells of a SIGINT.
+/// The process that [`forward`] tells of a SIGINT, with what cells have started.
 static WORKER_ID: AtomicI32 = AtomicI32::new(0);
 
 extern "C" fn forward(_: c_int) {
     let worker = WORKER_ID.load(SeqCst);
     if worker > 0 {
-        // kill is one of the few functions that a signal handler may call.
-        let _ = kill(Pid::from_raw(worker), Signal::SIGINT);
+        // One of the few functions that a signal handler may call.
+        let _ = killpg(Pid::from_raw(worker), Signal::SIGINT);
     }
 }
 
@@ -126,7 +167,9 @@ pub fn run() -> ! {
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0));
     let _ = set_pdeathsig(Signal::SIGKILL);
     on_sigint(forward);
-    let code = match start_worker().and_then(|mut worker| carry(&mut worker)) {
+    let id = std::collections::hash_map::RandomState::new().hash_one(0);
+    let done = format!("{EXECUTION_COMPLETE} {id}");
+    let code = match start_worker(&done).and_then(|mut worker| carry(&mut worker, done)) {
         Ok(status) => status.code().unwrap_or(1),
         Err(error) => {
             eprintln!("qlora-nb: the process for the cells: {error}");
@@ -136,34 +179,35 @@ pub fn run() -> ! {
     std::process::exit(code);
 }
 
-fn start_worker() -> std::io::Result<Child> {
+fn start_worker(done: &str) -> std::io::Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
     // A backtrace through generated code tells a notebook's reader nothing; whoever wants one sets it in a cell.
-    command.env(WORKER, "1").env(DISPLAY_IS_UNDERSTOOD, "1").env("RUST_BACKTRACE", "0");
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // SAFETY: prctl is async-signal-safe. It makes the worker die with us, for evcxr can only kill us.
-    unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
+    command.env(WORKER, done).env(DISPLAY_IS_UNDERSTOOD, "1").env("RUST_BACKTRACE", "0");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    // evcxr can only kill us.
+    processes::end_together(&mut command, Signal::SIGKILL);
     command.spawn()
 }
 
-fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
+fn carry(worker: &mut Child, done: String) -> std::io::Result<ExitStatus> {
     WORKER_ID.store(worker.id() as i32, SeqCst);
     let (Some(mut out), Some(mut err)) = (worker.stdout.take(), worker.stderr.take()) else {
         return worker.wait();
     };
     let mut commands = worker.stdin.take();
     let started = std::env::var_os("EVCXR_TMPDIR").is_some_and(|folder| Path::new(&folder).join(STARTED).exists());
-    let mut relay = Relay { mute: !started, ..Default::default() };
+    let mut relay = Relay { done, mute: !started, ..Default::default() };
     let mut buffer = vec![0; 1 << 16];
     let (mut out_open, mut err_open) = (true, true);
     while out_open || err_open {
         let stdin = std::io::stdin();
         let pipes = [(out_open, out.as_fd()), (err_open, err.as_fd()), (commands.is_some(), stdin.as_fd())];
-        let look = if relay.reading.is_possible() { Reading::LOOK_MS.into() } else { PollTimeout::NONE };
-        let ready = readable(&pipes.map(|(is_open, pipe)| is_open.then_some(pipe)), look)?;
+        let look = if relay.reading.is_possible() { Reading::LOOK_MS } else { DEATH_MS };
+        let ready = readable(&pipes.map(|(is_open, pipe)| is_open.then_some(pipe)), look.into())?;
         if ready[2] {
             let n = std::io::stdin().read(&mut buffer)?;
             relay.reading.bytes_came();
+            relay.push_late();
             // A worker that died between two cells is noticed by its pipes.
             let is_written = commands.as_mut().is_some_and(|pipe| pipe.write_all(&buffer[..n]).is_ok());
             if n == 0 || !is_written {
@@ -188,6 +232,10 @@ fn carry(worker: &mut Child) -> std::io::Result<ExitStatus> {
             relay.marker(None, &format!("{INPUT_REQUEST}:"));
         }
         relay.send()?;
+        // What the worker started and left behind may keep its pipes open.
+        if !ready.contains(&true) && worker.try_wait()?.is_some() {
+            break;
+        }
     }
     let status = worker.wait()?;
     relay.finish(&death(status));
@@ -207,7 +255,7 @@ struct Reading {
 }
 
 impl Reading {
-    const LOOK_MS: u8 = 100;
+    const LOOK_MS: u16 = 100;
 
     fn is_possible(&self) -> bool {
         self.is_running && !self.is_asked
@@ -251,7 +299,9 @@ fn readable(pipes: &[Option<BorrowedFd>], timeout: PollTimeout) -> std::io::Resu
 fn death(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(libc::SIGABRT), _) => "it aborted (SIGABRT)".into(),
-        (Some(libc::SIGSEGV), _) => "it touched memory that is not its own (SIGSEGV)".into(),
+        (Some(libc::SIGSEGV), _) => {
+            "it touched memory that is not its own, or the stack of a thread overflowed (SIGSEGV)".into()
+        }
         (Some(libc::SIGKILL), _) => "it was killed (SIGKILL; the kernel does so when memory runs out)".into(),
         (Some(signal), _) => format!("signal {signal} ended it"),
         (None, code) => format!("it exited with status {}", code.unwrap_or(-1)),
@@ -261,6 +311,8 @@ fn death(status: ExitStatus) -> String {
 /// Turns bytes into lines for evcxr: events, and the markers that it waits for.
 #[derive(Default)]
 struct Relay {
+    /// The line by which the worker says that a cell has ended.
+    done: String,
     /// Bytes of stdout's last line, not sent yet.
     line: Vec<u8>,
     /// A rich output that has begun: its MIME type and the lines so far.
@@ -274,6 +326,8 @@ struct Relay {
     /// Whether events are dropped, up to the end of evcxr's first cell.
     mute: bool,
     reading: Reading,
+    /// The end of what was printed since the last cell ended.
+    late: String,
     lines: String,
 }
 
@@ -297,22 +351,23 @@ impl Relay {
 
     fn stdout_line(&mut self, line: &str) {
         if let Some((mime, mut data)) = self.content.take() {
-            if line == END_CONTENT || line == PANIC {
-                // A panic inside a display cuts the output short; what there is of it is kept.
+            let is_cut = self.ends_in_marker(line).is_some();
+            if line == END_CONTENT || is_cut {
+                // A failure inside a display cuts the output short; what there is of it is kept.
                 data.pop();
                 self.event(Event::Content { mime, data });
-                if line == PANIC {
-                    self.marker(Some(Event::Panic), PANIC);
+                if is_cut {
+                    self.stdout_line(line);
                 }
             } else {
                 data.push_str(line);
                 data.push('\n');
                 self.content = Some((mime, data));
             }
-        } else if let Some((before, marker, event)) = ends_in_marker(line) {
+        } else if let Some((before, marker, event)) = self.ends_in_marker(line) {
             self.text.push_str(before);
             self.marker(event, marker);
-        } else if let Some((before, mime)) = line.split_once(BEGIN_CONTENT) {
+        } else if let Some((before, mime)) = line.split_once(BEGIN_CONTENT).filter(|(_, mime)| is_mime(mime.trim())) {
             self.text.push_str(before);
             self.flush_text();
             self.content = Some((mime.trim().to_owned(), String::new()));
@@ -362,6 +417,14 @@ impl Relay {
         self.lines.push('\n');
     }
 
+    /// What stands before a marker at the end of a line, the marker, and what it means to the cell's reader.
+    fn ends_in_marker<'a>(&self, line: &'a str) -> Option<(&'a str, &'static str, Option<Event>)> {
+        let panic = (PANIC, PANIC, Some(Event::Panic));
+        let error = (USER_ERROR, USER_ERROR, Some(Event::UserError));
+        let markers = [(self.done.as_str(), EXECUTION_COMPLETE, None), panic, error];
+        markers.into_iter().find_map(|(end, marker, event)| Some((line.strip_suffix(end)?, marker, event)))
+    }
+
     fn event(&mut self, event: Event) {
         self.flush_text();
         self.push(event);
@@ -379,8 +442,23 @@ impl Relay {
     }
 
     fn push(&mut self, event: Event) {
-        if !self.mute {
-            self.lines.push_str(&event.to_line());
+        match event {
+            _ if self.mute => {}
+            Event::Stdout(text) | Event::Stderr(text) if !self.reading.is_running => {
+                self.late.push_str(&text);
+                let excess = self.late.len().saturating_sub(LATE_BYTES);
+                self.late.drain(..self.late.ceil_char_boundary(excess));
+            }
+            event => self.lines.push_str(&event.to_line()),
+        }
+    }
+
+    /// Shows what threads printed when no cell ran, and evcxr did not listen: at the head of the next cell, which did not
+    /// print it.
+    fn push_late(&mut self) {
+        if !self.late.is_empty() {
+            let text = std::mem::take(&mut self.late);
+            self.push(Event::Stdout(format!("[a thread of an earlier cell, before this one began]\n{text}")));
         }
     }
 
@@ -391,10 +469,9 @@ impl Relay {
     }
 }
 
-/// What stands before a marker at the end of a line, the marker, and what it means to the cell's reader.
-fn ends_in_marker(line: &str) -> Option<(&str, &'static str, Option<Event>)> {
-    let markers = [(EXECUTION_COMPLETE, None), (PANIC, Some(Event::Panic)), (USER_ERROR, Some(Event::UserError))];
-    markers.into_iter().find_map(|(marker, event)| Some((line.strip_suffix(marker)?, marker, event)))
+/// `text/html`, and not what a text says behind the marker's name.
+fn is_mime(text: &str) -> bool {
+    text.matches('/').count() == 1 && !text.contains(|c: char| c.is_whitespace() || c == '`')
 }
 
 /// The operation that a line of the display protocol asks for, and the text before it; None if it is mere text.
@@ -430,11 +507,18 @@ mod tests {
 
     /// What evcxr would be sent for these chunks of stdout: events, and markers as bare strings.
     fn relayed(chunks: &[&str]) -> Vec<Result<Event, String>> {
-        let mut relay = Relay::default();
+        let mut relay = running();
         for chunk in chunks {
             relay.stdout(chunk.as_bytes());
         }
         relay.lines.lines().map(|line| Event::from_line(line).ok_or(line.to_owned())).collect()
+    }
+
+    const DONE: &str = "EVCXR_EXECUTION_COMPLETE 7";
+
+    fn running() -> Relay {
+        let reading = Reading { is_running: true, ..Reading::default() };
+        Relay { done: DONE.into(), reading, ..Relay::default() }
     }
 
     fn text(s: &str) -> Result<Event, String> {
@@ -447,7 +531,7 @@ mod tests {
 
     #[test]
     fn text_without_a_newline_does_not_hide_a_marker() {
-        assert_eq!(relayed(&["a\nbEVCXR_EXECUTION_COMPLETE\n"]), [text("a\nb"), marker(EXECUTION_COMPLETE)]);
+        assert_eq!(relayed(&["a\nbEVCXR_EXECUTION_COMPLETE 7\n"]), [text("a\nb"), marker(EXECUTION_COMPLETE)]);
         assert_eq!(relayed(&["bEVCXR_PANIC", "_NOTIFICATION\n"])[1..], [Ok(Event::Panic), marker(PANIC)]);
         assert_eq!(relayed(&["EVCXR_ERROR_OCCURRED\n"]), [Ok(Event::UserError), marker(USER_ERROR)]);
     }
@@ -460,7 +544,7 @@ mod tests {
 
     #[test]
     fn a_character_cut_in_two_is_put_together() {
-        let mut relay = Relay::default();
+        let mut relay = running();
         let bytes = "诗\n".as_bytes();
         relay.stdout(&bytes[..1]);
         relay.stdout(&bytes[1..]);
@@ -482,7 +566,7 @@ mod tests {
 
     #[test]
     fn a_message_stands_between_text_and_marker() {
-        let mut relay = Relay::default();
+        let mut relay = running();
         relay.stderr(b"panicked");
         relay.stdout(b"shown\nEVCXR_PANIC_NOTIFICATION\n");
         let events: Vec<_> = relay.lines.lines().filter_map(Event::from_line).collect();
@@ -499,7 +583,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_printed_between_two_cells_is_called_so() {
+        let mut relay = running();
+        relay.stdout(format!("{DONE}\n").as_bytes());
+        relay.stdout("诗".repeat(LATE_BYTES).as_bytes());
+        relay.stdout(b"tick\n");
+        assert_eq!(relay.lines, format!("{EXECUTION_COMPLETE}\n"));
+        relay.reading.bytes_came();
+        relay.push_late();
+        let Some(Event::Stdout(late)) = relay.lines.lines().last().and_then(Event::from_line) else {
+            panic!("no text")
+        };
+        assert!(late.starts_with("[a thread of") && late.ends_with("诗tick\n") && late.len() < LATE_BYTES + 100);
+    }
+
+    #[test]
     fn text_cannot_pass_for_an_event() {
+        for words in ["EVCXR_EXECUTION_COMPLETE\n", "begin with EVCXR_BEGIN_CONTENT and a / mark\n"] {
+            assert_eq!(relayed(&[words]), [text(words)]);
+        }
+        let html = Ok(Event::Content { mime: "text/html".into(), data: "never ended".into() });
+        let cut = format!("EVCXR_BEGIN_CONTENT text/html\nnever ended\n{DONE}\n");
+        assert_eq!(relayed(&[&cut]), [html, marker(EXECUTION_COMPLETE)]);
         let forged = Event::Panic.to_line();
         assert_eq!(relayed(&[&forged]), [text(&forged)]);
     }

@@ -53,7 +53,8 @@ pub fn as_a_call(text: &str, call: &ast::MacroCall) -> Option<String> {
 pub fn rust_begins(code: &str) -> usize {
     let is_rust = |line: &&str| {
         let start = line.trim_start();
-        !(start.is_empty() || start.starts_with(':') || line.starts_with('!') || line.starts_with("//"))
+        let is_comment = line.starts_with("//") && !line.starts_with("///");
+        !(start.is_empty() || start.starts_with(':') || line.starts_with('!') || is_comment)
     };
     code.split_inclusive('\n').take_while(|line| !is_rust(line)).map(str::len).sum()
 }
@@ -67,6 +68,53 @@ pub fn ends_in_expression(code: &str) -> bool {
         Some(ast::Expr::IfExpr(branch)) => branch.else_branch().is_some(),
         Some(_) => true,
     }
+}
+
+/// The items at a cell's top level.
+pub fn items(code: &str) -> impl Iterator<Item = ast::Item> {
+    let statements = statements(code).into_iter().flat_map(|list| list.statements());
+    statements.filter_map(|statement| if let ast::Stmt::Item(item) = statement { Some(item) } else { None })
+}
+
+/// Whether a cell defines a static that can change.
+pub fn has_changing_static(code: &str) -> bool {
+    let changes = |ty: String| ["Atomic", "Mutex", "Lock", "Cell"].iter().any(|word| ty.contains(word));
+    items(code).any(|item| {
+        let ast::Item::Static(item) = item else { return false };
+        item.mut_token().is_some() || item.ty().is_some_and(|ty| changes(ty.syntax().text().to_string()))
+    })
+}
+
+/// The types, traits, constants and modules that a cell defines, each with what decides how its values lie in memory: its
+/// text without comments, bodies of functions, and attributes other than `repr`.
+pub fn definitions(code: &str) -> impl Iterator<Item = (String, String)> {
+    let is_idle = |node: SyntaxNode| {
+        let is_body =
+            ast::BlockExpr::can_cast(node.kind()) && node.parent().is_some_and(|of| ast::Fn::can_cast(of.kind()));
+        is_body || ast::Attr::can_cast(node.kind()) && !node.text().to_string().contains("repr")
+    };
+    items(code).filter(|item| !matches!(item, ast::Item::Fn(_) | ast::Item::Static(_))).filter_map(move |item| {
+        let name = ast::AnyHasName::cast(item.syntax().clone())?.name()?.text().to_string();
+        let tokens = item.syntax().descendants_with_tokens().filter_map(|element| element.into_token());
+        let tokens = tokens.filter(|token| {
+            !token.kind().is_trivia()
+                && token.text() != ","
+                && !token.parent_ancestors().take_while(|node| node != item.syntax()).any(is_idle)
+        });
+        Some((name, tokens.map(|token| token.text().to_owned()).collect::<Vec<_>>().join(" ")))
+    })
+}
+
+/// Whether one of the names stands in a text.
+pub fn mentions(text: &str, names: &[String]) -> bool {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| names.iter().any(|name| name == word))
+}
+
+/// What the parser says of a cell that is no Rust, and where in the cell; None if it is.
+pub fn error(code: &str) -> Option<(String, usize)> {
+    let parsed = SourceFile::parse(&as_function(code), Edition::Edition2024);
+    let error = parsed.errors().into_iter().next()?;
+    Some((error.to_string(), place_in_cell(error.range().start()).min(code.trim_end().len())))
 }
 
 /// A variable that a cell binds at its top level.
@@ -243,6 +291,18 @@ mod tests {
         );
         assert_eq!(names("let v: Vec<_> = it.collect();\nlet w;\nw = 1;\n"), ["v"]);
         assert!(names("}} not rust {{ let").is_empty());
+    }
+
+    #[test]
+    fn a_definition_is_what_decides_of_memory() {
+        let one = |code: &str| definitions(code).next().expect("a definition");
+        assert_eq!(one("/// Docs.\n#[derive(Debug)]\nstruct S {\n    n: i32, // why\n}"), one("struct S { n: i32, }"));
+        assert_ne!(one("struct S(i32);"), one("struct S(i64);"));
+        assert_ne!(one("#[repr(C)] struct S(i32);"), one("struct S(i32);"));
+        assert_eq!(one("trait T { fn f() { 1 } }"), one("trait T { fn f() { 2 } }"));
+        assert_eq!(definitions("fn f() {} impl S {} let x = 1; use a::b;").count(), 0);
+        assert!(has_changing_static("static mut N: u8 = 0;") && has_changing_static("static N: Mutex<u8> = f();"));
+        assert!(!has_changing_static("static NAME: &str = \"x\";"));
     }
 
     #[test]

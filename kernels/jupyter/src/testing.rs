@@ -14,7 +14,6 @@ use crate::check::{self, Terms};
 use crate::diagnostics::Failure;
 use crate::files;
 use crate::junit::{self, Case};
-use crate::notebook::Notebook;
 use crate::runner::{CellRun, Report};
 
 #[derive(clap::Args)]
@@ -79,6 +78,7 @@ pub fn test(test: &TestOptions) -> Result<ExitCode> {
             progress.cell(i, cell, seconds, state);
         }
         Said::Report(Report::Changed { cell, outputs }) => tested[i].change(&jobs[i], cell, outputs),
+        Said::Report(Report::Ended) => {}
         Said::Done { broken, seconds } => {
             (tested[i].broken, tested[i].seconds) = (broken, seconds);
             show(&tested[i].findings(&jobs[i]));
@@ -203,10 +203,7 @@ impl Tested {
         if notebook == job.notebook {
             return Ok(0);
         }
-        if Notebook::read(&job.path)? != job.notebook {
-            bail!("{} was changed while it ran, so it is not rewritten", job.path.display());
-        }
-        notebook.write(&job.path)?;
+        job.write(&notebook, &job.path)?;
         Ok(rewritten)
     }
 

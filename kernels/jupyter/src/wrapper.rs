@@ -30,11 +30,29 @@ pub fn stand_before_rustc() -> ExitCode {
     } else if is("ctx") {
         let source = std::fs::metadata("src/lib.rs").map_or(0, |file| file.len());
         args = for_a_cell(args, source, is_marked(&folder));
+        keep_identity(&mut args, &folder.join("identity"));
     }
     let Some((rustc, args)) = args.split_first() else { return ExitCode::FAILURE };
     let error = Command::new(rustc).args(args).env_remove(ASK_IN).exec();
     eprintln!("qlora-nb: cannot run rustc: {error}");
     ExitCode::FAILURE
+}
+
+/// Gives the cell's crate the identity of the one before: with another, which cargo gives it for one dependency more, every
+/// type that cells define would be another, and variables of it lost. Unless a dependency changed that was there before,
+/// for then types may have.
+fn keep_identity(args: &mut [OsString], file: &Path) {
+    let Some(own) = args.iter().position(|arg| arg.as_encoded_bytes().starts_with(b"metadata=")) else { return };
+    let known = std::fs::read_to_string(file).unwrap_or_default();
+    let is_there = |known: &str| args.iter().any(|arg| arg == known);
+    if let Some(metadata) = known.lines().next().filter(|_| known.lines().skip(1).all(is_there)) {
+        args[own] = metadata.into();
+    }
+    let is_extern = |pair: &&[OsString]| pair[0] == "--extern";
+    let externs = args.windows(2).filter(is_extern).map(|pair| pair[1].to_string_lossy());
+    let lines: Vec<_> = std::iter::once(args[own].to_string_lossy()).chain(externs).collect();
+    // Without it variables may be lost, of which evcxr tells.
+    let _ = std::fs::write(file, lines.join("\n"));
 }
 
 /// The file by which a session tells the rustc wrapper that the cell to come is [`plain`](crate::plain).
@@ -91,6 +109,21 @@ mod tests {
         assert_eq!(for_a_cell(args(cargos), 1 << 20, false), args(&large));
         let plain = large.replace("level=2", "level=0").replace("/tmp/i", "/tmp/i-plain");
         assert_eq!(for_a_cell(args(cargos), 1 << 20, true), args(&plain));
+    }
+
+    #[test]
+    fn a_crate_keeps_its_identity_until_a_dependency_changes() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let identity = |line: &str| {
+            let mut args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            keep_identity(&mut args, &folder.path().join("identity"));
+            args[1].to_string_lossy().into_owned()
+        };
+        assert_eq!(identity("-C metadata=1"), "metadata=1");
+        assert_eq!(identity("-C metadata=2 --extern a=/a1"), "metadata=1");
+        assert_eq!(identity("-C metadata=3 --extern b=/b1 --extern a=/a1"), "metadata=1");
+        assert_eq!(identity("-C metadata=4 --extern b=/b1 --extern a=/a2"), "metadata=4");
+        assert_eq!(identity("-C metadata=5 --extern b=/b1 --extern a=/a2"), "metadata=4");
     }
 
     #[test]
