@@ -1,3 +1,5 @@
 //! Bad input gets a typed error that names the place and the remedy, and costs nothing.
 
+mod kills;
 mod model;
+mod power;
