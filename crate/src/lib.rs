@@ -15,7 +15,7 @@
 //!
 //! The modules from the ground up; each imports those before it alone, which a test holds:
 //!
-//! - the ground: `error`, `py_repr`, `json_file`, `safe_file`, `names`, `interrupt`;
+//! - the ground: `error`, `py_repr`, `json_file`, `safe_file`, `names`, `interrupt`, `tensor_file`;
 //! - what people look at, and where files come from: `display`, `hub`;
 //! - quantized weights as data: `quantized`;
 //! - the only place that knows of devices: `backend`, a CPU and a GPU behind one trait;
@@ -66,6 +66,7 @@ mod names;
 mod py_repr;
 mod quantized;
 mod safe_file;
+mod tensor_file;
 
 /// What lies beneath the steps, for this repository's own checks, tests and benchmarks; it may change at any time.
 #[doc(hidden)]

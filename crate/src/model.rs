@@ -11,6 +11,7 @@ use crate::{
     display::{Forms, module_tree::ModuleNode, shown_by_forms},
     error::{Error, Result},
     hub::Snapshot,
+    interrupt,
     json_file::read_json,
     models::{
         self,
@@ -20,7 +21,8 @@ use crate::{
     },
     names::debug_as_display,
     quantized::QuantizedTensor,
-    safe_file::{replace, write_atomically},
+    safe_file::write_atomically,
+    tensor_file::save_tensors,
 };
 
 pub use crate::models::{
@@ -212,6 +214,7 @@ impl Model {
     }
 
     fn save_pretrained_path(&self, folder: &Path) -> Result<()> {
+        let _guard = interrupt::Guard::new()?;
         std::fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
         let quantized: HashMap<String, &QuantizedTensor> = (self.0.decoder.linears().into_iter())
             .filter_map(|l| Some((format!("{}.weight", l.name), l.weight().quantized()?)))
@@ -224,13 +227,7 @@ impl Model {
             }
         }
         let path = folder.join("model.safetensors");
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        replace(&path, |temporary| {
-            safetensors::serialize_to_file(tensors, Some(metadata), temporary).map_err(|e| match e {
-                safetensors::SafeTensorError::IoError(e) => Error::io("write", temporary)(e),
-                other => Error::io("write", temporary)(std::io::Error::other(other)),
-            })
-        })?;
+        save_tensors(&path, tensors, &|| interrupt::check("saving the model"))?;
         let mut config = self.0.config.clone();
         config["dtype"] = self.dtype().to_string().trim_start_matches("torch.").into();
         config["tie_word_embeddings"] = self.0.decoder.tied.into();

@@ -27,6 +27,7 @@ use crate::{
     error::{Error, Result},
     json_file::{read_fields, read_json_or},
     safe_file::{remove_folder, replace, write_file, writing_in},
+    tensor_file::write_tensors,
 };
 
 pub(super) const PREFIX: &str = "checkpoint-";
@@ -83,12 +84,9 @@ pub(super) fn save(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>
 fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
     fs::create_dir_all(folder).map_err(Error::io("write", folder))?;
     save_adapter(folder)?;
-    let path = folder.join(OPTIMIZER);
-    let mut tensors: Vec<_> = content.optimizer.iter().collect();
-    tensors.sort_by_key(|(name, _)| *name);
-    let bytes =
-        safetensors::serialize(tensors, None).map_err(|e| Error::malformed(&path, "safetensors file", e, DAMAGED))?;
-    write_file(&path, &bytes)?;
+    let tensors = content.optimizer.iter().map(|(name, tensor)| (name.clone(), tensor.clone())).collect();
+    // A stop waits until the checkpoint is whole.
+    write_tensors(&folder.join(OPTIMIZER), tensors, None, &|| Ok(()))?;
     let arguments = json!({
         "arguments": content.arguments,
         "run": content.identity.iter().cloned().collect::<Map<_, _>>(),
