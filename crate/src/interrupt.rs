@@ -2,7 +2,8 @@
 //!
 //! A notebook's variables live in the process that runs the cells, so letting SIGINT end
 //! that process costs the user the model. While a [`Guard`] is alive SIGINT only raises a
-//! flag, which training looks at before each micro-batch and generation before each token.
+//! flag, which training looks at before each micro-batch, generation before each token, and whatever reads or writes a
+//! file before each piece of it.
 //! A second SIGINT gets what it would have got without us, normally the end of the process.
 
 use std::{
@@ -28,6 +29,22 @@ pub fn requested() -> bool {
 /// The error of `what` if somebody asked it to stop: for a call that has nothing to give back half done.
 pub fn check(what: &str) -> Result<()> {
     if requested() { Err(Error::Interrupted { what: what.into() }) } else { Ok(()) }
+}
+
+/// Runs work that gives nothing half done. Asked to stop, it may end with any error: this one is told.
+pub(crate) fn stoppable<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let _guard = Guard::new()?;
+    let done = work();
+    check(what).and(done)
+}
+
+/// What reads until somebody asks to stop: for parsers that go through a file in one call.
+pub(crate) struct Reader<R>(pub R);
+
+impl<R: io::Read> io::Read for Reader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if requested() { Err(io::Error::other("interrupted")) } else { self.0.read(buffer) }
+    }
 }
 
 /// Asks the running train or generate call to stop at its next safe point, as SIGINT does.

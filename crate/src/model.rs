@@ -68,6 +68,10 @@ impl AutoModelForCausalLM {
     }
 
     fn from_pretrained_path(name_or_path: &Path, options: ModelOptions) -> Result<Model> {
+        interrupt::stoppable("loading the model", || Self::load(name_or_path, options))
+    }
+
+    fn load(name_or_path: &Path, options: ModelOptions) -> Result<Model> {
         options.validate()?;
         let (config, generation_config, weights) = match gguf::find(name_or_path, "config.json")? {
             Some(path) => {

@@ -27,6 +27,7 @@ use crate::{
     },
     error::{Error, Result},
     hub::Snapshot,
+    interrupt,
     layers::custom_loss::LossFn,
     model::Model,
     models::{
@@ -339,8 +340,13 @@ impl PeftModel {
     /// what the adapter learned. A module of `modules_to_save` takes the place of the original; where the output head was
     /// the table of embeddings, the two are apart from then on.
     pub fn merge_and_unload(&self) -> Result<Model> {
+        interrupt::stoppable("merging the adapter", || self.merged())
+    }
+
+    fn merged(&self) -> Result<Model> {
         let mut tied = self.0.decoder.tied;
         let mut decoder = self.0.decoder.map_linears(|linear| {
+            interrupt::check("merging the adapter")?;
             let Some(adapter) = linear.adapter() else { return Ok(linear.without_adapters()) };
             tied &= linear.name != self.0.decoder.head.name;
             let weight = linear.weight().dequantize()?;

@@ -41,6 +41,7 @@ use crate::{
     dataset::Dataset,
     display,
     error::{Error, Result, ensure},
+    interrupt,
     names::debug_as_display,
     optim::{self, Hyperparameters, Optimizer, lr_scheduler::lr_at},
     peft::PeftModel,
@@ -108,6 +109,15 @@ impl Trainer {
     }
 
     fn on(
+        model: Arc<dyn TrainedModel>,
+        args: TrainingArguments,
+        train_dataset: &Dataset,
+        collator: DataCollatorForSeq2Seq,
+    ) -> Result<Self> {
+        interrupt::stoppable("Trainer::new", || Self::prepare(model, args, train_dataset, collator))
+    }
+
+    fn prepare(
         model: Arc<dyn TrainedModel>,
         args: TrainingArguments,
         train_dataset: &Dataset,
@@ -281,7 +291,7 @@ impl Trainer {
     /// # Errors
     /// Without an evaluation dataset; [`Error::Interrupted`]; [`Error::NotFinite`].
     pub fn evaluate(&mut self) -> Result<LogEntry> {
-        let _guard = crate::interrupt::Guard::new()?;
+        let _guard = interrupt::Guard::new()?;
         self.evaluate_and_log(&mut View::silent())
     }
 

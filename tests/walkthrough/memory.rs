@@ -1,12 +1,14 @@
 //! The memory that was announced and the memory that was used. Each test needs its own process
 //! (nextest gives it one): a peak is the process's.
 
-use std::{fs::File, io::Write, path::Path};
+use std::path::Path;
 
 use qlora_nb::{
     model::{peak_resident_bytes, reset_peak, resident_bytes},
     prelude::*,
 };
+
+use qlora_nb_tests::write_random_bloom;
 
 use crate::poet;
 
@@ -120,55 +122,4 @@ fn smollm2_takes_what_the_plan_says() -> Result<()> {
 #[test]
 fn smollm2_without_checkpointing_takes_what_the_plan_says() -> Result<()> {
     smollm2(false)
-}
-
-/// A checkpoint in f16, written as a stream: it never sits in this process's memory.
-fn write_random_bloom(folder: &Path, c: usize, layers: usize, heads: usize, vocab: usize) {
-    let config = serde_json::json!({
-        "model_type": "bloom", "vocab_size": vocab, "hidden_size": c, "n_layer": layers, "n_head": heads,
-        "layer_norm_epsilon": 1e-5, "eos_token_id": 2, "pad_token_id": 3,
-    });
-    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let norm = |p: &str| vec![(format!("{p}.weight"), vec![c]), (format!("{p}.bias"), vec![c])];
-    let linear = |p: String, out: usize, input: usize| {
-        vec![(format!("{p}.weight"), vec![out, input]), (format!("{p}.bias"), vec![out])]
-    };
-    let mut tensors = vec![("word_embeddings.weight".to_string(), vec![vocab, c])];
-    tensors.extend(norm("word_embeddings_layernorm"));
-    for i in 0..layers {
-        tensors.extend(norm(&format!("h.{i}.input_layernorm")));
-        tensors.extend(linear(format!("h.{i}.self_attention.query_key_value"), 3 * c, c));
-        tensors.extend(linear(format!("h.{i}.self_attention.dense"), c, c));
-        tensors.extend(norm(&format!("h.{i}.post_attention_layernorm")));
-        tensors.extend(linear(format!("h.{i}.mlp.dense_h_to_4h"), 4 * c, c));
-        tensors.extend(linear(format!("h.{i}.mlp.dense_4h_to_h"), c, 4 * c));
-    }
-    tensors.extend(norm("ln_f"));
-    let mut header = serde_json::Map::new();
-    let mut offset = 0usize;
-    for (name, shape) in &tensors {
-        let bytes = 2 * shape.iter().product::<usize>();
-        header.insert(
-            name.clone(),
-            serde_json::json!({
-                "dtype": "F16", "shape": shape, "data_offsets": [offset, offset + bytes],
-            }),
-        );
-        offset += bytes;
-    }
-    let header = serde_json::Value::Object(header).to_string();
-    let mut file = std::io::BufWriter::new(File::create(folder.join("model.safetensors")).unwrap());
-    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
-    file.write_all(header.as_bytes()).unwrap();
-    // Small numbers of both signs: f16 with the exponent of 2^-6, mantissa and sign from a counter.
-    let mut state = 1u32;
-    for (name, shape) in &tensors {
-        let norm_weight = name.contains("layernorm.weight") || name.ends_with("ln_f.weight");
-        for _ in 0..shape.iter().product::<usize>() {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let bits = if norm_weight { 0x3c00 } else { (state >> 16) as u16 & 0x83ff | 9 << 10 };
-            file.write_all(&bits.to_le_bytes()).unwrap();
-        }
-    }
-    file.flush().unwrap();
 }

@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result, ensure},
+    interrupt,
     json_file::read_json,
     py_repr::commas,
     safe_file::replace,
@@ -43,6 +44,10 @@ impl Dataset {
     }
 
     fn load_from_disk_path(folder: &Path) -> Result<Self> {
+        interrupt::stoppable("reading the dataset", || Self::read_folder(folder))
+    }
+
+    fn read_folder(folder: &Path) -> Result<Self> {
         check_folder(folder)?;
         if folder.join("dataset_dict.json").exists() && !folder.join("state.json").exists() {
             let splits = split_names(folder)?;
@@ -265,9 +270,11 @@ fn replace_folder(target: &Path, fill: &dyn Fn(&Path) -> Result<()>) -> Result<(
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent).map_err(Error::io("write", parent))?;
     }
-    replace(target, |temporary| {
-        fs::create_dir(temporary).map_err(Error::io("write", temporary))?;
-        fill(temporary)
+    interrupt::stoppable("saving the dataset", || {
+        replace(target, |temporary| {
+            fs::create_dir(temporary).map_err(Error::io("write", temporary))?;
+            fill(temporary)
+        })
     })
 }
 

@@ -1,7 +1,7 @@
 //! Rows from files of other programs: JSON, JSONL, Parquet and CSV.
 
 use std::{
-    fmt::Display,
+    fmt::{self, Display},
     fs::{self, File},
     path::Path,
     sync::Arc,
@@ -12,15 +12,40 @@ use arrow::{
     datatypes::{DataType, Field, Schema},
 };
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde::de::{Deserializer, SeqAccess, Visitor};
 
 use super::{
     Dataset, Value,
     ipc::catch,
     table::{BATCH_ROWS, Table},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    interrupt,
+};
 
 type JsonRow = serde_json::Map<String, serde_json::Value>;
+
+/// The rows of a JSON array, until somebody asks to stop.
+struct Rows;
+
+impl<'de> Visitor<'de> for Rows {
+    type Value = Vec<JsonRow>;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a sequence")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<Vec<JsonRow>, A::Error> {
+        let mut all = Vec::new();
+        while !interrupt::requested()
+            && let Some(row) = rows.next_element()?
+        {
+            all.push(row);
+        }
+        Ok(all)
+    }
+}
 
 impl Dataset {
     /// Rows from a JSON file: an array of objects, or one object after another (JSONL). All rows
@@ -33,6 +58,10 @@ impl Dataset {
     }
 
     fn from_json_path(path: &Path) -> Result<Self> {
+        interrupt::stoppable("reading the dataset", || Self::read_json(path))
+    }
+
+    fn read_json(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
         if text.iter().all(u8::is_ascii_whitespace) {
@@ -40,11 +69,20 @@ impl Dataset {
         }
         let is_array = text.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
         let rows = if is_array {
-            serde_json::from_slice(text).map_err(|e| malformed(path, "JSON array of rows", e))?
+            let rows = serde_json::Deserializer::from_slice(text);
+            let read = |mut rows: serde_json::Deserializer<_>| {
+                let all = rows.deserialize_seq(Rows)?;
+                rows.end().map(|()| all)
+            };
+            read(rows).map_err(|e| malformed(path, "JSON array of rows", e))?
         } else {
             let rows = serde_json::Deserializer::from_slice(text).into_iter::<JsonRow>().enumerate();
             let at_row = |i, e| malformed(path, "JSONL file", format!("row {i}: {e}"));
-            rows.map(|(i, row)| row.map_err(|e| at_row(i, e))).collect::<Result<_>>()?
+            let rows = rows.map(|(i, row)| {
+                interrupt::check("reading the dataset")?;
+                row.map_err(|e| at_row(i, e))
+            });
+            rows.collect::<Result<_>>()?
         };
         from_json_rows(rows).map_err(|detail| malformed(path, "JSON table", detail))
     }
@@ -58,12 +96,17 @@ impl Dataset {
     }
 
     fn from_parquet_path(path: &Path) -> Result<Self> {
+        interrupt::stoppable("reading the dataset", || Self::read_parquet(path))
+    }
+
+    fn read_parquet(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let table = catch(|| {
             let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
             let schema = builder.schema().clone();
             let reader = builder.with_batch_size(BATCH_ROWS).build().map_err(|e| e.to_string())?;
-            let batches = reader.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+            let batches = reader.take_while(|_| !interrupt::requested());
+            let batches = batches.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
             Table::new(&schema, batches).map_err(|e| e.to_string())
         });
         Ok(Self::of(table.map_err(|detail| malformed(path, "Parquet file", detail))?))
@@ -79,7 +122,11 @@ impl Dataset {
     }
 
     fn from_csv_path(path: &Path) -> Result<Self> {
-        let open = || File::open(path).map_err(Error::io("read", path));
+        interrupt::stoppable("reading the dataset", || Self::read_csv(path))
+    }
+
+    fn read_csv(path: &Path) -> Result<Self> {
+        let open = || File::open(path).map(interrupt::Reader).map_err(Error::io("read", path));
         let wrong = |detail: String| malformed(path, "CSV file", detail);
         let format = Format::default().with_header(true);
         let (schema, _) = format.infer_schema(open()?, None).map_err(|e| wrong(e.to_string()))?;

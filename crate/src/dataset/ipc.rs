@@ -15,7 +15,10 @@ use arrow::{
     ipc::{self, MessageHeader, reader::StreamDecoder, writer::StreamWriter},
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    interrupt,
+};
 
 /// Reads a shard to its end mark: a stream that stops earlier has lost rows.
 pub(super) fn read_shard(path: &Path) -> Result<(SchemaRef, Vec<RecordBatch>)> {
@@ -29,7 +32,7 @@ fn decode(bytes: Vec<u8>) -> Result<(SchemaRef, Vec<RecordBatch>), String> {
     let mut rest = Buffer::from_vec(bytes);
     let mut decoder = StreamDecoder::new();
     let mut batches = Vec::new();
-    while !rest.is_empty() {
+    while !rest.is_empty() && !interrupt::requested() {
         batches.extend(decoder.decode(&mut rest).map_err(|e| e.to_string())?);
     }
     decoder.finish().map_err(|e| e.to_string())?;
@@ -105,6 +108,7 @@ pub(super) fn write_stream(
     let written = (|| {
         let mut writer = StreamWriter::try_new(&mut out, schema)?;
         for batch in batches {
+            interrupt::check("saving the dataset").map_err(|e| ArrowError::ExternalError(e.into()))?;
             let columns = batch?.columns().to_vec();
             writer.write(&RecordBatch::try_new(schema.clone(), columns)?)?;
         }
@@ -117,8 +121,7 @@ pub(super) fn write_stream(
             Error::malformed(path, "Arrow IPC stream", other, remedy)
         }
     })?;
-    let file = out.inner.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
-    file.sync_all().map_err(Error::io("write", path))
+    out.inner.flush().map_err(Error::io("write", path))
 }
 
 struct Hashed<'a, W, H> {

@@ -23,6 +23,7 @@ use crate::{
     backend::{self, DeviceReader, FileTensor, operands::Weight},
     error::{Error, Result},
     hub::Snapshot,
+    interrupt,
     models::{
         gguf::Gguf,
         options::{BitsAndBytesConfig, ModelOptions},
@@ -33,6 +34,8 @@ use crate::{
 /// Tensors of at most so many bytes are converted here before they go to a GPU: a launch would take longer.
 const SMALL: u64 = 64 << 10;
 
+/// What an interrupt stops.
+const LOADING: &str = "loading the model";
 /// Of a remedy.
 const DAMAGED: &str = "the file is damaged or half downloaded: get it again";
 const OTHER_MODEL: &str = "config.json and the weights must come from the same model";
@@ -157,6 +160,7 @@ impl Weights {
 
     /// [`Weights::tensor`], in memory of at least `elements` elements; on a GPU only.
     fn padded(&mut self, name: &str, shape: &[usize], dtype: DType, elements: usize) -> Result<Tensor> {
+        interrupt::check(LOADING)?;
         let key = self.key(name).to_string();
         let found = match &self.gguf {
             Some(gguf) => gguf.tensor(&key, shape, dtype)?.map(|tensor| self.with_padding(&tensor, elements)),
@@ -194,6 +198,7 @@ impl Weights {
     }
 
     fn read(&self, key: &str, entry: &Entry, dtype: DType, elements: usize) -> Result<Tensor> {
+        interrupt::check(LOADING)?;
         let path = &self.files[entry.file];
         let large = entry.bytes.1 - entry.bytes.0 > SMALL || elements > 0;
         if let Some(reader) = if large { self.reader()? } else { None } {
@@ -428,6 +433,7 @@ impl<'a> Source<'a> {
     /// Fills x with the elements from `first` on, rounded to `dtype`; fails for one that is not finite, there or then.
     fn read(&self, dtype: DType, first: usize, x: &mut [f32]) -> Result<()> {
         let width = self.dtype.size_in_bytes();
+        interrupt::check(LOADING)?;
         let mut bytes = [0u8; 4 * PIECE];
         for (piece, x) in x.chunks_mut(PIECE).enumerate() {
             let first = first + piece * PIECE;

@@ -8,6 +8,7 @@ use crate::{
     display,
     error::{Error, Result, ensure},
     features::{Features, IGNORE_INDEX},
+    interrupt,
 };
 
 /// A dataset that a model can be trained or evaluated on.
@@ -33,6 +34,7 @@ impl CheckedRows {
         let (mut hash, mut without_labels) = (0, Vec::new());
         let mut sizes = Vec::with_capacity(dataset.len());
         for row in 0..dataset.len() {
+            interrupt::check("looking through the rows")?;
             let features = dataset.get(row)?.features()?;
             features.check(row)?;
             check_ids(&features, row, vocab_size)?;

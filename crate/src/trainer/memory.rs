@@ -4,6 +4,7 @@ use super::Trainer;
 use crate::{
     backend,
     error::{Error, Result},
+    interrupt,
     models::{
         causal_lm::PassOptions,
         memory::{MemoryReport, StepShape, release_freed_memory, resident_bytes},
@@ -36,6 +37,10 @@ impl Trainer {
     /// # }
     /// ```
     pub fn memory_plan(&self) -> Result<MemoryReport> {
+        interrupt::stoppable("memory_plan", || self.plan())
+    }
+
+    fn plan(&self) -> Result<MemoryReport> {
         if self.is_on_gpu() {
             return self.plan_of(self.largest_micro_batch());
         }
@@ -136,7 +141,7 @@ impl Trainer {
         let mut sampler = super::Sampler::new(&self.args);
         let gradient_checkpointing = self.args.gradient_checkpointing;
         let mut largest = StepShape { gradient_checkpointing, ..Default::default() };
-        for step in 0..self.plan.max_steps {
+        for step in (0..self.plan.max_steps).take_while(|_| !interrupt::requested()) {
             for batch in sampler.update(&self.plan, step) {
                 let sizes = batch.rows.iter().map(|&row| self.train_rows.size(row));
                 let (tokens, labels) = sizes.fold((0, 0), |(t, l), (tokens, labels)| (t + tokens, l + labels));
