@@ -82,10 +82,12 @@ pub fn generate(
     let copies = chooser.settings.num_return_sequences;
     let mut active: Vec<(usize, usize)> = (0..sequences.len()).map(|i| (i, i / copies)).collect();
     let mut rows = prompts.len();
-    let mut next = model.next_tokens(&prompts, &mut cache, &chooser.draws(&active, &mut sequences))?;
+    let mut next = model.next_tokens(&prompts, &mut cache, &chooser.draws(&active, &mut sequences));
+    // A pass that was stopped is an error that nobody looks at: what there is so far is given back.
     while !interrupt::requested() {
+        let now = next?;
         for (place, &(i, row)) in active.iter().enumerate() {
-            let id = match &next {
+            let id = match &now {
                 Next::Ids(ids) => ids[place],
                 Next::Logits(logits) => chooser.choose(logits, row, &sequences[i])?,
             };
@@ -105,7 +107,7 @@ pub fn generate(
         let draws = chooser.draws(&active, &mut sequences);
         cache.expect(chooser.draws_after(&active, &sequences));
         let last: Vec<&[u32]> = active.iter().map(|&(i, _)| sequences[i].last()).collect();
-        next = model.next_tokens(&last, &mut cache, &draws)?;
+        next = model.next_tokens(&last, &mut cache, &draws);
     }
     drop(guard);
     Ok(sequences.into_iter().map(Sequence::finish).collect())

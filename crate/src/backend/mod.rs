@@ -214,6 +214,11 @@ pub trait Passes: Send + Sync {
     /// `cuda:0, NVIDIA H100 80GB HBM3`.
     fn name(&self) -> String;
 
+    /// Whether it computes where it is called.
+    fn is_cpu(&self) -> bool {
+        false
+    }
+
     /// Holds off every other thread that works on the device; the one that holds it may ask again, as a custom loss does
     /// that needs another model.
     fn lock(&self) -> ReentrantMutexGuard<'_, ()>;

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::{Backend, Tokens, internal, kv_cache::KvCache, sequences::Sequences};
-use crate::error::Result;
+use crate::{error::Result, interrupt};
 
 /// One pass over a batch: its tokens, what is kept of it, the device that makes it.
 pub struct Run<'a> {
@@ -47,6 +47,11 @@ impl<'a> Run<'a> {
             #[cfg(feature = "cuda")]
             card: None,
         }
+    }
+
+    /// Ends the pass if somebody asked to stop: on a CPU one may take minutes. A GPU's is recorded whole, and short.
+    pub fn check_stop(&self) -> Result<()> {
+        if self.backend.is_cpu() { interrupt::check("a pass over the model") } else { Ok(()) }
     }
 
     /// Keeps `tensor` for the backward, if there will be one.

@@ -25,6 +25,7 @@ pub fn head_and_loss(hidden: &Tensor, head: &Linear, learn: bool, run: &mut Run)
     let key = run.dropout_key;
     let mut grads = Vec::new();
     for (chunk, begin) in (0..labelled).step_by(step).enumerate() {
+        run.check_stop()?;
         let range = begin..labelled.min(begin + step);
         let x = backend.labelled_rows(hidden, range.clone(), run)?; // (chunk, C)
         // A mask of its own for each chunk.

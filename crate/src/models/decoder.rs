@@ -189,6 +189,7 @@ impl Decoder {
     fn run_blocks(&self, run: &mut Run, mut each: impl FnMut(&Tensor, &mut Run) -> Result<()>) -> Result<Tensor> {
         let mut x = self.embed(run)?;
         for (i, block) in self.blocks.iter().enumerate() {
+            run.check_stop()?;
             each(&x, run)?;
             run.block = i;
             x = self.description.kind.forward(block, &x, run)?;
@@ -295,6 +296,7 @@ impl Decoder {
         let mut x = self.embed(run)?;
         let mut inputs = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
+            run.check_stop()?;
             run.block = i;
             x = if i < lowest || gradient_checkpointing {
                 let y = run.with_saved(None, |run| kind.forward(block, &x, run))?;
@@ -311,6 +313,7 @@ impl Decoder {
         drop(x);
         let mut dx = self.final_norm.backward(&dx, None, run)?;
         for (i, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
+            run.check_stop()?;
             run.block = i;
             let need_dx = i > lowest || embedding_learns;
             let below = if gradient_checkpointing {

@@ -132,8 +132,9 @@ impl Trainer {
         let with_labels = (0..self.train_rows.len()).filter(|&row| self.train_rows.size(row).1 > 0);
         let Some(row) = with_labels.min_by_key(|&row| self.train_rows.size(row).0) else { return Ok(()) };
         let options = PassOptions { num_items: 1.0, gradient_checkpointing: true, dropout_key: 0 };
-        self.model.forward_backward(&self.train_rows.batch(&[row])?, &options)?;
-        self.params.iter().try_for_each(|p| p.zero_grad())
+        let done = self.model.forward_backward(&self.train_rows.batch(&[row])?, &options);
+        self.params.iter().try_for_each(|p| p.zero_grad())?;
+        done.map(drop)
     }
 
     /// The micro-batch with the most real tokens, of all that the run will see.

@@ -55,6 +55,10 @@ impl Passes for Cpu {
         "cpu".into()
     }
 
+    fn is_cpu(&self) -> bool {
+        true
+    }
+
     fn lock(&self) -> ReentrantMutexGuard<'_, ()> {
         ONE_AT_A_TIME.lock()
     }
