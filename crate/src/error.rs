@@ -26,6 +26,10 @@ pub enum Error {
     #[error("the GPU is out of memory, {doing}\n  what to do: {remedy}")]
     OutOfDeviceMemory { doing: String, remedy: String },
 
+    /// This process cannot have as much memory as is needed: it would be killed. Nothing was begun.
+    #[error("not enough memory, {doing}\n  what to do: {remedy}")]
+    OutOfMemory { doing: String, remedy: String },
+
     /// A GPU that this build or this machine cannot use.
     #[error("{device} cannot be used: {why}\n  what to do: {remedy}")]
     UnusableDevice { device: String, why: String, remedy: String },
@@ -272,7 +276,12 @@ pub fn near_names(name: &str, known: &[String]) -> Vec<String> {
 }
 
 fn io_remedy(e: &io::Error) -> &'static str {
+    if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+        return "too many files are open: drop what holds them, or raise the limit (ulimit -n) and start again";
+    }
     match e.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => "choose a folder on a disk that can be written to",
+        io::ErrorKind::FileTooLarge => "raise the limit on the size of files (ulimit -f), or choose another disk",
         io::ErrorKind::PermissionDenied => "choose a folder that you may write to, or change its permissions",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "free some disk space and run the cell again; the earlier files are unchanged"

@@ -14,6 +14,7 @@ use std::{
 use qlora_nb::{
     collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
+    error::Result,
     model::{AutoModelForCausalLM, ModelOptions},
     peft::{LoraConfig, PeftModel, get_peft_model},
     tokenizer::PaddingSide,
@@ -41,7 +42,7 @@ fn rows() -> Dataset {
     Dataset::from_columns([("input_ids", ids.clone()), ("attention_mask", mask), ("labels", ids)]).unwrap()
 }
 
-fn trainer(model: &PeftModel, folder: &Path) -> Trainer {
+fn trainer(model: &PeftModel, folder: &Path) -> Result<Trainer> {
     let args = TrainingArguments {
         output_dir: folder.join("run"),
         per_device_train_batch_size: 2,
@@ -59,12 +60,17 @@ fn trainer(model: &PeftModel, folder: &Path) -> Trainer {
         pad_to_multiple_of: None,
         label_pad_token_id: -100,
     };
-    Trainer::new(model, args, &rows(), collator).unwrap()
+    Trainer::new(model, args, &rows(), collator)
 }
 
 /// One update, and its checkpoint in `run`.
 pub fn one_step(model: &PeftModel, folder: &Path) {
-    trainer(model, folder).train_steps(1).unwrap();
+    trainer(model, folder).unwrap().train_steps(1).unwrap();
+}
+
+/// A checkpoint in `run`, before the first update.
+pub fn checkpoint(model: &PeftModel, folder: &Path) -> Result<()> {
+    trainer(model, folder)?.save_checkpoint().map(drop)
 }
 
 /// The checkpoints there, the newest last.
@@ -82,7 +88,7 @@ fn checkpoints(folder: &Path) -> Vec<PathBuf> {
 fn the_child() {
     let Some(folder) = env::var_os(FOLDER).map(PathBuf::from) else { return };
     let model = adapted();
-    let mut trainer = trainer(&model, &folder);
+    let mut trainer = trainer(&model, &folder).unwrap();
     if let Some(last) = checkpoints(&folder).last() {
         trainer.load_checkpoint(last).unwrap();
     }
@@ -118,7 +124,7 @@ fn check(folder: &Path) {
     }
     let model = adapted();
     for checkpoint in checkpoints(folder) {
-        trainer(&model, folder).load_checkpoint(&checkpoint).unwrap();
+        trainer(&model, folder).unwrap().load_checkpoint(&checkpoint).unwrap();
     }
     let has = |file: &str| folder.join(file).exists();
     if has("data") {

@@ -2,5 +2,6 @@
 
 mod interrupts;
 mod kills;
+mod limits;
 mod model;
 mod power;

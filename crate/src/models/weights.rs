@@ -287,7 +287,7 @@ impl Weights {
 }
 
 impl Weights {
-    /// Runs `load`, which reads a model, if the card has room for it. The error of one that has not says what
+    /// Runs `load`, which reads a model, if the device has room for it. The error of one that has not says what
     /// would need less.
     pub(super) fn with_room<T>(self, options: &ModelOptions, load: impl FnOnce(Self) -> Result<T>) -> Result<T> {
         let backend = backend::of(&self.device)?;
@@ -297,7 +297,10 @@ impl Weights {
         let remedy = self.smaller(options, needed);
         if needed > available {
             let doing = format!("{doing}: {:.2} GiB are free", gib(available));
-            return Err(Error::OutOfDeviceMemory { doing, remedy });
+            return Err(match backend.is_cpu() {
+                true => Error::OutOfMemory { doing, remedy },
+                false => Error::OutOfDeviceMemory { doing, remedy },
+            });
         }
         load(self).map_err(|e| match e {
             Error::OutOfDeviceMemory { doing: what, .. } => {
@@ -325,11 +328,16 @@ impl Weights {
         let others = others.iter().map(|(what, options)| (what, self.needed(options)));
         let less = others.filter(|(_, needed)| *needed < now - now / 50);
         let mut remedy: String = less.map(|(what, needed)| format!("{what} needs {:.2} GiB; ", gib(needed))).collect();
-        remedy += "other programs that use the card (nvidia-smi shows them) can be ended; DeviceMap::Cpu needs no card";
+        remedy += match self.device.is_cpu() {
+            true => "variables that hold a model and are not needed can be dropped (drop(model)), other programs ended",
+            false => {
+                "other programs that use the card (nvidia-smi shows them) can be ended; DeviceMap::Cpu needs no card"
+            }
+        };
         remedy
     }
 
-    /// Bytes of the card that the checkpoint takes with these options, its largest moment included.
+    /// Bytes of the device that the checkpoint takes with these options, its largest moment included.
     fn needed(&self, options: &ModelOptions) -> usize {
         let width = options.torch_dtype.size_in_bytes();
         let quantization = options.quantization_config.as_ref().filter(|q| q.load_in_4bit);
@@ -348,8 +356,8 @@ impl Weights {
             sum += match (quantization, raw) {
                 (_, Some(raw)) => raw,
                 (Some(config), _) if shape.len() == 2 && is_inside_block(&name) => {
-                    // While it is quantized, it is there too.
-                    beside = beside.max(n * width);
+                    // While it is quantized, it is there too; a CPU quantizes as it reads.
+                    beside = beside.max(if self.device.is_cpu() { 0 } else { n * width });
                     quantized_bytes(n, config)
                 }
                 _ => n * width,

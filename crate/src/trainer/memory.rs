@@ -113,17 +113,20 @@ impl Trainer {
     }
 
     /// Says so when the card seems to have too little room for the run: the largest micro-batch may come late.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] on a CPU, where the process would be killed. A fifth more than is free passes: a plan errs.
     pub(super) fn check_room(&self) -> Result<()> {
         let Some(available) = backend::of(self.params[0].value().device())?.available_bytes()? else { return Ok(()) };
         let largest = self.largest_micro_batch();
         let needed = self.model.memory_of_step(largest)?.total();
+        let doing = format!("the largest micro-batch needs about {} MiB, {} are free", needed >> 20, available >> 20);
+        if !self.is_on_gpu() {
+            let fits = needed < available + available / 5;
+            return if fits { Ok(()) } else { Err(Error::OutOfMemory { doing, remedy: self.savings(largest) }) };
+        }
         if needed > available {
-            crate::display::notice_once(&format!(
-                "the largest micro-batch needs about {} MiB of the card, where {} MiB are free. {}",
-                needed >> 20,
-                available >> 20,
-                self.savings(largest)
-            ));
+            crate::display::notice_once(&format!("the card is small: {doing}. {}", self.savings(largest)));
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ mod linear;
 mod loss;
 pub(crate) mod math;
 pub mod matmul;
+mod memory;
 mod norm;
 mod quantize;
 mod rope;
@@ -162,7 +163,7 @@ impl Memory for Cpu {
     }
 
     fn available_bytes(&self) -> Result<Option<usize>> {
-        Ok(None)
+        Ok(memory::available())
     }
 
     fn kept_bytes(&self, _largest_dequantized: usize, _gradients: usize) -> Vec<(&'static str, usize)> {

@@ -1,0 +1,148 @@
+//! Disks that are full or read-only, too little memory, too few files: an error that says what to do, everything as it
+//! was, and the next call works.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use qlora_nb::{
+    dataset::Dataset,
+    error::{Error, Result},
+    model::{AutoModelForCausalLM, DeviceMap, Model, ModelOptions},
+    peft::{LoraConfig, PeftModel, get_peft_model},
+};
+use qlora_nb_tests::*;
+
+fn base() -> Model {
+    AutoModelForCausalLM::from_pretrained(fixture("bloom_tiny"), ModelOptions::default()).unwrap()
+}
+
+fn adapted() -> PeftModel {
+    get_peft_model(&base(), &LoraConfig { target_modules: ["query_key_value"].into(), ..Default::default() }).unwrap()
+}
+
+/// Every file below, with its bytes.
+fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(folder).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => all.extend(content(&path)),
+            false => drop(all.insert(path.clone(), fs::read(&path).unwrap())),
+        }
+    }
+    all
+}
+
+/// A way to save, into a folder.
+type Save<'a> = (&'static str, &'a dyn Fn(&Path) -> Result<()>);
+
+fn with_saves(check: impl Fn(&str, &dyn Fn(&Path) -> Result<()>)) {
+    let (base, adapted) = (base(), adapted());
+    let rows = Dataset::from_columns([("a", (0..9000).collect::<Vec<i64>>())]).unwrap();
+    let curve = qlora_nb::display::line_chart("a title", "x", "y", &[]);
+    let saves: [Save; 6] = [
+        ("model", &|folder| base.save_pretrained(folder)),
+        ("adapter", &|folder| adapted.save_pretrained(folder)),
+        ("merged", &|folder| adapted.merge_and_unload()?.save_pretrained(folder)),
+        ("dataset", &|folder| rows.save_to_disk(folder)),
+        ("checkpoint", &|folder| super::kills::checkpoint(&adapted, folder)),
+        ("picture", &|folder| curve.save(folder.join("curve.svg"))),
+    ];
+    saves.iter().for_each(|(name, save)| check(name, save));
+}
+
+#[test]
+fn a_full_disk_leaves_what_was_there() {
+    with_saves(|name, save| {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("place");
+        fs::create_dir(&place).unwrap();
+        save(&place).unwrap();
+        let before = content(folder.path());
+        for bytes in [0, 100, 3000] {
+            let error = match with_file_size_limit(bytes, || save(&place)) {
+                Err(error) => error,
+                // Nothing of it is as large as that.
+                Ok(()) => continue,
+            };
+            assert!(matches!(&error, Error::Io { path, .. } if path.starts_with(&place)), "{name}: {error}");
+            assert!(error.to_string().contains("what to do"), "{name}: {error}");
+            assert!(content(folder.path()) == before, "{name}, {bytes} bytes: the folder is another");
+        }
+        assert!(with_file_size_limit(0, || save(&place)).is_err(), "{name}");
+        save(&place).unwrap();
+    });
+}
+
+#[test]
+fn a_place_that_takes_nothing_is_named() {
+    with_saves(|name, save| {
+        // A file system without files of ours, whoever asks; and a file where a folder must be.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (place, named) in [(Path::new("/proc/self/qlora-nb"), "qlora-nb"), (&file.path().join("inside"), ".tmp")] {
+            let error = save(place).unwrap_err();
+            let text = error.to_string();
+            assert!(matches!(error, Error::Io { .. } | Error::InvalidArgument { .. }), "{name}: {text}");
+            assert!(text.contains("what to do") && text.contains(named), "{name}: {text}");
+        }
+    });
+}
+
+/// A limit of this process; tests have one of their own each.
+fn limit(which: libc::__rlimit_resource_t, most: u64) {
+    let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: valid places to write to and to read from.
+    unsafe {
+        libc::getrlimit(which, &mut limits);
+        limits.rlim_cur = most.min(limits.rlim_max);
+        assert_eq!(libc::setrlimit(which, &limits), 0);
+    }
+}
+
+fn address_space() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn a_model_larger_than_the_memory_is_refused_before_it_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    write_random_bloom(folder.path(), 512, 6, 8, 20_000);
+    let load = || {
+        let options = ModelOptions { device_map: DeviceMap::Cpu, ..Default::default() };
+        AutoModelForCausalLM::from_pretrained(folder.path(), options)
+    };
+    // It takes 114 MiB in f32.
+    let own = address_space();
+    limit(libc::RLIMIT_AS, own + (60 << 20));
+    let error = load().unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("GiB are free") && text.contains("load_in_4bit") && text.contains("drop(model)"), "{text}");
+    limit(libc::RLIMIT_AS, own + (1 << 30));
+    assert!(load().is_ok());
+}
+
+#[test]
+fn too_few_files_are_told() {
+    let (base, adapted) = (base(), adapted());
+    let folder = tempfile::tempdir().unwrap();
+    base.save_pretrained(folder.path().join("model")).unwrap();
+    let before = content(folder.path());
+    limit(libc::RLIMIT_NOFILE, 0);
+    for error in [
+        AutoModelForCausalLM::from_pretrained(folder.path().join("model"), ModelOptions::default()).unwrap_err(),
+        base.save_pretrained(folder.path().join("model")).unwrap_err(),
+        adapted.save_pretrained(folder.path().join("adapter")).unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+        assert!(error.to_string().contains("ulimit -n"), "{error}");
+    }
+    limit(libc::RLIMIT_NOFILE, 1024);
+    assert!(content(folder.path()) == before);
+    assert!(AutoModelForCausalLM::from_pretrained(folder.path().join("model"), ModelOptions::default()).is_ok());
+}
