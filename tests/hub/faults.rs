@@ -1,10 +1,13 @@
 //! One test a fault. After each the cache holds nothing wrong, the error names the remedy, and a good hub heals it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     path::Path,
-    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     thread,
     time::Duration,
 };
@@ -386,7 +389,7 @@ fn a_file_that_grew_after_its_length_was_told() {
 
 #[test]
 fn redirects_in_a_circle() {
-    stops(&["redirects more than"], |request, reply| {
+    stops(&["more than 8 redirects", "HF_ENDPOINT"], |request, reply| {
         if is_content(request) {
             reply.be(302, PAGE);
             reply.set("location", &request.path);
@@ -418,9 +421,9 @@ fn an_endless_list_of_files() {
 #[test]
 fn a_hub_that_is_busy_for_a_while() {
     for after in ["", "0", "Wed, 21 Oct 2015 07:28:00 GMT", "-5"] {
-        static ASKED: AtomicUsize = AtomicUsize::new(0);
-        let requests = is_borne(move |_, reply| {
-            if ASKED.fetch_add(1, SeqCst) % 2 == 0 {
+        let asked = Mutex::new(HashSet::new());
+        let requests = is_borne(move |request, reply| {
+            if asked.lock().unwrap().insert((request.method.clone(), request.path.clone())) {
                 reply.be(429, PAGE);
                 reply.set("retry-after", after);
             }
@@ -465,6 +468,23 @@ fn a_busy_or_silent_hub_and_all_in_the_cache() {
 }
 
 #[test]
+fn an_error_page_for_the_rest_keeps_what_is_there() {
+    for status in [200, 403, 500] {
+        let (home, hub) = faulty(move |request, reply| match request.from {
+            None if is_content(request) => reply.cut = Some(LARGE),
+            Some(_) if is_content(request) => reply.be(status, PAGE),
+            _ => {}
+        });
+        get(BIG).unwrap_err();
+        assert_sound(home.path(), &files());
+        hub.fault(|_, _| {});
+        hub.requests();
+        assert_comes(home.path(), BIG);
+        assert_eq!(hub.requests().last().unwrap().from, Some(LARGE));
+    }
+}
+
+#[test]
 fn a_cache_that_a_power_failure_damaged() {
     let beginning = |damage: fn(&mut Vec<u8>)| {
         let (home, hub) = faulty(|_, _| {});
@@ -481,8 +501,9 @@ fn a_cache_that_a_power_failure_damaged() {
         let snapshot = folder.join("snapshots").join(COMMIT);
         fs::create_dir_all(&snapshot).unwrap();
         std::os::unix::fs::symlink("../../blobs/gone", snapshot.join(SMALL)).unwrap();
-        assert_comes(home.path(), BIG);
+        get(BIG).unwrap();
         assert_comes(home.path(), SMALL);
+        assert_comes(home.path(), BIG);
         hub.requests()
     };
     let whole = |requests: &[Request]| requests.iter().any(|request| is_content(request) && request.from.is_none());

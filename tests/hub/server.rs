@@ -171,7 +171,7 @@ fn good(request: &Request, files: &HashMap<String, Vec<u8>>) -> Reply {
     if resolved.is_some() && content.len() >= LARGE {
         let mut reply = Reply::of(302, "elsewhere");
         let port = request.host.rsplit(':').next().unwrap_or_default();
-        reply.set("location", format!("http://127.0.0.2:{port}/cdn/{name}"));
+        reply.set("location", format!("http://127.0.0.2:{port}/cdn/{}", name.replace(' ', "%20")));
         reply.set("x-linked-etag", format!("\"{}\"", etag(content)));
         reply.set("x-linked-size", content.len());
         reply.set("x-repo-commit", COMMIT);

@@ -191,7 +191,7 @@ impl Answer {
             ),
             _ => ("it does not serve now", "try again later, or set HF_ENDPOINT to a mirror"),
         };
-        let later = self.header("retry-after").map_or(String::new(), |s| format!(", retry after {s} s"));
+        let later = self.number("retry-after").map_or(String::new(), |s| format!(", retry after {s} s"));
         Err(Error::hub(&self.what, format!("{}: status {}{later}: {detail}", self.host, self.status), remedy))
     }
 }
@@ -239,7 +239,8 @@ fn proxy_of(url: &str) -> Result<Option<Proxy>> {
     if either("no_proxy").unwrap_or_default().split([',', ' ']).any(|entry| !entry.is_empty() && excludes(entry)) {
         return Ok(None);
     }
-    let bad = |_| Error::argument("HTTPS_PROXY", shown(&proxy), "a URL", "write it like http://proxy:8080");
+    let bad =
+        |_| Error::argument(&format!("{scheme}_proxy"), shown(&proxy), "a URL", "write it like http://proxy:8080");
     Proxy::new(&proxy).map(Some).map_err(bad)
 }
 

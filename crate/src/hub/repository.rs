@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use parking_lot::Mutex;
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 use ureq::http::Method;
 
@@ -60,6 +61,9 @@ impl Repository {
             (Ok((client, answer)), cached) => {
                 let (commit, names) = commit_and_names(answer.accepted()?, id, &client.endpoint)?;
                 if cached.as_ref() != Some(&commit) {
+                    // Threads of one process would write it under one temporary name.
+                    static ONE: Mutex<()> = Mutex::new(());
+                    let _one = ONE.lock();
                     create(&folder.join("refs"))?;
                     write_atomically(&main, commit.as_bytes())?;
                 }
@@ -133,11 +137,7 @@ impl Repository {
         let layout = "choose a repository in the transformers layout (config.json, tokenizer.json, *.safetensors)";
         match &self.hub {
             Ok(_) => Error::hub(&self.what(name), "the repository has no such file", layout),
-            Err((why, remedy)) => Error::hub(
-                &self.what(name),
-                format!("it is not in the local cache, and the hub is not asked: {why}"),
-                remedy,
-            ),
+            Err((why, remedy)) => Error::hub(&self.what(name), format!("it is not in the local cache; {why}"), remedy),
         }
     }
 
@@ -194,57 +194,52 @@ fn transfer(client: &Client, url: &str, known: &Known, partial: &Path, what: &st
         size => Progress::starting_at(&format!("Download {what}"), (have / MB) as usize, (size / MB) as usize, "MB"),
     };
     let mut breaks = 0;
-    let cut = |file: &File, length| file.set_len(length).map_err(not_written);
-    if have > known.size {
-        cut(&file, 0)?;
-        have = 0;
-    }
-    while have < known.size {
+    while have != known.size {
         let mut answer = client.ask(Method::GET, url, have, what, false)?;
-        if have > 0 && matches!(answer.status, 200 | 206 | 416) && !goes_on(&answer, have) {
-            // The server does not give parts: from the start, with this answer if it is the whole file.
-            cut(&file, 0)?;
+        let range = answer.header("content-range").unwrap_or_default();
+        let goes_on = have == 0 || answer.status == 206 && range.starts_with(&format!("bytes {have}-"));
+        if have > known.size || !goes_on && matches!(answer.status, 206 | 416) {
+            // The server gives other parts or none: from the start.
+            file.set_len(0).map_err(not_written)?;
             have = 0;
-            if answer.status != 200 {
-                continue;
-            }
+            continue;
         }
         answer = answer.accepted()?;
-        let start = have;
-        let is_wrong = answer.number("content-length").is_some_and(|length| length != known.size - start);
-        let is_sound = !is_wrong
-            && loop {
-                match answer.piece() {
-                    Ok(bytes) if bytes.is_empty() => break have == known.size,
-                    Ok(bytes) if bytes.len() as u64 > known.size - have => break false,
-                    Ok(bytes) => {
-                        file.write_all(&bytes).map_err(not_written)?;
-                        have += bytes.len() as u64;
-                        progress.set((have / MB) as usize, "");
-                    }
-                    Err(Error::Hub { .. }) if have > start && breaks < BREAKS => {
-                        breaks += 1;
-                        break true;
-                    }
-                    Err(e) => return Err(e),
-                }
-            };
-        if !is_sound {
-            // What came is no part of the file.
-            cut(&file, start)?;
+        // A server that ignores ranges sends the whole file.
+        let start = if goes_on { have } else { 0 };
+        let wrong = || {
             let detail = format!("of its {} bytes those from {start} on were asked for, others came", known.size);
             let remedy = "the server or a proxy sends something else: try again later, or set HF_ENDPOINT to a mirror";
-            return Err(Error::hub(what, detail, remedy));
+            Err(Error::hub(what, detail, remedy))
+        };
+        if answer.number("content-length").is_some_and(|length| length != known.size - start) {
+            return wrong();
+        }
+        file.set_len(start).map_err(not_written)?;
+        have = start;
+        loop {
+            match answer.piece() {
+                Ok(bytes) if bytes.is_empty() && have == known.size => break,
+                Ok(bytes) if bytes.is_empty() || bytes.len() as u64 > known.size - have => {
+                    // What came is no part of the file.
+                    file.set_len(start).map_err(not_written)?;
+                    return wrong();
+                }
+                Ok(bytes) => {
+                    file.write_all(&bytes).map_err(not_written)?;
+                    have += bytes.len() as u64;
+                    progress.set((have / MB) as usize, "");
+                }
+                Err(Error::Hub { .. }) if have > start && breaks < BREAKS => {
+                    breaks += 1;
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
         }
     }
     progress.finish();
     file.sync_all().map_err(not_written)
-}
-
-/// Whether an answer has the bytes from `have` on.
-fn goes_on(answer: &Answer, have: u64) -> bool {
-    let range = answer.header("content-range").unwrap_or_default();
-    answer.status == 206 && range.starts_with(&format!("bytes {have}-"))
 }
 
 /// Whether a file has the hash that its etag is: SHA-256 of large files, of others that which git calls them by. A
