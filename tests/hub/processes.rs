@@ -1,12 +1,15 @@
 //! Several at one cache, and one that is killed.
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
 };
+
+use qlora_nb_tests::root;
 
 use crate::{
     assert_sound, environment, get, large,
@@ -107,4 +110,42 @@ fn a_killed_download_goes_on_where_it_stopped() {
     assert!(fs::read(get(NAME).unwrap()).unwrap() == large(3 << 20));
     let requests = hub.requests();
     assert_eq!(requests.iter().rfind(is_content).unwrap().from, Some(1 << 20), "{requests:?}");
+}
+
+/// The paths that Python's huggingface_hub tells of these files; none, said aloud, where it is not installed.
+fn of_python(names: &[&str], offline: &str) -> Option<Vec<PathBuf>> {
+    let python = std::env::var("QLORA_PYTHON").unwrap_or_else(|_| "python3".into());
+    let script = root().join("tests/interchange/hub_cache.py");
+    match Command::new(python).arg(script).args(names).env("HF_HUB_OFFLINE", offline).output() {
+        Ok(ran) if ran.status.code() != Some(77) => {
+            assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+            Some(serde_json::from_slice(&ran.stdout).unwrap())
+        }
+        _ => {
+            eprintln!("skipped: no Python with huggingface_hub (set QLORA_PYTHON)");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_cache_is_shared_with_python() {
+    let names = [NAME, "sub/config.json"];
+    let files = HashMap::from([(NAME.to_string(), large(3 << 20)), (names[1].to_string(), b"{}".to_vec())]);
+    let hub = Hub::start(files.clone());
+    for python_first in [true, false] {
+        let home = tempfile::tempdir().unwrap();
+        environment(home.path(), &hub.url());
+        let fetch = || names.iter().map(|name| get(name).unwrap()).collect::<Vec<_>>();
+        let first = if python_first { of_python(&names, "0") } else { Some(fetch()) };
+        hub.requests();
+        let second = if python_first { Some(fetch()) } else { of_python(&names, "1") };
+        assert!(hub.requests().iter().all(Request::is_api), "what is there is not fetched");
+        if let (Some(first), Some(second)) = (first, second) {
+            assert_eq!(first, second);
+        } else {
+            break;
+        }
+        assert_sound(home.path(), &files);
+    }
 }

@@ -165,7 +165,8 @@ fn good(request: &Request, files: &HashMap<String, Vec<u8>>) -> Reply {
         let names: Vec<String> = files.keys().map(|name| format!("{{\"rfilename\":{name:?}}}")).collect();
         return Reply::of(200, format!("{{\"sha\":{COMMIT:?},\"siblings\":[{}]}}", names.join(",")));
     }
-    let resolved = path.strip_prefix(&format!("/tester/poet/resolve/{COMMIT}/"));
+    let of = |revision| path.strip_prefix(&format!("/tester/poet/resolve/{revision}/"));
+    let resolved = of(COMMIT).or_else(|| of("main"));
     let name = resolved.or_else(|| path.strip_prefix("/cdn/")).unwrap_or_default().replace("%20", " ");
     let Some(content) = files.get(&name) else { return error(404, "RepoNotFound") };
     if resolved.is_some() && content.len() >= LARGE {
