@@ -9,9 +9,9 @@
 //!
 //! - A file takes its name in the cache after its length is right, and its hash where the hub tells one (always on
 //!   Hugging Face): an error page never becomes a file, and the half of a file is never taken for the whole.
-//! - A connection is waited for 10 seconds, silence is borne for 30. A hub that is busy (429, 5xx) is asked again for
-//!   up to 30 seconds, later if it says so (`Retry-After`), or 3 seconds if the model is in the cache.
-//! - When the hub cannot be reached or stays busy, the cached files are used, with a notice.
+//! - A connection is waited for 10 seconds, silence is borne for 30. A hub that is busy (429, 5xx) is asked again, as
+//!   late as it says (`Retry-After`), for 30 seconds in all, or 3 if the model is in the cache.
+//! - When the hub cannot be reached, stays busy or wants a longer wait, the cached files are used, with a notice.
 //! - A download goes on where it stopped, after an interrupt, a broken connection or a kill. Waits and transfers end
 //!   within a second of an interrupt.
 //! - The token goes to the hub alone: to no other host, and into no message.
@@ -22,6 +22,7 @@ mod repository;
 use std::{
     env,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -57,7 +58,7 @@ pub struct Snapshot {
 #[derive(Clone)]
 enum Place {
     Folder(PathBuf),
-    Hub(Repository),
+    Hub(Arc<Repository>),
 }
 
 impl Snapshot {
@@ -80,7 +81,7 @@ impl Snapshot {
         let place = if path.is_dir() {
             Place::Folder(path.into())
         } else if is_hub_id(name_or_path) && !path.exists() && !owner_is_here {
-            Place::Hub(Repository::open(name_or_path, patience)?)
+            Place::Hub(Repository::open(name_or_path, patience)?.into())
         } else {
             let remedy = if path.exists() {
                 "this is a file: give the folder that holds it"

@@ -5,7 +5,6 @@ use std::{
     io::{Read, Write},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use parking_lot::Mutex;
@@ -30,16 +29,18 @@ const LARGE: u64 = 16 << 20;
 /// So many broken connections in a row are borne by one download, if each of them brought something.
 const BREAKS: usize = 5;
 
-#[derive(Clone)]
 pub(super) struct Repository {
     id: String,
     /// The cache's folder of this repository, and that of its locks.
     folder: PathBuf,
     locks: PathBuf,
     commit: String,
-    /// The hub and the names of the commit's files, or why only the cache is asked, and what to do about it.
-    hub: Result<(Client, Arc<[String]>), (String, String)>,
+    /// The hub, and the names of the commit's files.
+    hub: Result<(Client, Vec<String>), CacheOnly>,
 }
+
+/// Why only the cache is asked, and what to do about it.
+type CacheOnly = (String, String);
 
 /// What the hub tells of a file: its length and its name among the blobs, which is its hash.
 struct Known {
@@ -158,7 +159,7 @@ fn ask_hub(id: &str, patience: Patience, is_cached: bool) -> Result<(Client, Ans
     Ok((client, answer))
 }
 
-fn commit_and_names(mut answer: Answer, id: &str, endpoint: &str) -> Result<(String, Arc<[String]>)> {
+fn commit_and_names(mut answer: Answer, id: &str, endpoint: &str) -> Result<(String, Vec<String>)> {
     let info = answer.json()?;
     match (info["sha"].as_str().filter(|sha| is_commit(sha)), info["siblings"].as_array()) {
         (Some(commit), Some(files)) => {
