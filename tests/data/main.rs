@@ -3,7 +3,6 @@
 mod chat;
 mod damaged;
 mod formats;
-mod hub;
 mod load;
 mod map;
 mod round_trip;
