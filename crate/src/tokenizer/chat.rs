@@ -171,7 +171,7 @@ fn environment(template: &str) -> Result<Environment<'static>> {
     environment.set_fuel(Some(FUEL));
     // Their time grows with the square of what they print, and costs no fuel.
     environment.remove_filter("pprint");
-    environment.remove_function("debug");
+    environment.remove_global("debug");
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.map_err(|e| bad_template(&e))?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
