@@ -94,9 +94,9 @@ pub enum Error {
     )]
     TokenId { row: usize, position: usize, id: i64, vocab_size: usize },
 
-    /// A row with no tokens.
+    /// A row with no tokens, or with padding alone.
     #[error(
-        "row {row}: the sequence has length 0\n  what to do: filter empty rows out, e.g. ds.filter(|ex| Ok(!ex.text(\"output\")?.is_empty()))"
+        "row {row}: the sequence has no token: its length is 0, or its attention_mask is 0 throughout\n  what to do: filter empty rows out, e.g. ds.filter(|ex| Ok(!ex.text(\"output\")?.is_empty()))"
     )]
     EmptySequence { row: usize },
 

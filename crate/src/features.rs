@@ -76,7 +76,7 @@ impl Features {
         self.labels.iter().skip(1).any(|&label| label != IGNORE_INDEX)
     }
 
-    /// Refuses a row of length 0 or with fields of different lengths.
+    /// Refuses a row without tokens or with fields of different lengths.
     pub fn check(&self, row: usize) -> Result<()> {
         if self.input_ids.is_empty() {
             return Err(Error::EmptySequence { row });
@@ -85,6 +85,9 @@ impl Features {
             if got != self.len() {
                 return Err(Error::UnequalLengths { row, field, expected: self.len(), got });
             }
+        }
+        if self.attention_mask.iter().all(|&real| real == 0) {
+            return Err(Error::EmptySequence { row });
         }
         Ok(())
     }

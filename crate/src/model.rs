@@ -238,16 +238,8 @@ impl Model {
             object.remove("torch_dtype");
             object.remove("quantization_config");
         }
-        if let Some(q) = self.0.options.quantization_config.as_ref().filter(|_| !quantized.is_empty()) {
-            config["quantization_config"] = serde_json::json!({
-                "quant_method": "bitsandbytes",
-                "load_in_4bit": true,
-                "load_in_8bit": false,
-                "bnb_4bit_quant_type": q.bnb_4bit_quant_type.as_str(),
-                "bnb_4bit_use_double_quant": q.bnb_4bit_use_double_quant,
-                "bnb_4bit_compute_dtype": ParameterDType(q.bnb_4bit_compute_dtype).to_string().trim_start_matches("torch."),
-                "bnb_4bit_quant_storage": "uint8",
-            });
+        if let Some(quantization) = self.quantization() {
+            config["quantization_config"] = quantization;
         }
         for (name, value) in [("config.json", &config), ("generation_config.json", &self.0.generation_config)] {
             if !value.is_null() {
@@ -255,6 +247,28 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// `quantization_config` of config.json, as the weights are: they may come from a checkpoint in 4 bits, and some of
+    /// them may be dense again.
+    fn quantization(&self) -> Option<Value> {
+        let linears = self.0.decoder.linears();
+        let state = linears.iter().find_map(|l| Some(l.weight().quantized()?.state()))?;
+        let dense: Vec<&str> =
+            linears.iter().filter(|l| l.weight().quantized().is_none()).map(|l| l.name.as_str()).collect();
+        let asked = self.0.options.quantization_config.as_ref();
+        let asked = asked.map(|q| ParameterDType(q.bnb_4bit_compute_dtype).to_string());
+        let loaded = self.0.config["quantization_config"]["bnb_4bit_compute_dtype"].as_str();
+        Some(serde_json::json!({
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": true,
+            "load_in_8bit": false,
+            "bnb_4bit_quant_type": state.quant_type.as_str(),
+            "bnb_4bit_use_double_quant": state.state2.is_some(),
+            "bnb_4bit_compute_dtype": asked.as_deref().or(loaded).unwrap_or("float32").trim_start_matches("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": dense,
+        }))
     }
 
     /// The same model around another network (merged weights).

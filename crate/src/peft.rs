@@ -403,20 +403,28 @@ impl PeftModel {
     }
 
     /// Names the model and the form of its adapters: equal for two models whose checkpoints
-    /// can be exchanged. Values are not part of it.
-    pub fn fingerprint(&self) -> String {
+    /// can be exchanged. The adapters' values are not part of it.
+    ///
+    /// # Errors
+    /// Those of reading a GPU's memory.
+    pub fn fingerprint(&self) -> Result<String> {
         let mut hash = dropout::mix(0);
+        // Equal codes mean other weights with other statistics.
+        for state in self.0.decoder.linears().iter().filter_map(|l| Some(l.weight().quantized()?.state())) {
+            let form = format!("{} {} {:?} {}", state.quant_type, state.blocksize, state.dtype, state.state2.is_some());
+            hash = form.bytes().fold(hash, |h, byte| dropout::mix(h ^ u64::from(byte)));
+        }
         for (name, p) in self.named_parameters() {
             let shape = format!("{name} {:?} {:?}", p.dims(), p.dtype());
             hash = shape.bytes().fold(hash, |h, byte| dropout::mix(h ^ u64::from(byte)));
             // A frozen parameter is the base's: a sample of its values tells two bases apart.
             if !p.requires_grad() {
                 let flat = p.tensor().flatten_all().and_then(|t| t.narrow(0, 0, t.elem_count().min(64)));
-                let sample = flat.and_then(|t| t.to_dtype(DType::F64)?.to_vec1::<f64>()).unwrap_or_default();
+                let sample = flat.and_then(|t| t.to_dtype(DType::F64)?.to_vec1::<f64>())?;
                 hash = sample.iter().fold(hash, |h, v| dropout::mix(h ^ v.to_bits()));
             }
         }
-        format!("{hash:016x}")
+        Ok(format!("{hash:016x}"))
     }
 
     /// The tree of modules, as PyTorch prints PEFT's.

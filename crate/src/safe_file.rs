@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::ffi::OsStrExt,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use crate::error::{Error, Result};
@@ -14,6 +14,11 @@ use crate::error::{Error, Result};
 pub fn temporary_sibling(path: &Path) -> PathBuf {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+}
+
+/// Whether a name that a file gives, joined to a folder, is in that folder: not absolute and without `..`.
+pub fn is_inside(name: &str) -> bool {
+    !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// Lets `fill` write a file or folder beside `path`, then renames it: whoever looks sees the old one or the new one,

@@ -267,6 +267,9 @@ impl Trainer {
         let (logging_steps, eval_steps, save_steps) =
             (self.state.logging_steps, self.state.eval_steps, self.state.save_steps);
         self.state = TrainerState { logging_steps, eval_steps, save_steps, ..loaded.state };
+        if let Some(best) = &mut self.state.best_model_checkpoint {
+            *best = checkpoint::beside(folder, best);
+        }
         self.model.set_loss_scale(loaded.progress.loss_scale);
         self.progress = loaded.progress;
         self.control = TrainerControl::default();
@@ -388,7 +391,7 @@ impl Trainer {
             "dataloader_drop_last",
         ];
         let args = self.args.to_json();
-        let mut identity = self.model.identity();
+        let mut identity = self.model.identity()?;
         identity.push(("data".into(), self.train_rows.fingerprint.clone().into()));
         identity.push(("data_collator".into(), self.train_rows.collator().into()));
         identity.extend(FIELDS.iter().map(|&name| (name.to_owned(), args[name].clone())));

@@ -69,6 +69,37 @@ fn a_conversation_does_not_begin_twice() {
     assert_eq!(decode(tokenizer.encode_chat(&chat, false).unwrap()), "<s>春</s><s>风</s>");
 }
 
+/// A template may come from anywhere: it ends, and takes little.
+#[test]
+fn a_template_that_asks_for_too_much_is_stopped() {
+    let (tokenizer, message) = (poet(), [Message::user("hi")]);
+    let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}x{% endfor %}";
+    for (template, named) in [
+        (format!("{loops}{{% endfor %}}{{% endfor %}}"), "does not end"),
+        ("{{ messages | tojson(indent=1000000000000000) }}".into(), "does not end"),
+        ("{{ messages | tojson(indent=10000000000000000000) }}".into(), "does not end"),
+        ("{{ messages | tojson(indent=300000000) }}".into(), "fuel"),
+        ("{{ 'a\nb' | indent(1000000000000000) }}".into(), "does not end"),
+        ("{{ 'x' * 1000000000000 }}".into(), "does not end"),
+        ("{{ messages[0].content.replace('', 'x' * 9999999).replace('x', 'y' * 9999999) }}".into(), "does not end"),
+        (
+            "{% set n = namespace(v=[]) %}{% for a in range(99999) %}{% set n.v = [n.v] %}{% endfor %}{{ n.v | tojson }}"
+                .into(),
+            "what to do",
+        ),
+    ] {
+        let tokenizer = tokenizer.with_chat_template(&template).unwrap();
+        let begin = std::time::Instant::now();
+        let error = tokenizer.apply_chat_template(&message, true).unwrap_err().to_string();
+        assert!(error.contains(named) && begin.elapsed().as_secs() < 20, "{template}: {error}");
+        println!("{:.2?} {template}", begin.elapsed());
+    }
+    // A conversation of a megabyte is none of it.
+    let turns = vec![Message::user(&"word ".repeat(500)); 400];
+    let each = "{% for m in messages %}{{ m.role | trim }}: {{ m.content | trim }}\n{% endfor %}{{ messages | tojson(indent=4) }}";
+    assert!(tokenizer.with_chat_template(each).unwrap().apply_chat_template(&turns, true).unwrap().len() > 2_000_000);
+}
+
 #[test]
 fn what_is_wrong_with_a_template_is_said() {
     let tokenizer = poet();

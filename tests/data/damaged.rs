@@ -71,6 +71,79 @@ fn damaged_json() {
     }
 }
 
+/// JSON that is no object, and names that lead out of the folder.
+#[test]
+fn json_of_another_form() {
+    let folder = copy(&fixture("alpaca_tiny/train"));
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    for info in ["[]", "1", "\"x\"", "null", "{\"features\": 1}"] {
+        write("dataset_info.json", info);
+        assert!(Dataset::load_from_disk(folder.path()).is_ok(), "{info}");
+    }
+    let shard = folder.path().join(SHARD);
+    for name in [shard.to_str().unwrap(), "../x.arrow", "", "."] {
+        write("state.json", &format!("{{\"_data_files\": [{{\"filename\": {name:?}}}]}}"));
+        assert!(refused(folder.path(), "state.json").contains("a file in this folder"));
+    }
+    fs::remove_file(folder.path().join("state.json")).unwrap();
+    for splits in ["[]", "1", "{\"splits\": [\"../train\"]}", "{\"splits\": [\"/train\"]}", "{\"splits\": [1]}"] {
+        write("dataset_dict.json", splits);
+        let error = DatasetDict::load_from_disk(folder.path()).unwrap_err();
+        assert!(matches!(&error, Error::Malformed { path, .. } if path.ends_with("dataset_dict.json")), "{error}");
+    }
+}
+
+/// Of a column without values no byte is in the file: what numbers its rows would need 32 EiB.
+#[test]
+fn more_rows_than_the_file_can_hold() {
+    use arrow::{array, datatypes, ipc::writer::StreamWriter};
+    let folder = copy(&fixture("alpaca_tiny/train"));
+    let write = |rows: usize| {
+        let schema = datatypes::Schema::new(vec![datatypes::Field::new("n", datatypes::DataType::Null, true)]);
+        let columns: Vec<array::ArrayRef> = vec![std::sync::Arc::new(array::NullArray::new(rows))];
+        let batch = array::RecordBatch::try_new(std::sync::Arc::new(schema), columns).unwrap();
+        let file = fs::File::create(folder.path().join(SHARD)).unwrap();
+        let mut writer = StreamWriter::try_new(file, &batch.schema()).unwrap();
+        writer.write(&batch).unwrap();
+        writer.finish().unwrap();
+    };
+    write(1 << 62);
+    assert!(refused(folder.path(), SHARD).contains("4611686018427387904"));
+    write(1 << 20);
+    assert_eq!(Dataset::load_from_disk(folder.path()).unwrap().shuffle(1).num_rows(), 1 << 20);
+}
+
+/// Only what a saved dataset consists of is replaced.
+#[test]
+fn saving_a_dataset_deletes_nothing_else() {
+    let (folder, ds) = (tempfile::tempdir().unwrap(), Dataset::from_columns([("n", 0i64..4)]).unwrap());
+    let splits = ds.train_test_split(0.5, 1).unwrap();
+    let place = folder.path().join("data");
+    let saves: [&dyn Fn() -> Result<()>; 2] = [&|| ds.save_to_disk(&place), &|| splits.save_to_disk(&place)];
+    for save in saves {
+        save().unwrap();
+        for foreign in ["notes.txt", "raw/a.csv", "train/b.arrow", "other/state.json", "data-00000-of-00009.arrow"] {
+            let path = place.join(foreign);
+            let made = !path.parent().unwrap().exists();
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "mine").unwrap();
+            let error = save().unwrap_err();
+            let named = place.join(foreign.split('/').next().unwrap());
+            assert!(matches!(&error, Error::InvalidArgument { .. }), "{error}");
+            assert!(error.to_string().contains(named.to_str().unwrap()), "{foreign}: {error}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+            if made { fs::remove_dir_all(path.parent().unwrap()) } else { fs::remove_file(&path) }.unwrap();
+        }
+        fs::write(place.join(if place.join("state.json").exists() { "" } else { "train" }).join("cache-1f.arrow"), "")
+            .unwrap();
+        saves.iter().for_each(|save| save().unwrap());
+        fs::remove_dir_all(&place).unwrap();
+    }
+    let outside = DatasetDict::new([("../evil", ds)]);
+    assert!(outside.save_to_disk(&place).unwrap_err().to_string().contains("../evil"));
+    assert!(!folder.path().join("evil").exists() && !place.exists());
+}
+
 #[test]
 fn a_shard_cut_off_anywhere_is_refused() {
     let folder = copy(&fixture("alpaca_tiny/train"));

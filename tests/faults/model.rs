@@ -13,20 +13,24 @@ use qlora_nb::{
 use qlora_nb_tests::*;
 use tempfile::TempDir;
 
-fn load(folder: &Path) -> Result<Model, Error> {
+pub(super) fn load(folder: &Path) -> Result<Model, Error> {
     AutoModelForCausalLM::from_pretrained(folder, ModelOptions::default())
 }
 
 /// A copy of the tiny model to damage.
-fn copy() -> TempDir {
+pub(super) fn copy() -> TempDir {
+    copy_of("bloom_tiny")
+}
+
+pub(super) fn copy_of(model: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "generation_config.json", "model.safetensors"] {
-        fs::copy(fixture("bloom_tiny").join(name), folder.path().join(name)).unwrap();
+        fs::copy(fixture(model).join(name), folder.path().join(name)).unwrap();
     }
     folder
 }
 
-fn edit_config(folder: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
+pub(super) fn edit_config(folder: &Path, edit: impl FnOnce(&mut serde_json::Value)) {
     let path = folder.join("config.json");
     let mut config = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     edit(&mut config);
@@ -38,7 +42,7 @@ fn qkv() -> LoraConfig {
 }
 
 /// The text tells where and what to do.
-fn names(error: &Error, parts: &[&str]) {
+pub(super) fn names(error: &Error, parts: &[&str]) {
     let text = error.to_string();
     for part in parts.iter().chain(&["what to do"]) {
         assert!(text.contains(part), "{part:?} is not in: {text}");

@@ -157,9 +157,10 @@ fn what_cannot_be_read_is_named() {
         (Box::new(text("general.architecture", "qwen2")), "qwen2"),
         (Box::new(kind(20)), "IQ4_NL"),
         (Box::new(kind(99)), "ggml type 99"),
-        (Box::new(number("llama.embedding_length", 64)), "token_embd.weight"),
+        (Box::new(number("llama.feed_forward_length", 32)), "blk.0.ffn_gate.weight"),
+        (Box::new(number("llama.embedding_length", 64)), "partial_rotary_factor"),
         (Box::new(number("llama.block_count", 1 << 30)), "block_count"),
-        (Box::new(number("llama.rope.dimension_count", 1 << 30)), "head_dim"),
+        (Box::new(number("llama.rope.dimension_count", 4)), "partial_rotary_factor"),
         (Box::new(number("llama.attention.head_count_kv", 3)), "num_key_value_heads"),
         (Box::new(|b: &mut Vec<u8>| b.truncate(20_000)), "not a valid GGUF file"),
         (Box::new(|b: &mut Vec<u8>| b.truncate(b.len() - 40)), "not a valid GGUF file"),
@@ -195,20 +196,74 @@ fn a_file_may_ask_for_tokens_around_each_text() {
     assert_eq!(tokenizer.encode("Hello").unwrap().input_ids, [vec![1], plain].concat());
 }
 
-/// candle would divide by it.
+/// The tiny file with one more metadata entry, the first: its key, its type's number and its bytes.
+fn with_entry(key: &str, kind: u32, value: &[u8]) -> (tempfile::TempDir, PathBuf) {
+    changed(|bytes| {
+        let count = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + 1;
+        bytes[16..24].copy_from_slice(&count.to_le_bytes());
+        let key = [&(key.len() as u64).to_le_bytes()[..], key.as_bytes(), &kind.to_le_bytes()].concat();
+        bytes.splice(24..24, [&key[..], value].concat());
+    })
+}
+
+/// By 0 candle would divide; of a byte of a list it would make 32.
 #[test]
-fn an_alignment_of_zero_is_an_error() {
-    let (_folder, path) = changed(|_| ());
-    let mut bytes = std::fs::read(&path).unwrap();
-    // One more metadata entry, at the end of the header's fixed part.
-    let count = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + 1;
-    bytes[16..24].copy_from_slice(&count.to_le_bytes());
-    let key = b"general.alignment";
-    let entry = [&(key.len() as u64).to_le_bytes()[..], key, &4u32.to_le_bytes(), &0u32.to_le_bytes()].concat();
-    bytes.splice(24..24, entry);
-    std::fs::write(&path, bytes).unwrap();
-    let error = load(&path).unwrap_err().to_string();
-    assert!(error.contains("general.alignment is 0"), "{error}");
+fn metadata_that_candle_does_not_check() {
+    let list =
+        |kind: u32, count: u64, bytes: usize| [&kind.to_le_bytes()[..], &count.to_le_bytes(), &vec![1; bytes]].concat();
+    for (key, kind, value, named) in [
+        ("general.alignment", 4, vec![0; 4], Some("general.alignment is 0")),
+        ("general.alignment", 0, vec![0], Some("general.alignment is 0")),
+        ("general.alignment\0", 3, vec![0; 2], Some("general.alignment is 0")),
+        ("general.alignment", 4, vec![32, 0, 0, 0], None),
+        ("x.general.alignment", 4, vec![0; 4], None),
+        ("flags", 9, list(0, 6_000_000, 6_000_000), Some("flags has 6000000 values")),
+        ("flags", 9, list(9, 0, 0), Some("no list of lists")),
+        ("flags", 9, list(0, 1 << 60, 100), Some("flags has 1152921504606846976 values")),
+        ("flags", 9, list(0, 100, 100), None),
+        ("flags", 9, list(8, 0, 0), None),
+        ("text", 8, vec![255; 8], Some("not a valid GGUF file")),
+    ] {
+        let (_folder, path) = with_entry(key, kind, &value);
+        match (load(&path), named) {
+            (Ok(_), None) => {}
+            (Err(error), Some(named)) if error.to_string().contains(named) => {}
+            (result, _) => panic!("{key:?} of type {kind}: expected {named:?}, got {:?}", result.map(|_| ())),
+        }
+    }
+}
+
+/// What llama.cpp takes a file for that does not say all.
+#[test]
+fn what_is_left_out_is_llama_cpps() {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let two = 2f32.to_le_bytes().to_vec();
+    let rope = |path: &Path| Gguf::open(path).unwrap().config().unwrap()["rope_parameters"].clone();
+    for (key, kind, value, rope_type, factor) in [
+        ("llama.rope.scaling.factor", 6, two.clone(), "linear", Some(2.0)),
+        ("llama.rope.scale_linear", 6, two, "linear", Some(2.0)),
+        ("llama.rope.scaling.factor", 6, vec![0; 4], "default", None),
+        ("llama.rope.scaling.type", 8, text("none"), "default", None),
+        ("llama.rope.scaling.type", 8, text("linear"), "default", None),
+        ("llama.rope.scaling.type", 8, text("yarn"), "yarn", None),
+    ] {
+        let (_folder, path) = with_entry(key, kind, &value);
+        let rope = rope(&path);
+        assert_eq!((rope["rope_type"].as_str(), rope["factor"].as_f64()), (Some(rope_type), factor), "{key}");
+    }
+    // A Llama 3 of 2024 has no add_bos_token. Another tokenizer without it wants none.
+    for (pre, first) in [("llama3", Some(1)), ("smollm", None)] {
+        let (_folder, path) = changed(|bytes| {
+            let at = place(bytes, b"tokenizer.ggml.pre") + 18 + 12;
+            bytes[at..at + 6].copy_from_slice(format!("{pre:6}").as_bytes());
+            let at = place(bytes, b"tokenizer.ggml.add_bos_token");
+            bytes[at] = b'_';
+        });
+        let tokenizer = AutoTokenizer::from_pretrained(&path).unwrap();
+        let plain = tokenizer.encode_without_special_tokens("Hello").unwrap().input_ids;
+        let want: Vec<u32> = first.into_iter().chain(plain).collect();
+        assert_eq!(tokenizer.encode("Hello").unwrap().input_ids, want, "{pre}");
+    }
 }
 
 /// Any byte of the header may be wrong: an error or another model, never a panic.

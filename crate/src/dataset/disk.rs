@@ -1,7 +1,12 @@
 //! Folders as `datasets.save_to_disk` writes and `load_from_disk` reads them: `state.json`,
 //! `dataset_info.json` and Arrow IPC stream shards; one such folder a split for a `DatasetDict`.
 
-use std::{collections::HashMap, fs, hash::Hasher, path::Path};
+use std::{
+    collections::HashMap,
+    fs,
+    hash::Hasher,
+    path::{Path, PathBuf},
+};
 
 use arrow::{
     array::RecordBatch,
@@ -20,7 +25,7 @@ use crate::{
     error::{Error, Result, ensure},
     json_file::read_json,
     py_repr::commas,
-    safe_file::replace,
+    safe_file::{is_inside, replace},
 };
 
 /// What `datasets` uses: a shard holds about this many bytes of columns.
@@ -62,7 +67,7 @@ impl Dataset {
         }
         let state = read_json(&state_path)?;
         let shards = shard_names(&state).ok_or_else(|| {
-            let expected = "expected \"_data_files\": a list of {\"filename\": ...}";
+            let expected = "expected \"_data_files\": a list of {\"filename\": a file in this folder}";
             Error::malformed(&state_path, "dataset state", expected, REDOWNLOAD)
         })?;
         let mut schema: Option<SchemaRef> = None;
@@ -80,7 +85,7 @@ impl Dataset {
             batches.extend(shard_batches);
         }
         let info = folder.join("dataset_info.json");
-        let features = if info.exists() { read_json(&info)?["features"].take() } else { json!(null) };
+        let features = if info.exists() { read_json(&info)?["features"].clone() } else { json!(null) };
         let schema = with_features(schema.as_deref().unwrap_or(&Schema::empty()), &features);
         let table = Table::new(&schema, batches);
         Ok(Self::of(table.map_err(|e| Error::malformed(folder, "dataset folder", e, REDOWNLOAD))?))
@@ -91,7 +96,7 @@ impl Dataset {
     ///
     /// # Errors
     /// [`Error::Io`] when the disk is full or not writable; [`Error::InvalidArgument`] when `path`
-    /// is a folder of other things. What was at `path` is then unchanged.
+    /// is a folder with anything else in it. What was at `path` is then unchanged.
     pub fn save_to_disk(&self, path: impl AsRef<Path>) -> Result<()> {
         replace_folder(path.as_ref(), &|folder| self.write_into(folder))
     }
@@ -156,12 +161,22 @@ impl DatasetDict {
         Ok(Self::new(split_names(folder)?.into_iter().map(load).collect::<Result<Vec<_>>>()?))
     }
 
-    /// Saves all splits: one folder each, and `dataset_dict.json`. As [`Dataset::save_to_disk`].
+    /// Saves all splits: one folder each, and `dataset_dict.json`. As [`Dataset::save_to_disk`]; a split's name must be
+    /// that of a folder.
     pub fn save_to_disk(&self, path: impl AsRef<Path>) -> Result<()> {
         self.save_to_disk_path(path.as_ref())
     }
 
     fn save_to_disk_path(&self, path: &Path) -> Result<()> {
+        for (name, _) in self.iter() {
+            ensure(
+                is_inside(name),
+                "split",
+                format!("{name:?}"),
+                "the name of a folder",
+                "give the split another name",
+            )?;
+        }
         replace_folder(path, &|folder| {
             for (name, dataset) in self.iter() {
                 let split = folder.join(name);
@@ -184,14 +199,16 @@ fn check_folder(folder: &Path) -> Result<()> {
 
 fn split_names(folder: &Path) -> Result<Vec<String>> {
     let path = folder.join("dataset_dict.json");
-    let splits = read_json(&path)?["splits"].take();
-    let wrong = || Error::malformed(path, "list of splits", "expected {\"splits\": [names]}", REDOWNLOAD);
-    let names = splits.as_array().ok_or_else(wrong)?.iter();
-    Ok(names.filter_map(|name| name.as_str().map(String::from)).collect())
+    let splits = read_json(&path)?["splits"].clone();
+    let name = |name: &serde_json::Value| name.as_str().filter(|name| is_inside(name)).map(String::from);
+    splits.as_array().and_then(|names| names.iter().map(name).collect()).ok_or_else(|| {
+        let expected = "expected {\"splits\": [names of folders in this one]}";
+        Error::malformed(path, "list of splits", expected, REDOWNLOAD)
+    })
 }
 
 fn shard_names(state: &serde_json::Value) -> Option<Vec<String>> {
-    let name = |file: &serde_json::Value| file["filename"].as_str().map(String::from);
+    let name = |file: &serde_json::Value| file["filename"].as_str().filter(|name| is_inside(name)).map(String::from);
     state["_data_files"].as_array()?.iter().map(name).collect()
 }
 
@@ -253,21 +270,43 @@ fn logical_bytes(batch: &RecordBatch) -> usize {
     batch.columns().iter().map(|c| c.to_data().get_slice_memory_size().unwrap_or(0)).sum()
 }
 
-/// Makes `target` a folder that `fill` writes, in place of nothing, an empty folder or another saved dataset.
+/// Makes `target` a folder that `fill` writes, in place of nothing, an empty folder or another saved dataset and
+/// nothing else.
 fn replace_folder(target: &Path, fill: &dyn Fn(&Path) -> Result<()>) -> Result<()> {
     let has_name = target.file_name().is_some();
     ensure(has_name, "path", target.display(), "a folder with a name", "use e.g. \"data/tokenized\"")?;
-    let is_dataset = target.join("state.json").exists() || target.join("dataset_dict.json").exists();
-    let is_empty = fs::read_dir(target).map(|mut entries| entries.next().is_none()).unwrap_or(false);
-    let expected = "a new folder, or one that holds a saved dataset (it would be replaced)";
-    let fine = !target.exists() || is_dataset || is_empty;
-    ensure(fine, "path", target.display(), expected, "choose another folder")?;
+    if let Some(foreign) = foreign(target) {
+        let expected = format!(
+            "a new folder, or one that holds a saved dataset alone, which is replaced; there is {}",
+            foreign.display()
+        );
+        return Err(Error::argument("path", target.display(), &expected, "choose another folder, or move that away"));
+    }
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent).map_err(Error::io("write", parent))?;
     }
     replace(target, |temporary| {
         fs::create_dir(temporary).map_err(Error::io("write", temporary))?;
         fill(temporary)
+    })
+}
+
+/// The first thing at `target` that no saved dataset has: it would be lost.
+fn foreign(target: &Path) -> Option<PathBuf> {
+    let Ok(entries) = fs::read_dir(target) else { return target.exists().then(|| target.into()) };
+    let splits = split_names(target).unwrap_or_default();
+    let shards = read_json(&target.join("state.json")).ok().and_then(|state| shard_names(&state));
+    // Python's `datasets` keeps what it mapped beside the shards.
+    let is_cache = |name: &str| name.starts_with("cache-") && name.ends_with(".arrow");
+    let is_ours = |name: &String| {
+        let fixed = ["state.json", "dataset_info.json", "dataset_dict.json"].contains(&name.as_str());
+        fixed || shards.as_ref().is_some_and(|shards| shards.contains(name) || is_cache(name))
+    };
+    let mut entries = entries.flatten().map(|e| (e.file_name().to_string_lossy().into_owned(), e.path()));
+    entries.find_map(|(name, path)| match path.is_dir() {
+        true if splits.contains(&name) => foreign(&path),
+        false if is_ours(&name) => None,
+        _ => Some(path),
     })
 }
 

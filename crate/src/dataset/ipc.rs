@@ -36,8 +36,11 @@ fn decode(bytes: Vec<u8>) -> Result<(SchemaRef, Vec<RecordBatch>), String> {
     Ok((decoder.schema().ok_or("it has no schema")?, batches))
 }
 
+/// More rows than bytes to hold them, of which no byte is needed where all values are missing.
+const ROWS_WITHOUT_BYTES: usize = 1 << 20;
+
 /// Checks what the decoder assumes and would panic on: that every message, and every buffer of a message, lies inside
-/// the file.
+/// the file. And that there are not more rows than a file of this size can mean: whoever numbers them needs 8 bytes a row.
 fn check(bytes: &[u8]) -> Result<(), String> {
     if bytes.is_empty() {
         return Err("the file is empty".into());
@@ -45,8 +48,8 @@ fn check(bytes: &[u8]) -> Result<(), String> {
     if bytes.starts_with(b"ARROW1") {
         return Err("it is in the Arrow file format; save_to_disk writes the stream format".into());
     }
-    let mut at = 0;
-    let mut batches = 0;
+    let (mut at, mut batches) = (0, 0);
+    let mut values_left = 8 * bytes.len() + ROWS_WITHOUT_BYTES;
     loop {
         let cut_off = || format!("the file is cut off after {batches} whole batches, at byte {}", bytes.len());
         let word = |at: usize| {
@@ -84,6 +87,11 @@ fn check(bytes: &[u8]) -> Result<(), String> {
         if !record_batch.and_then(|batch| batch.buffers()).is_none_or(|buffers| buffers.iter().all(inside)) {
             return Err(format!("batch {batches} has a buffer that lies outside its message"));
         }
+        let columns = record_batch.and_then(|batch| batch.nodes()).into_iter().flatten().map(|node| node.length());
+        let longest = columns.chain(record_batch.map(|batch| batch.length())).max().unwrap_or(0);
+        let left = usize::try_from(longest).ok().and_then(|rows| values_left.checked_sub(rows));
+        values_left = left
+            .ok_or_else(|| format!("batch {batches} is said to have {longest} values, more than the file has bits"))?;
     }
 }
 

@@ -74,6 +74,9 @@ const NOT_HERE: [(&str, f64); 20] = [
     ("penalty_alpha", 0.0),
 ];
 
+/// Each takes memory before its first token.
+const MOST_SEQUENCES: usize = 1024;
+
 impl GenerationConfig {
     /// What a checkpoint's `generation_config.json` asks for.
     pub fn from_checkpoint(defaults: &Value) -> Result<Self> {
@@ -208,6 +211,9 @@ impl Settings {
         let expected = "1, or more with do_sample: true: without chance all would be the same";
         let remedy = "set do_sample: true, or leave num_return_sequences out";
         ensure(fine, "num_return_sequences", num_return_sequences, expected, remedy)?;
+        let (fine, remedy) = (num_return_sequences <= MOST_SEQUENCES, "call several times, each with another seed");
+        let expected = format!("at most {MOST_SEQUENCES} of one prompt");
+        ensure(fine, "num_return_sequences", num_return_sequences, &expected, remedy)?;
         Ok(Self {
             sampling: config.do_sample.then_some(sampling),
             repetition_penalty: penalty,

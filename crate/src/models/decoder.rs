@@ -112,7 +112,8 @@ impl Decoder {
         let embedding_norm = description.embedding_norm.as_ref().map(|(name, kind)| norm(name, kind)).transpose()?;
         let block = Arc::new(description.block.clone());
         let mut blocks = Vec::new();
-        for i in 0..description.num_layers {
+        // With more blocks than tensors some are missing, and that is enough to know.
+        for i in 0..description.num_layers.min(weights.count() + 1) {
             let path = format!("{model}.{}.{i}", description.blocks);
             for buffer in description.computed {
                 weights.ignore(&format!("{path}.{buffer}"));
@@ -121,7 +122,7 @@ impl Decoder {
         }
         let (name, kind) = &description.final_norm;
         let final_norm = kind.load(&format!("{model}.{name}"), c, weights, dtype)?;
-        let (head, tied) = head(weights, &embedding, description.tied, dtype)?;
+        let (head, tied) = head(weights, &embedding, &description, dtype)?;
         Ok(Self {
             backend: backend::of(embedding.device())?,
             embedding: Embedding::new(format!("{model}.{}", description.embedding), embedding, description.padding_idx),
@@ -480,14 +481,14 @@ impl Decoder {
 
 /// The output head's weight `[vocab, C]`, and whether it is the embedding table: that is so when
 /// the configuration says `tied`, unless the checkpoint has a head that differs from the table.
-fn head(weights: &mut Weights, table: &Tensor, tied: bool, dtype: DType) -> Result<(Tensor, bool)> {
+fn head(weights: &mut Weights, table: &Tensor, description: &Description, dtype: DType) -> Result<(Tensor, bool)> {
     const NAME: &str = "lm_head.weight";
-    if tied && !weights.contains(NAME) {
+    if description.tied && !weights.contains(NAME) {
         return Ok((table.clone(), true));
     }
-    let (rows, width) = table.dims2()?;
-    let own = weights.table(NAME, &[rows, width], dtype)?;
-    if !tied {
+    let rows = description.vocab_size;
+    let own = weights.table(NAME, &[rows, description.hidden_size], dtype)?;
+    if !description.tied || own.dims() != table.dims() {
         return Ok((own, false));
     }
     // Some rows at a time: what the comparison makes is larger than what it compares.

@@ -6,7 +6,7 @@
 
 use std::{
     fs::File,
-    io::{BufReader, Read},
+    io::{self, BufReader, Read, Seek},
     path::{Path, PathBuf},
 };
 
@@ -103,9 +103,9 @@ impl Gguf {
     }
 
     fn open_path(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        refuse_alignment_zero(&file, path)?;
         let mut file = File::open(path).map(BufReader::new).map_err(Error::io("read", path))?;
+        check_metadata(&mut file).map_err(|e| malformed(path, format!("its metadata: {e}")))?;
+        file.rewind().map_err(Error::io("read", path))?;
         let content = Content::read(&mut file).map_err(|e| header_error(path, &first_line(&e)))?;
         let this = Self { path: path.into(), content };
         if this.number("split.count").is_some_and(|n| n > 1.0) {
@@ -151,7 +151,11 @@ impl Gguf {
         let vocab = self.content.tensor_infos.get("token_embd.weight").and_then(|t| t.shape.dims().first().copied());
         let (heads, hidden) = (size("attention.head_count")?, size("embedding_length")?);
         let kv_heads = optional("attention.head_count_kv").map_or(heads, |n| n as u64);
-        let head_dim = optional("attention.key_length").or(optional("rope.dimension_count")).map(|n| n as u64);
+        let head_dim = optional("attention.key_length").map_or(hidden / heads.max(1), |n| n as u64);
+        let mut rope = self.rope_parameters(head_dim as usize)?;
+        if let Some(rotated) = optional("rope.dimension_count") {
+            rope["partial_rotary_factor"] = (rotated / head_dim as f64).into();
+        }
         let has = |name: &str| self.content.tensor_infos.contains_key(name);
         let layers = size("block_count")?;
         if !has(&format!("blk.{}.attn_norm.weight", layers.saturating_sub(1))) {
@@ -166,11 +170,11 @@ impl Gguf {
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
-            "head_dim": head_dim.unwrap_or(hidden / heads.max(1)),
+            "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": size("context_length")?,
             "rms_norm_eps": need("attention.layer_norm_rms_epsilon")?,
-            "rope_parameters": self.rope_parameters(head_dim.unwrap_or(hidden / heads.max(1)) as usize)?,
+            "rope_parameters": rope,
             "tie_word_embeddings": !has("output.weight"),
             "attention_bias": has("blk.0.attn_q.bias"),
             "mlp_bias": has("blk.0.ffn_up.bias"),
@@ -188,11 +192,15 @@ impl Gguf {
     /// `rope_parameters` of config.json. A Llama 3.1 has its scaling as a tensor of factors.
     fn rope_parameters(&self, head_dim: usize) -> Result<Value> {
         let theta = self.number("llama.rope.freq_base").unwrap_or(10_000.0);
-        let kind = self.text("llama.rope.scaling.type").filter(|kind| kind != "none");
-        let mut rope = json!({ "rope_theta": theta, "rope_type": kind.as_deref().unwrap_or("default") });
-        if let Some(factor) = self.number("llama.rope.scaling.factor") {
-            rope["factor"] = factor.into();
+        // As llama.cpp has it: linear unless it is said, and a factor of 0 is none.
+        let kind = self.text("llama.rope.scaling.type").unwrap_or_else(|| "linear".into());
+        let factor = self.number("llama.rope.scaling.factor").or(self.number("llama.rope.scale_linear"));
+        let factor = factor.filter(|factor| *factor != 0.0);
+        let mut rope = json!({ "rope_theta": theta, "rope_type": "default" });
+        if kind != "none" && (kind != "linear" || factor.is_some()) {
+            (rope["rope_type"], rope["factor"]) = (kind.into(), factor.into());
         }
+        let is_scaled = rope["rope_type"] != "default" && factor != Some(1.0);
         if let Some(factors) = self.read("rope_freqs.weight")? {
             let factors = factors.flatten_all()?.to_vec1::<f32>()?;
             let factor = factors.iter().copied().fold(1f32, f32::max);
@@ -206,11 +214,12 @@ impl Gguf {
                 rope[key] = value;
             }
             let ours = super::rope_scaling::RopeScaling::from_json(&Value::Null, &rope)?;
-            let plain = crate::backend::operands::Rope::frequencies(theta, head_dim);
             let same = |(f, want): (&f32, &f32)| {
                 (f64::from(*f) / ours.apply(f64::from(*f)) / f64::from(*want) - 1.0).abs() < 1e-3
             };
-            if plain.len() != factors.len() || !plain.iter().zip(&factors).all(same) {
+            // head_dim may be any number until the length is known to be that.
+            let plain = || crate::backend::operands::Rope::frequencies(theta, head_dim);
+            if is_scaled || factors.len() != head_dim / 2 || !plain().iter().zip(&factors).all(same) {
                 let what = format!("rope_freqs.weight of {}", self.path.display());
                 let remedy = "load the model from its folder in Hugging Face layout";
                 return Err(Error::unsupported(&what, "other factors", ["those of Llama 3.1 to 3.3"], remedy));
@@ -355,17 +364,63 @@ fn header_error(path: &Path, message: &str) -> Error {
     }
 }
 
-/// candle divides by the file's alignment, and would panic on 0.
-fn refuse_alignment_zero(file: &File, path: &Path) -> Result<()> {
-    const KEY: &[u8] = b"general.alignment";
-    let mut head = Vec::new();
-    // Metadata, tokens and merges among them, are the file's beginning: a few MB.
-    file.take(64 << 20).read_to_end(&mut head).map_err(Error::io("read", path))?;
-    let value = head.windows(KEY.len()).position(|w| w == KEY).and_then(|at| head.get(at + KEY.len() + 4..));
-    match value {
-        Some(value) if value.iter().take(4).all(|b| *b == 0) => Err(malformed(path, "general.alignment is 0".into())),
-        _ => Ok(()),
+/// More than the metadata, tokens and merges of any model.
+const MOST_VALUES: u64 = 1 << 22;
+
+/// Walks over the metadata for what candle does not check: that the alignment, by which it divides, is not 0, and that
+/// there are not too many values, which take 32 bytes each in memory. All else it leaves to candle.
+fn check_metadata(file: &mut BufReader<File>) -> io::Result<()> {
+    const TEXT: u32 = 8;
+    const LIST: u32 = 9;
+    let [_magic, version] = [number_of(4, file)?, number_of(4, file)?];
+    let length = |file: &mut BufReader<File>| number_of(if version == 1 { 4 } else { 8 }, file);
+    let [_tensors, entries] = [length(file)?, length(file)?];
+    let mut values = entries;
+    for _ in 0..entries {
+        let key_length = length(file)?;
+        let key = taken(key_length, file)?;
+        let key = String::from_utf8_lossy(&key);
+        let key = key.trim_end_matches('\0');
+        let (kind, count) = match number_of(4, file)? as u32 {
+            LIST => (number_of(4, file)? as u32, length(file)?),
+            kind => (kind, 1),
+        };
+        values = values.saturating_add(count);
+        if kind == LIST || values > MOST_VALUES {
+            let expected = format!("expected no list of lists, and at most {MOST_VALUES} values in the whole file");
+            return Err(io::Error::other(format!("{key} has {count} values: {expected}")));
+        }
+        let width = match kind {
+            0 | 1 | 7 => 1,
+            2 | 3 => 2,
+            4..=6 => 4,
+            10..=12 => 8,
+            _ => 0,
+        };
+        let value = taken(width * count, file)?;
+        if key == "general.alignment" && width > 0 && value.iter().all(|byte| *byte == 0) {
+            return Err(io::Error::other("general.alignment is 0"));
+        }
+        for _ in 0..if kind == TEXT { count } else { 0 } {
+            let text_length = length(file)?;
+            taken(text_length, file)?;
+        }
     }
+    Ok(())
+}
+
+/// The next bytes; fewer at the file's end.
+fn taken(count: u64, file: &mut BufReader<File>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(count).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A number of so many bytes.
+fn number_of(width: usize, file: &mut BufReader<File>) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    file.read_exact(&mut bytes[..width])?;
+    Ok(u64::from_le_bytes(bytes))
 }
 
 /// `Q4_1`, `Q6_K`: as llama.cpp writes the type.

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use serde_json::Value;
 
 use super::{
-    config_size,
+    LARGEST_SIZE, config_size,
     decoder::{BlockKind, Description},
     parts::{NormKind, Part, Parts},
     rope_scaling::{BAD_CONFIG, RopeScaling},
@@ -109,10 +109,8 @@ impl LlamaConfig {
             sliding_window: None,
             slides: Vec::new(),
         };
-        // Beyond any model: a damaged file must not ask for that much memory.
-        let wide = [heads, this.num_key_value_heads].map(|n| n.checked_mul(this.head_dim));
-        let fine = wide.into_iter().all(|width| width.is_some_and(|w| w <= 1 << 24));
-        let expected = format!("a head_dim of which {heads} heads are not wider than 2^24");
+        let fine = heads.max(this.num_key_value_heads) * this.head_dim <= LARGEST_SIZE;
+        let expected = format!("a head_dim of which {heads} heads are not wider than {LARGEST_SIZE}");
         ensure(fine, "head_dim", this.head_dim, &expected, BAD_CONFIG)?;
         let whole = [
             ("num_key_value_heads", this.num_key_value_heads, "a divisor of num_attention_heads", heads),

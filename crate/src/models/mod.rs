@@ -51,11 +51,15 @@ fn family(config: &Value) -> Result<Describe> {
     })
 }
 
+/// Beyond any model: a damaged config.json must not ask for that much memory.
+pub(crate) const LARGEST_SIZE: usize = 1 << 24;
+
 /// A positive integer of config.json, under the first of `names` that it has.
 pub(crate) fn config_size(config: &Value, names: &[&str]) -> Result<usize> {
     let got = names.iter().map(|n| &config[*n]).find(|v| !v.is_null()).unwrap_or(&Value::Null);
-    got.as_u64().filter(|v| *v > 0).map(|v| v as usize).ok_or_else(|| {
-        Error::argument(names[0], got, "a positive integer in config.json", "get the model's config.json again")
+    got.as_u64().map(|v| v as usize).filter(|v| (1..=LARGEST_SIZE).contains(v)).ok_or_else(|| {
+        let expected = format!("a positive integer in config.json, at most {LARGEST_SIZE}");
+        Error::argument(names[0], got, &expected, "get the model's config.json again")
     })
 }
 

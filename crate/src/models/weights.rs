@@ -28,6 +28,7 @@ use crate::{
         options::{BitsAndBytesConfig, ModelOptions},
     },
     quantized::{NESTED_BLOCKSIZE, QuantType, QuantizedTensor, filled, is_float, round_all},
+    safe_file::is_inside,
 };
 
 /// Tensors of at most so many bytes are converted here before they go to a GPU: a launch would take longer.
@@ -77,15 +78,25 @@ impl Weights {
         let bad = |detail: String| Error::malformed(&index, "index of safetensors shards", detail, DAMAGED);
         let content: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
         let map = content["weight_map"].as_object().ok_or_else(|| bad("there is no weight_map".into()))?;
-        let shards: BTreeSet<&str> = map.values().filter_map(|v| v.as_str()).collect();
-        Self::open(shards.into_iter().map(|name| snapshot.file(name)).collect::<Result<_>>()?)
+        let shard = |(tensor, name): (&String, &'_ serde_json::Value)| {
+            let name = name.as_str().filter(|name| is_inside(name));
+            name.map(String::from).ok_or_else(|| bad(format!("{tensor} is in no file of the model's folder")))
+        };
+        let shards: BTreeSet<String> = map.iter().map(shard).collect::<Result<_>>()?;
+        Self::open(shards.iter().map(|name| snapshot.file(name)).collect::<Result<_>>()?)
     }
 
     /// Opens the files and reads their headers.
     pub fn open(files: Vec<PathBuf>) -> Result<Self> {
         let mut entries = BTreeMap::new();
         for (file, path) in files.iter().enumerate() {
-            read_header(path, file, &mut entries)?;
+            for (name, entry) in read_header(path, file)? {
+                if let Some(earlier) = entries.insert(name.clone(), entry) {
+                    let detail = format!("{name} is in {} too", files[earlier.file].display());
+                    let remedy = "remove the file that does not belong to the model, or get the model again";
+                    return Err(Error::malformed(path, "safetensors file", detail, remedy));
+                }
+            }
         }
         Ok(Self { entries, ..Self::empty(files) })
     }
@@ -141,6 +152,11 @@ impl Weights {
         name.strip_prefix(self.prefix).unwrap_or(name)
     }
 
+    /// How many tensors the checkpoint has.
+    pub fn count(&self) -> usize {
+        self.gguf.as_ref().map_or(self.entries.len(), |gguf| gguf.names().len())
+    }
+
     /// Whether the checkpoint has this tensor.
     pub fn contains(&self, name: &str) -> bool {
         match &self.gguf {
@@ -150,7 +166,7 @@ impl Weights {
     }
 
     /// A tensor in `dtype`, of the given shape. A tensor that is not there is noted and
-    /// reported with all others by [`Weights::finish`]; meanwhile zeros stand for it.
+    /// reported with all others by [`Weights::finish`]; meanwhile a single zero stands for it.
     pub fn tensor(&mut self, name: &str, shape: &[usize], dtype: DType) -> Result<Tensor> {
         self.padded(name, shape, dtype, 0)
     }
@@ -176,10 +192,11 @@ impl Weights {
         Ok(Some(entry))
     }
 
-    /// Notes a tensor that is not there; zeros stand for it.
+    /// Notes a tensor that is not there. Of its shape only the rank is kept: what a configuration asks for and no file
+    /// has may be of any size.
     fn missing(&mut self, key: String, shape: &[usize], dtype: DType) -> Result<Tensor> {
         self.missing.push(key);
-        Ok(Tensor::zeros(shape, dtype, &self.device)?)
+        Ok(Tensor::zeros(vec![1; shape.len()], dtype, &self.device)?)
     }
 
     /// A copy on the device, which has room for `elements` elements there: those behind its own are zeros.
@@ -476,8 +493,11 @@ fn malformed(path: &Path, detail: String) -> Error {
     Error::malformed(path, "safetensors file", detail, DAMAGED)
 }
 
-/// Reads the header of one file: 8 bytes of length, then JSON.
-fn read_header(path: &Path, index: usize, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
+/// What the reference's readers take for a header, in bytes.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// Reads the header of one file, the `index`th: 8 bytes of length, then JSON.
+fn read_header(path: &Path, index: usize) -> Result<Vec<(String, Entry)>> {
     let mut file = File::open(path).map_err(Error::io("read", path))?;
     let size = file.metadata().map_err(Error::io("read", path))?.len();
     let mut length = [0u8; 8];
@@ -489,12 +509,15 @@ fn read_header(path: &Path, index: usize, entries: &mut BTreeMap<String, Entry>)
     if length > size - 8 {
         return Err(malformed(path, format!("the header says {length} bytes, the file has {size}")));
     }
+    if length > LONGEST_HEADER {
+        return Err(malformed(path, format!("the header has {length} bytes, at most {LONGEST_HEADER} are allowed")));
+    }
     let mut header = vec![0u8; length as usize];
     file.read_exact(&mut header).map_err(Error::io("read", path))?;
     let metadata: safetensors::tensor::Metadata =
         serde_json::from_slice(&header).map_err(|e| malformed(path, format!("header: {e}")))?;
     let data = 8 + length;
-    let mut end = data;
+    let (mut end, mut entries) = (data, Vec::new());
     for (name, info) in metadata.tensors() {
         let bytes = (data + info.data_offsets.0 as u64, data + info.data_offsets.1 as u64);
         let elements: usize = info.shape.iter().product();
@@ -506,12 +529,12 @@ fn read_header(path: &Path, index: usize, entries: &mut BTreeMap<String, Entry>)
         }
         end = end.max(bytes.1);
         let entry = Entry { file: index, dtype: info.dtype, shape: info.shape.clone(), bytes };
-        entries.insert(name, entry);
+        entries.push((name, entry));
     }
     if end != size {
         return Err(malformed(path, format!("the tensors end at byte {end}, the file has {size}")));
     }
-    Ok(())
+    Ok(entries)
 }
 
 #[cfg(test)]

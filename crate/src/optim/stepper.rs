@@ -15,6 +15,7 @@ use crate::{
         param::Param,
     },
     error::{Error, Result, ensure},
+    quantized::with_f32,
 };
 
 /// Which step is made, and how.
@@ -171,7 +172,24 @@ fn checked(part: &Part, tensor: &Tensor) -> Result<Tensor> {
         let (name, got) = (format!("dtype of {}", part.name), tensor.dtype().as_str());
         return Err(Error::argument(&name, got, part.dtype.as_str(), "resume with the same optim"));
     }
-    Ok(tensor.to_device(&Device::Cpu)?.force_contiguous()?)
+    let tensor = tensor.to_device(&Device::Cpu)?.force_contiguous()?;
+    // Means of squares, and the maxima of blocks.
+    let is_positive = part.name.contains(".exp_avg_sq") || part.name.contains(".absmax");
+    let wrong = |v: &&f32| !v.is_finite() || is_positive && **v < 0.0;
+    let found = match part.dtype {
+        DType::F32 => with_f32(&tensor, |values| values.iter().find(wrong).copied())?,
+        _ => None,
+    };
+    if let Some(value) = found {
+        let expected = if is_positive { "finite numbers of at least 0" } else { "finite numbers" };
+        return Err(Error::argument(
+            &part.name,
+            value,
+            expected,
+            "the checkpoint is damaged: resume from an earlier one",
+        ));
+    }
+    Ok(tensor)
 }
 
 /// A tensor for each part.

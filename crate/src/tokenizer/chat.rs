@@ -4,9 +4,9 @@
 //! `apply_chat_template` renders it: `trim_blocks` and `lstrip_blocks`, Python's string methods,
 //! `raise_exception`, `strftime_now`, `tojson`, and the special tokens by their names.
 
-use std::{fmt::Write, sync::LazyLock};
+use std::{fmt::Write, io, sync::LazyLock};
 
-use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value, syntax::SyntaxConfig, value::Serde};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
@@ -133,15 +133,26 @@ fn refusal(e: &minijinja::Error) -> Option<&str> {
 
 fn bad_template(e: &minijinja::Error) -> Error {
     let line = e.line().map(|line| format!("line {line}")).unwrap_or_else(|| "somewhere".into());
-    let said = e.detail().map(|detail| format!("{}: {detail}", e.kind())).unwrap_or_else(|| e.kind().to_string());
+    let said = match (e.kind(), e.detail()) {
+        (ErrorKind::OutOfFuel, _) => "it does not end, or makes more text than any conversation has".into(),
+        (kind, Some(detail)) => format!("{kind}: {detail}"),
+        (kind, None) => kind.to_string(),
+    };
     let expected = format!("a Jinja template; {said}");
     let remedy = "correct the template, or give another one: tokenizer.with_chat_template(...)?";
     Error::argument("chat_template", line, &expected, remedy)
 }
 
+/// What a template from anywhere may cost: so many instructions, or bytes made, [`BYTES_A_FUEL`] for one. A second's
+/// work, and more text than any model reads.
+const FUEL: u64 = 5_000_000;
+/// minijinja's rate.
+const BYTES_A_FUEL: usize = 64;
+
 /// transformers' Jinja with the template compiled.
 fn environment(template: &str) -> Result<Environment<'static>> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(FUEL));
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.map_err(|e| bad_template(&e))?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
@@ -174,7 +185,11 @@ fn strftime_now(format: String) -> std::result::Result<String, minijinja::Error>
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`.
-fn to_json(value: Value, options: minijinja::value::Kwargs) -> std::result::Result<String, minijinja::Error> {
+fn to_json(
+    state: &State,
+    value: Value,
+    options: minijinja::value::Kwargs,
+) -> std::result::Result<String, minijinja::Error> {
     let bad = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
     let indent: Option<usize> = options.get("indent")?;
     // What else json.dumps takes changes nothing here.
@@ -182,7 +197,8 @@ fn to_json(value: Value, options: minijinja::value::Kwargs) -> std::result::Resu
         let _: Option<Value> = options.get(known)?;
     }
     options.assert_all_used()?;
-    let mut out = Vec::new();
+    let mut out = Paid { state, text: Vec::new() };
+    state.consume_fuel((indent.unwrap_or(0) / BYTES_A_FUEL) as u64)?;
     let spaces = " ".repeat(indent.unwrap_or(0));
     let pretty = PrettyFormatter::with_indent(spaces.as_bytes());
     let written = match indent {
@@ -190,7 +206,27 @@ fn to_json(value: Value, options: minijinja::value::Kwargs) -> std::result::Resu
         None => value.serialize(&mut Serializer::with_formatter(&mut out, PythonJson)),
     };
     written.map_err(bad)?;
-    Ok(String::from_utf8_lossy(&out).into_owned())
+    Ok(String::from_utf8_lossy(&out.text).into_owned())
+}
+
+/// Text that costs fuel before it is there, as the engine's own does.
+struct Paid<'a, 't, 'e> {
+    state: &'a State<'t, 'e>,
+    text: Vec<u8>,
+}
+
+impl io::Write for Paid<'_, '_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let paid = self.text.len() / BYTES_A_FUEL;
+        let due = (self.text.len() + bytes.len()) / BYTES_A_FUEL;
+        self.state.consume_fuel((due - paid) as u64).map_err(io::Error::other)?;
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// JSON with a space after commas and colons.

@@ -51,10 +51,10 @@ pub(super) fn read(gguf: &Gguf, name_or_path: &str) -> Result<(Value, Config)> {
         "added_tokens": added.collect::<Vec<_>>(),
         "normalizer": null,
         "pre_tokenizer": pre_tokenizer(gguf, &pre)?,
-        "post_processor": post_processor(gguf, |key| Some((id(key)?, token(key)?))),
+        "post_processor": post_processor(gguf, &pre, |key| Some((id(key)?, token(key)?))),
         "decoder": byte_level,
         "model": {"type": "BPE", "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
-            "fuse_unk": false, "byte_fallback": false, "ignore_merges": pre.starts_with("llama"),
+            "fuse_unk": false, "byte_fallback": false, "ignore_merges": is_llama3(&pre),
             "vocab": vocab, "merges": merges},
     });
     let names = [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")];
@@ -69,6 +69,11 @@ pub(super) fn read(gguf: &Gguf, name_or_path: &str) -> Result<(Value, Config)> {
         chat_template: gguf.text("tokenizer.chat_template"),
     };
     Ok((json, config))
+}
+
+/// Whether this is the tokenizer of Llama 3, under one of llama.cpp's names.
+fn is_llama3(pre: &str) -> bool {
+    ["llama-bpe", "llama3", "llama-v3"].contains(&pre)
 }
 
 /// How text is cut before pairs are merged, under llama.cpp's names. The regular expressions are
@@ -91,7 +96,7 @@ fn pre_tokenizer(gguf: &Gguf, name: &str) -> Result<Value> {
         "smollm" | "starcoder" | "refact" | "command-r" => {
             json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, byte_level(true)]})
         }
-        "llama-bpe" | "llama3" | "llama-v3" => split(r"\p{N}{1,3}"),
+        llama if is_llama3(llama) => split(r"\p{N}{1,3}"),
         "qwen2" | "deepseek-r1-qwen" => split(r"\p{N}"),
         other => {
             let supported = ["gpt-2", "smollm", "starcoder", "refact", "command-r", "llama-bpe", "qwen2"];
@@ -100,9 +105,12 @@ fn pre_tokenizer(gguf: &Gguf, name: &str) -> Result<Value> {
     })
 }
 
-/// The tokens that the file wants before and after each text.
-fn post_processor(gguf: &Gguf, token: impl Fn(&str) -> Option<(usize, String)>) -> Value {
-    let wanted = |key: &str| gguf.number(&format!("tokenizer.ggml.add_{key}_token")).is_some_and(|n| n != 0.0);
+/// The tokens that the file wants before and after each text. As in llama.cpp a Llama 3 that says nothing wants the one
+/// before.
+fn post_processor(gguf: &Gguf, pre: &str, token: impl Fn(&str) -> Option<(usize, String)>) -> Value {
+    let default = |key: &str| key == "bos" && is_llama3(pre);
+    let said = |key: &str| gguf.number(&format!("tokenizer.ggml.add_{key}_token"));
+    let wanted = |key: &str| said(key).map_or(default(key), |n| n != 0.0);
     let around = |key: &str| token(key).filter(|_| wanted(key));
     let (bos, eos) = (around("bos"), around("eos"));
     if bos.is_none() && eos.is_none() {

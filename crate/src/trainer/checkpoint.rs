@@ -146,6 +146,14 @@ pub(super) fn load(folder: &Path, identity: &[(String, Value)]) -> Result<Loaded
     Ok(Loaded { state, progress, optimizer })
 }
 
+/// Where the checkpoint is now that `folder` names by the path of its own run: beside `folder`, if it is there. The run may
+/// have had another working directory, or its folder another place.
+pub(super) fn beside(folder: &Path, named: &str) -> String {
+    let (here, name) = (fs::canonicalize(folder), Path::new(named).file_name());
+    let found = here.ok().zip(name).map(|(here, name)| here.with_file_name(name)).filter(|path| path.is_dir());
+    found.map_or(named.into(), |path| path.to_string_lossy().into_owned())
+}
+
 const DAMAGED: &str = "the checkpoint is damaged: resume from an earlier one";
 
 /// The checkpoints in `output_dir`, the oldest first: by the time of writing, as transformers
@@ -168,8 +176,11 @@ pub(super) fn sorted(output_dir: &Path) -> Vec<PathBuf> {
 pub(super) fn rotate(output_dir: &Path, limit: usize, keep: &[&Path]) -> Result<()> {
     let found = sorted(output_dir);
     let mut surplus = found.len().saturating_sub(limit);
+    // One folder may be named by several paths.
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.into());
+    let keep: Vec<PathBuf> = keep.iter().map(|path| real(path)).collect();
     for path in found {
-        if surplus > 0 && !keep.contains(&path.as_path()) {
+        if surplus > 0 && !keep.contains(&real(&path)) {
             remove_folder(&path)?;
             surplus -= 1;
         }

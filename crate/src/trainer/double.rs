@@ -199,8 +199,8 @@ impl TrainedModel for Double {
         self.b.set(&tensors["b"])
     }
 
-    fn identity(&self) -> Vec<(String, Value)> {
-        vec![("LoraConfig.r".into(), json!(self.lora_r)), ("model".into(), json!("double"))]
+    fn identity(&self) -> Result<Vec<(String, Value)>> {
+        Ok(vec![("LoraConfig.r".into(), json!(self.lora_r)), ("model".into(), json!("double"))])
     }
 
     fn memory_of_weights(&self) -> MemoryReport {

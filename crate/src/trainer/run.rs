@@ -253,7 +253,10 @@ impl Trainer {
         let Some(best) = self.state.best_model_checkpoint.clone().filter(|_| self.args.load_best_model_at_end) else {
             return Ok(());
         };
-        self.model.load_adapter(best.as_ref())?;
+        if let Err(error) = self.model.load_adapter(best.as_ref()) {
+            display::warning(&format!("the weights are those of the last step, not of the best checkpoint: {error}"));
+            return Ok(());
+        }
         match self.args.save_total_limit {
             // While training, the newest was kept beside the best for resuming.
             Some(1) => self.rotate(1, None),

@@ -340,6 +340,37 @@ fn evaluation_is_logged_and_the_best_is_kept() {
     assert_eq!(keys, ["eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch"]);
 }
 
+/// A run whose folder was moved, or that is named by another path, keeps its best checkpoint.
+#[test]
+fn the_best_is_kept_when_a_moved_run_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |out: &Path| {
+        let args = TrainingArguments {
+            eval_strategy: IntervalStrategy::Steps,
+            eval_steps: Some(1),
+            save_steps: 1,
+            save_total_limit: Some(2),
+            load_best_model_at_end: true,
+            ..args(out)
+        };
+        let schedule = |step: usize| if step < 3 { 0.05 } else { 3.0 };
+        trainer(&Double::new(), args).with_eval_dataset(&dataset(&rows(5))).unwrap().with_lr_schedule(schedule)
+    };
+    run(&dir.path().join("first")).train_steps(4).unwrap();
+    fs::rename(dir.path().join("first"), dir.path().join("moved")).unwrap();
+    let out = dir.path().join("moved/../moved");
+    let mut resumed = run(&out);
+    assert!(resumed.resume_from_checkpoint(dir.path().join("moved/checkpoint-4")).unwrap().finished);
+    assert_eq!(names(&out), ["checkpoint-3", "checkpoint-6"]);
+    let best = resumed.state().best_metric;
+    assert_eq!(resumed.evaluate().unwrap().get("eval_loss"), best);
+    // Without it the run ends all the same.
+    let mut alone = run(&dir.path().join("alone"));
+    alone.load_checkpoint(dir.path().join("moved/checkpoint-6")).unwrap();
+    fs::remove_dir_all(dir.path().join("moved/checkpoint-3")).unwrap();
+    assert!(alone.train().unwrap().finished);
+}
+
 #[test]
 fn the_best_strategy_saves_only_improvements() {
     let dir = tempfile::tempdir().unwrap();

@@ -21,7 +21,7 @@ pub(super) trait TrainedModel: Trainable {
     fn load_adapter(&self, folder: &Path) -> Result<()>;
 
     /// What a checkpoint of another run may differ in, by name.
-    fn identity(&self) -> Vec<(String, Value)>;
+    fn identity(&self) -> Result<Vec<(String, Value)>>;
 
     /// Where the memory of the weights goes.
     fn memory_of_weights(&self) -> MemoryReport;
@@ -57,12 +57,12 @@ impl TrainedModel for PeftModel {
         self.load_adapter_weights(folder)
     }
 
-    fn identity(&self) -> Vec<(String, Value)> {
+    fn identity(&self) -> Result<Vec<(String, Value)>> {
         let config: Value = serde_json::from_str(&self.config().to_json_string()).unwrap_or_default();
         let mut identity: Vec<_> =
             LORA_FIELDS.iter().map(|field| (format!("LoraConfig.{field}"), config[*field].clone())).collect();
-        identity.push(("model".into(), self.fingerprint().into()));
-        identity
+        identity.push(("model".into(), self.fingerprint()?.into()));
+        Ok(identity)
     }
 
     fn memory_of_weights(&self) -> MemoryReport {

@@ -158,6 +158,9 @@ fn bad_rows_are_named_before_training() {
     some[1] = Default::default();
     assert!(matches!(refused(&some), Error::EmptySequence { row: 1 }));
     let mut some = rows(4);
+    some[2].attention_mask.fill(0);
+    assert!(matches!(refused(&some), Error::EmptySequence { row: 2 }));
+    let mut some = rows(4);
     some[1].labels.pop();
     assert!(matches!(refused(&some), Error::UnequalLengths { row: 1, field: "labels", .. }));
     assert!(matches!(refused(&[]), Error::InvalidArgument { .. } | Error::MissingColumn { .. }));

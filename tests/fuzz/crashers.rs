@@ -1,0 +1,1 @@
+//! Inputs that once ended a reader.
