@@ -68,7 +68,7 @@ fn table() -> RecordBatch {
         ("none", new_null_array(&DataType::Null, 3)),
         ("fixed", new_null_array(&fixed(), 3)),
     ];
-    RecordBatch::try_from_iter(columns).unwrap()
+    RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(name, column)| (name, column, true))).unwrap()
 }
 
 fn fixed() -> DataType {
@@ -355,7 +355,8 @@ pub fn checkpoints() -> Vec<Files> {
 
 /// A byte-level BPE of 32 tokens.
 pub fn bpe() -> Json {
-    let tokens = ["<unk>", "<s>", "</s>", "<pad>", "a", "b", "c", "d", "e", "Ġ", "ab", "Ġa", "Ċ", "n", "o", "t", "to", "."];
+    let tokens =
+        ["<unk>", "<s>", "</s>", "<pad>", "a", "b", "c", "d", "e", "Ġ", "ab", "Ġa", "Ċ", "n", "o", "t", "to", "."];
     let vocab: serde_json::Map<String, Json> =
         tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
     let added = |(id, token): (usize, &&str)| {
@@ -440,7 +441,8 @@ const TOKENIZER_CONFIG: [&str; 2] = [
 ];
 
 pub fn tokenizer_folders() -> Vec<Files> {
-    let config = json!({ "model_type": "bloom", "bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 3 }).to_string();
+    let config =
+        json!({ "model_type": "bloom", "bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 3 }).to_string();
     let folder = |(i, json): (usize, Json)| {
         vec![
             // Twice as likely to be damaged, by beginning with it.
@@ -465,4 +467,3 @@ pub fn chat_templates() -> Vec<Files> {
     all.dedup();
     all.into_iter().map(|template| vec![file("chat_template.jinja", template)]).collect()
 }
-

@@ -120,11 +120,6 @@ impl Input {
         }
         &self.folder
     }
-
-    /// A file's bytes; none if it was taken away.
-    pub fn file(&self, name: &str) -> &[u8] {
-        self.files.iter().find(|(n, _)| n == name).map_or(&[], |(_, bytes)| bytes)
-    }
 }
 
 /// What a reader has said: it loaded, or the text of its error.
@@ -235,7 +230,6 @@ fn work(folder: &Path, seed: u64, numbers: impl Iterator<Item = u64>, make: fn()
     let (corpus, mut read) = make();
     let counts_file = File::create(folder.join("counts")).unwrap();
     let mut counts = Counts::default();
-    std::panic::set_hook(Box::new(|info| *PANICKED.lock().unwrap() = info.to_string().replace('\n', " ")));
     let start = Instant::now();
     std::thread::spawn(move || {
         loop {
@@ -249,6 +243,15 @@ fn work(folder: &Path, seed: u64, numbers: impl Iterator<Item = u64>, make: fn()
     });
     let (place, mut written) = (folder.join("files"), BTreeMap::new());
     fs::create_dir_all(&place).unwrap();
+    // What is made once, at the first use, is there then.
+    let mut loaded = 0;
+    for files in &corpus {
+        let input = Input { files: files.clone(), folder: place.clone(), written: Mutex::new(written) };
+        loaded += usize::from(read(&input).is_ok());
+        written = input.written.into_inner().unwrap();
+    }
+    assert!(loaded * 2 > corpus.len(), "{loaded} of {} good files load", corpus.len());
+    std::panic::set_hook(Box::new(|info| *PANICKED.lock().unwrap() = info.to_string().replace('\n', " ")));
     for number in numbers {
         let files = input(&corpus, seed, number);
         let size: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
@@ -307,8 +310,8 @@ fn spawn(test: &str, folder: &Path, seed: u64, (first, step, end): (u64, u64, u6
     for (name, value) in [("FUZZ_FIRST", first), ("FUZZ_STEP", step), ("FUZZ_END", end)] {
         command.env(name, value.to_string());
     }
-    // As many processes as cores: each needs one thread.
-    command.env("RAYON_NUM_THREADS", "1").env_remove("FUZZ_INPUTS").spawn().unwrap()
+    // As many processes as cores: each needs one thread. A backtrace would hide what was said before it.
+    command.env("RAYON_NUM_THREADS", "1").env("RUST_BACKTRACE", "0").env_remove("FUZZ_INPUTS").spawn().unwrap()
 }
 
 /// What one core has found.
@@ -324,8 +327,10 @@ fn supervise(name: &str, test: &str, seed: u64, inputs: u64, cores: u64) {
     let cores: Vec<_> = (0..cores).map(|core| (core, cores)).collect();
     let mut found = Found::default();
     std::thread::scope(|scope| {
-        let running: Vec<_> =
-            cores.iter().map(|(core, step)| scope.spawn(move || one_core(test, seed, (*core, *step, inputs)))).collect();
+        let running: Vec<_> = cores
+            .iter()
+            .map(|(core, step)| scope.spawn(move || one_core(test, seed, (*core, *step, inputs))))
+            .collect();
         for core in running {
             let core = core.join().unwrap();
             found.counts.inputs += core.counts.inputs;

@@ -707,10 +707,14 @@ fn statement(random: &mut Random, depth: usize) -> String {
         5 => format!("{{% set ns.x = {e} %}}"),
         6 => format!("{{% set x %}}{body}{{% endset %}}{{{{ x }}}}"),
         7 => format!("{{% macro f(a, b=2) %}}{body}{{{{ f(a) }}}}{{% endmacro %}}{{{{ f({e}) }}}}"),
-        8 => format!("{{% macro f(a) %}}{{{{ caller(a) }}}}{{% endmacro %}}{{% call(u) f({e}) %}}{body}{{% endcall %}}"),
+        8 => {
+            format!("{{% macro f(a) %}}{{{{ caller(a) }}}}{{% endmacro %}}{{% call(u) f({e}) %}}{body}{{% endcall %}}")
+        }
         9 => format!("{{% filter {} %}}{body}{{% endfilter %}}", filter(random, depth - 1)),
         10 => format!("{{% with x = {e} %}}{body}{{% endwith %}}"),
-        11 => format!("{{% for k, v in {e} %}}{{% if k %}}{{% break %}}{{% endif %}}{body}{{% else %}}{e}{{% endfor %}}"),
+        11 => {
+            format!("{{% for k, v in {e} %}}{{% if k %}}{{% break %}}{{% endif %}}{body}{{% else %}}{e}{{% endfor %}}")
+        }
         12 => format!("{{% generation %}}{body}{{% endgeneration %}}{{% include \"chat_template\" %}}"),
         _ => format!("{{{{ {e} }}}}"),
     }
@@ -777,12 +781,16 @@ fn expression(random: &mut Random, depth: usize) -> String {
         4 => format!("({a} if {b} else {a})"),
         5 => format!("({a})[{b}]"),
         6 => format!("({a})[{}:{}:{}]", random.pick(&HUGE), random.pick(&HUGE), random.pick(&HUGE)),
-        7 => format!("({a} is {})", random.pick(&["defined", "none", "string", "mapping", "iterable", "divisibleby(0)"])),
+        7 => {
+            format!("({a} is {})", random.pick(&["defined", "none", "string", "mapping", "iterable", "divisibleby(0)"]))
+        }
         8 => format!("[{a}, {b}]"),
         9 => format!("dict(a={a}, b={b})"),
         10 => format!("strftime_now({a})"),
         11 => format!("({a}).{}", method(random, &b)),
-        12 => format!("{}({a})", random.pick(&["raise_exception", "dict", "namespace", "debug", "lipsum", "cycler", "f"])),
+        12 => {
+            format!("{}({a})", random.pick(&["raise_exception", "dict", "namespace", "debug", "lipsum", "cycler", "f"]))
+        }
         13 => format!("-({a})"),
         _ => format!("({a}|{})", filter(random, depth - 1)),
     }
@@ -790,9 +798,40 @@ fn expression(random: &mut Random, depth: usize) -> String {
 
 fn filter(random: &mut Random, depth: usize) -> String {
     const PLAIN: [&str; 34] = [
-        "trim", "upper", "length", "list", "first", "last", "reverse", "sort", "unique", "join", "tojson", "string", "int",
-        "float", "abs", "round", "escape", "safe", "title", "capitalize", "lower", "items", "dictsort", "sum", "min", "max",
-        "lines", "pprint", "bool", "urlencode", "chain", "zip", "keys", "values",
+        "trim",
+        "upper",
+        "length",
+        "list",
+        "first",
+        "last",
+        "reverse",
+        "sort",
+        "unique",
+        "join",
+        "tojson",
+        "string",
+        "int",
+        "float",
+        "abs",
+        "round",
+        "escape",
+        "safe",
+        "title",
+        "capitalize",
+        "lower",
+        "items",
+        "dictsort",
+        "sum",
+        "min",
+        "max",
+        "lines",
+        "pprint",
+        "bool",
+        "urlencode",
+        "chain",
+        "zip",
+        "keys",
+        "values",
     ];
     let n = *random.pick(&HUGE);
     match random.below(14) {
@@ -815,8 +854,22 @@ fn filter(random: &mut Random, depth: usize) -> String {
 
 fn method(random: &mut Random, argument: &str) -> String {
     const TAKE_ONE: [&str; 16] = [
-        "split", "strip", "lstrip", "rstrip", "startswith", "endswith", "join", "count", "find", "rfind", "get", "append",
-        "splitlines", "title", "format", "extend",
+        "split",
+        "strip",
+        "lstrip",
+        "rstrip",
+        "startswith",
+        "endswith",
+        "join",
+        "count",
+        "find",
+        "rfind",
+        "get",
+        "append",
+        "splitlines",
+        "title",
+        "format",
+        "extend",
     ];
     let n = random.pick(&HUGE);
     match random.below(6) {

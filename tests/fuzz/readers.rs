@@ -57,7 +57,7 @@ fn lines() -> Vec<super::harness::Files> {
         let rows: Vec<serde_json::Value> = serde_json::from_str(text).unwrap();
         rows.iter().map(|row| format!("{row}\n")).collect::<String>().into_bytes()
     };
-    corpus::JSON.iter().map(|text| vec![file("rows.jsonl", rows(text))]).collect()
+    corpus::JSON[..3].iter().map(|text| vec![file("rows.jsonl", rows(text))]).collect()
 }
 
 reader!(arrow, 500, corpus::arrow(), |input: &Input| look(Dataset::load_from_disk(input.folder())));
@@ -159,7 +159,9 @@ fn encode(tokenizer: &Tokenizer) -> Verdict {
     }
     told(tokenizer.decode(&[0, 1, 7, 31, u32::MAX], false))?;
     let _ = (tokenizer.to_string(), tokenizer.len(), tokenizer.all_special_ids());
-    told(tokenizer.encode_batch(&["a", "a b c d"]))?;
+    if tokenizer.pad_token_id().is_some() {
+        told(tokenizer.encode_batch(&["a", "a b c d"]))?;
+    }
     if tokenizer.chat_template().is_some() {
         told(tokenizer.apply_chat_template(&[Message::user("a")], true))?;
     }
@@ -176,7 +178,8 @@ reader!(chat_template, 500, corpus::chat_templates(), {
     let odd = json!([{ "role": "user", "content": "" }]);
     let odd: Vec<Message> = serde_json::from_value(odd).unwrap();
     move |input: &Input| {
-        let template = String::from_utf8_lossy(input.file("chat_template.jinja"));
+        let template =
+            input.files.first().map_or(String::new(), |(_, bytes)| String::from_utf8_lossy(bytes).into_owned());
         let tokenizer = told(tokenizer.with_chat_template(&template))?;
         told(tokenizer.apply_chat_template(&odd, true))?;
         told(tokenizer.apply_chat_template(&talk, false))?;
