@@ -1,1 +1,60 @@
-//! Inputs that once ended a reader.
+//! Inputs that once ended a reader, or had it take all memory: each is an error now.
+
+use qlora_nb::{error::Error, peft::PeftModel, prelude::*};
+use serde_json::{Value as Json, json};
+
+use super::corpus::{self, file, write_folder};
+
+/// What the error says, which names the remedy.
+fn refused<T>(result: Result<T>) -> String {
+    let Err(error) = result else { panic!("it loads") };
+    let text = error.to_string();
+    assert!(text.contains("what to do: "), "{text}");
+    text
+}
+
+/// With other parts than a good one.
+fn tokenizer(changes: Json) -> Result<Tokenizer> {
+    let mut json = corpus::bpe();
+    for (key, value) in changes.as_object().unwrap() {
+        json[key] = value.clone();
+    }
+    AutoTokenizer::from_pretrained(write_folder(&vec![file("tokenizer.json", json.to_string())]).path())
+}
+
+/// `tokenizers` panics on each of them.
+#[test]
+fn tokenizers_whose_parts_contradict_each_other() {
+    let mut model = corpus::bpe()["model"].clone();
+    model["continuing_subword_prefix"] = "abcdef".into();
+    refused(tokenizer(json!({ "model": model })));
+
+    let strip = json!({ "type": "Strip", "content": "a", "start": 0, "stop": 9 });
+    let strip = tokenizer(json!({ "decoder": strip })).unwrap();
+    let _ = strip.decode(&[4, 4], false);
+
+    let post_processor = json!({
+        "type": "TemplateProcessing", "single": [{ "SpecialToken": { "id": "none", "type_id": 0 } }], "pair": [],
+        "special_tokens": {},
+    });
+    let _ = tokenizer(json!({ "post_processor": post_processor })).and_then(|tokenizer| tokenizer.encode("a"));
+}
+
+/// A rank is what memory is taken for, before the weights are read.
+#[test]
+fn adapters_of_a_rank_that_their_weights_do_not_have() {
+    let base = corpus::base();
+    let load = |change: &dyn Fn(&mut Json)| {
+        let mut files = corpus::adapters().remove(0);
+        let mut config: Json = serde_json::from_slice(&files[0].1).unwrap();
+        change(&mut config);
+        files[0].1 = config.to_string().into_bytes();
+        PeftModel::from_pretrained(&base, write_folder(&files).path())
+    };
+    load(&|_| {}).unwrap();
+    assert!(refused(load(&|config| config["r"] = 60_000.into())).contains("adapter_model.safetensors"));
+    refused(load(&|config| config["r"] = (1u64 << 62).into()));
+    refused(load(&|config| config["rank_pattern"] = json!({ "q_proj": 1u64 << 40 })));
+    let config = LoraConfig { r: usize::MAX, ..corpus::lora_configs().remove(0) };
+    assert!(matches!(get_peft_model(&base, &config), Err(Error::InvalidArgument { .. })));
+}

@@ -15,10 +15,9 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use super::{
     Dataset, Value,
-    ipc::catch,
     table::{BATCH_ROWS, Table},
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, catch};
 
 type JsonRow = serde_json::Map<String, serde_json::Value>;
 
