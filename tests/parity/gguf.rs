@@ -225,7 +225,7 @@ fn metadata_that_candle_does_not_check() {
         ("text", 8, vec![255; 8], Some("not a valid GGUF file")),
     ] {
         let (_folder, path) = with_entry(key, kind, &value);
-        match (load(&path), named) {
+        match (Gguf::open(&path), named) {
             (Ok(_), None) => {}
             (Err(error), Some(named)) if error.to_string().contains(named) => {}
             (result, _) => panic!("{key:?} of type {kind}: expected {named:?}, got {:?}", result.map(|_| ())),

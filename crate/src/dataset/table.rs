@@ -1,6 +1,11 @@
 //! The columns beneath a dataset: Arrow record batches of one schema, shared and never changed.
 
-use std::{collections::HashSet, ops::Range, sync::Arc};
+use std::{
+    collections::HashSet,
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use arrow::{
     array::{ArrayRef, RecordBatch},
@@ -65,9 +70,14 @@ impl Table {
             };
             RecordBatch::try_new(schema.clone(), schema.fields().iter().zip(columns).map(build).collect())
         };
-        let batches = (0..rows).step_by(BATCH_ROWS).map(batch).collect::<Result<_, _>>();
-        let table = batches.and_then(|batches| Self::new(&schema, batches));
-        table.map_err(|e| (0, names.join(", "), e.to_string()))
+        let table = || {
+            let batches = (0..rows).step_by(BATCH_ROWS).map(batch).collect::<Result<_, _>>()?;
+            Self::new(&schema, batches)
+        };
+        // Arrow's offsets have 32 bits, and beyond them it panics.
+        let table = catch_unwind(AssertUnwindSafe(table));
+        let table = table.map_err(|_| format!("{BATCH_ROWS} rows have more than 2 GiB of text"));
+        table.and_then(|table| table.map_err(|e| e.to_string())).map_err(|why| (0, names.join(", "), why))
     }
 
     pub fn num_rows(&self) -> usize {

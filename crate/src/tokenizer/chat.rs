@@ -95,7 +95,7 @@ impl Tokenizer {
         for (name, token) in &self.config.special {
             context[*name] = token.as_str().into();
         }
-        let rendered = environment.get_template(NAME).and_then(|t| t.render(Value::from(Serde(context))));
+        let rendered = on_deep_stack(|| environment.get_template(NAME)?.render(Value::from(Serde(context))))?;
         rendered.map_err(|e| match refusal(&e) {
             Some(words) => {
                 let expected = format!("a conversation that the chat template takes; it says: {words}");
@@ -143,16 +143,35 @@ fn bad_template(e: &minijinja::Error) -> Error {
     Error::argument("chat_template", line, &expected, remedy)
 }
 
-/// What a template from anywhere may cost: so many instructions, or bytes made, [`BYTES_A_FUEL`] for one. A second's
-/// work, and more text than any model reads.
-const FUEL: u64 = 5_000_000;
+/// What a template from anywhere may cost: so many instructions, or bytes made, [`BYTES_A_FUEL`] for one. Less than a
+/// second's work, and more text than any model reads.
+const FUEL: u64 = 1_000_000;
 /// minijinja's rate.
 const BYTES_A_FUEL: usize = 64;
+
+/// Enough for values inside values, as many as the fuel makes; memory only where it is used.
+const STACK: usize = 512 << 20;
+
+/// Runs `f` on a stack of that size.
+fn on_deep_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
+    let failed = |why: String| {
+        let expected = "a Jinja template that can be rendered";
+        Error::argument("chat_template", why, expected, "free some memory, or give another template")
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, f);
+        let ended = thread.map_err(|e| failed(format!("no thread for it: {e}")))?.join();
+        ended.map_err(|_| failed("a panic of the Jinja engine".into()))
+    })
+}
 
 /// transformers' Jinja with the template compiled.
 fn environment(template: &str) -> Result<Environment<'static>> {
     let mut environment = Environment::new();
     environment.set_fuel(Some(FUEL));
+    // Their time grows with the square of what they print, and costs no fuel.
+    environment.remove_filter("pprint");
+    environment.remove_global("debug");
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.map_err(|e| bad_template(&e))?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
