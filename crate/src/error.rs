@@ -142,7 +142,9 @@ pub enum Error {
     Hub { what: String, detail: String, remedy: String },
 
     /// The tokenizer library failed.
-    #[error("tokenizer: {0}\n  what to do: check tokenizer.json and the files beside it, or copy or download them again")]
+    #[error(
+        "tokenizer: {0}\n  what to do: check tokenizer.json and the files beside it, or copy or download them again"
+    )]
     Tokenizer(String),
 
     /// The tensor library failed.

@@ -1,5 +1,12 @@
 //! Inputs that once ended a reader, or had it take all memory: each is an error now.
 
+use std::sync::Arc;
+
+use arrow::{
+    array::{RecordBatch, new_null_array},
+    datatypes::{DataType, Field},
+};
+use parquet::arrow::ArrowWriter;
 use qlora_nb::{error::Error, peft::PeftModel, prelude::*};
 use serde_json::{Value as Json, json};
 
@@ -57,4 +64,39 @@ fn adapters_of_a_rank_that_their_weights_do_not_have() {
     refused(load(&|config| config["rank_pattern"] = json!({ "q_proj": 1u64 << 40 })));
     let config = LoraConfig { r: usize::MAX, ..corpus::lora_configs().remove(0) };
     assert!(matches!(get_peft_model(&base, &config), Err(Error::InvalidArgument { .. })));
+}
+
+/// Three rows of nothing that would take gigabytes.
+#[test]
+fn parquet_with_cells_longer_than_the_file() {
+    let list = |n| DataType::FixedSizeList(Arc::new(Field::new("item", DataType::Float32, true)), n);
+    let load = |n: i32| {
+        let column = new_null_array(&list(n), 1);
+        let batch = RecordBatch::try_from_iter([("fixed", column)]).unwrap();
+        let mut bytes = Vec::new();
+        let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        Dataset::from_parquet(write_folder(&vec![file("data.parquet", bytes)]).path().join("data.parquet"))
+    };
+    load(100).unwrap();
+    assert!(refused(load(1 << 20)).contains("1048576 elements"));
+}
+
+/// As deep as they are long: they once used up the stack.
+#[test]
+fn templates_that_nest() {
+    let tokenizer = corpus::tokenizer();
+    let render =
+        |template: String| tokenizer.with_chat_template(&template)?.apply_chat_template(&[Message::user("a")], true);
+    refused(render("-".repeat(1 << 20)));
+    for (begin, part, end) in [
+        ("{{ ", "-", "1 }}"),
+        ("{{ ", "not ", "1 }}"),
+        ("{{ 1", "+1", " }}"),
+        ("{{ x", ".a", " }}"),
+        ("{{ 'a'", "|trim", " }}"),
+    ] {
+        let _ = render(format!("{begin}{}{end}", part.repeat((250 << 10) / part.len())));
+    }
 }

@@ -29,8 +29,8 @@ use std::{
 
 use super::mutate::{Kind, Random, mutate};
 
-/// What a reader may have allocated at a time, beside this many bytes for each of the input.
-const MEMORY: isize = 32 << 20;
+/// What most readers may have allocated at a time, beside this many bytes for each of the input.
+pub const MEMORY: isize = 32 << 20;
 const MEMORY_A_BYTE: isize = 64;
 /// Beyond this there is no memory, as on a machine that has no more.
 const ALL_MEMORY: isize = 2 << 30;
@@ -126,9 +126,21 @@ impl Input {
 pub type Verdict = Result<(), String>;
 pub type Reader = Box<dyn FnMut(&Input) -> Verdict>;
 
-/// A reader's test: `short` is how many inputs it reads where nobody asks for more. `make` gives good files, and the
-/// reader.
-pub fn fuzz(module: &str, name: &str, short: u64, make: fn() -> (Vec<Files>, Reader)) {
+/// A reader's test.
+pub struct Test {
+    /// Where it is: `module_path!()`.
+    pub module: &'static str,
+    pub name: &'static str,
+    /// How many inputs are read where nobody asks for more.
+    pub short: u64,
+    /// Bytes that may be allocated at a time.
+    pub memory: isize,
+    /// Gives good files, and the reader.
+    pub make: fn() -> (Vec<Files>, Reader),
+}
+
+pub fn fuzz(test: &Test) {
+    let Test { module, name, short, make, .. } = *test;
     let number = |name: &str| env::var(name).ok().map(|n| n.parse::<u64>().unwrap_or_else(|_| panic!("{name}={n}")));
     let seed = number("FUZZ_SEED").unwrap_or(1);
     if let Some(input) = number("FUZZ_INPUT") {
@@ -136,7 +148,7 @@ pub fn fuzz(module: &str, name: &str, short: u64, make: fn() -> (Vec<Files>, Rea
     }
     if let Some(folder) = env::var_os("FUZZ_FOLDER") {
         let [first, step, end] = ["FUZZ_FIRST", "FUZZ_STEP", "FUZZ_END"].map(|name| number(name).unwrap());
-        return work(Path::new(&folder), seed_of(name, seed), (first..end).step_by(step as usize), make);
+        return work(test, Path::new(&folder), seed_of(name, seed), (first..end).step_by(step as usize));
     }
     let inputs = number("FUZZ_INPUTS");
     let cores = if inputs.is_some() { std::thread::available_parallelism().map_or(1, usize::from) as u64 } else { 1 };
@@ -226,8 +238,8 @@ impl Counts {
 static BEGUN: AtomicU64 = AtomicU64::new(0);
 static PANICKED: Mutex<String> = Mutex::new(String::new());
 
-fn work(folder: &Path, seed: u64, numbers: impl Iterator<Item = u64>, make: fn() -> (Vec<Files>, Reader)) {
-    let (corpus, mut read) = make();
+fn work(test: &Test, folder: &Path, seed: u64, numbers: impl Iterator<Item = u64>) {
+    let (corpus, mut read) = (test.make)();
     let counts_file = File::create(folder.join("counts")).unwrap();
     let mut counts = Counts::default();
     let start = Instant::now();
@@ -255,7 +267,7 @@ fn work(folder: &Path, seed: u64, numbers: impl Iterator<Item = u64>, make: fn()
     for number in numbers {
         let files = input(&corpus, seed, number);
         let size: usize = files.iter().map(|(_, bytes)| bytes.len()).sum();
-        let allowed = MEMORY + MEMORY_A_BYTE * size as isize;
+        let allowed = test.memory + MEMORY_A_BYTE * size as isize;
         let input = Input { files, folder: place.clone(), written: Mutex::new(written) };
         counts.current = number + 1;
         counts.write(&counts_file);

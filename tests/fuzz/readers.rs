@@ -13,15 +13,19 @@ use serde_json::json;
 
 use super::{
     corpus::{self, file},
-    harness::{Input, Reader, Verdict, fuzz},
+    harness::{Files, Input, MEMORY, Reader, Test, Verdict, fuzz},
 };
 
 /// `reader!(name, inputs of a short run, good files, reader)`
 macro_rules! reader {
     ($name:ident, $short:expr, $corpus:expr, $read:expr) => {
+        reader!($name, $short, MEMORY, $corpus, $read);
+    };
+    ($name:ident, $short:expr, $memory:expr, $corpus:expr, $read:expr) => {
         #[test]
         fn $name() {
-            fuzz(module_path!(), stringify!($name), $short, || ($corpus, Box::new($read) as Reader));
+            let make = || ($corpus, Box::new($read) as Reader);
+            fuzz(&Test { module: module_path!(), name: stringify!($name), short: $short, memory: $memory, make });
         }
     };
 }
@@ -48,11 +52,11 @@ fn look(dataset: Result<Dataset>) -> Verdict {
     Ok(())
 }
 
-fn one(name: &str, texts: &[&str]) -> Vec<super::harness::Files> {
+fn one(name: &str, texts: &[&str]) -> Vec<Files> {
     texts.iter().map(|text| vec![file(name, *text)]).collect()
 }
 
-fn lines() -> Vec<super::harness::Files> {
+fn lines() -> Vec<Files> {
     let rows = |text: &str| -> Vec<u8> {
         let rows: Vec<serde_json::Value> = serde_json::from_str(text).unwrap();
         rows.iter().map(|row| format!("{row}\n")).collect::<String>().into_bytes()
@@ -172,7 +176,8 @@ reader!(tokenizer, 500, corpus::tokenizer_folders(), |input: &Input| {
     encode(&told(AutoTokenizer::from_pretrained(input.folder()))?)
 });
 
-reader!(chat_template, 500, corpus::chat_templates(), {
+// The text that a template may make is much more than its own.
+reader!(chat_template, 500, 4 * MEMORY, corpus::chat_templates(), {
     let tokenizer = corpus::tokenizer();
     let talk = [Message::system("s"), Message::user("snow?\n"), Message::assistant("白")];
     let odd = json!([{ "role": "user", "content": "" }]);

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 use super::{Encoding, Tokenizer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ensure};
 
 /// One turn of a conversation.
 ///
@@ -149,8 +149,11 @@ const FUEL: u64 = 1_000_000;
 /// minijinja's rate.
 const BYTES_A_FUEL: usize = 64;
 
-/// Enough for values inside values, as many as the fuel makes; memory only where it is used.
+/// Enough for values inside values, as many as the fuel makes, and for a template that nests with each of its bytes;
+/// memory only where it is used.
 const STACK: usize = 512 << 20;
+/// In bytes; a model's own has a few thousand.
+const LONGEST: usize = 256 << 10;
 
 /// Runs `f` on a stack of that size.
 fn on_deep_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
@@ -167,6 +170,8 @@ fn on_deep_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
 
 /// transformers' Jinja with the template compiled.
 fn environment(template: &str) -> Result<Environment<'static>> {
+    let (length, expected) = (template.len(), format!("a template of at most {LONGEST} bytes"));
+    ensure(length <= LONGEST, "chat_template", format!("{length} bytes"), &expected, "give another template")?;
     let mut environment = Environment::new();
     environment.set_fuel(Some(FUEL));
     // Their time grows with the square of what they print, and costs no fuel.
@@ -189,7 +194,9 @@ fn environment(template: &str) -> Result<Environment<'static>> {
         format!("{{%{} {word} {}%}}", &found[1], &found[3])
     };
     let template = GENERATION.as_ref().map_or(template.into(), |regex| regex.replace_all(template, plain));
-    environment.add_template_owned(NAME, template.into_owned()).map_err(|e| bad_template(&e))?;
+    let template = template.into_owned();
+    let compiled = on_deep_stack(|| environment.add_template_owned(NAME, template))?;
+    compiled.map_err(|e| bad_template(&e))?;
     Ok(environment)
 }
 

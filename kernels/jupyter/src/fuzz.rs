@@ -11,7 +11,7 @@ use jupyter_zmq_client::Connection;
 use serde_json::{Value, json};
 use zeromq::{RouterSocket, Socket};
 
-use self::harness::{Files, Input, Reader, Verdict, fuzz};
+use self::harness::{Files, Input, MEMORY, Reader, Test, Verdict, fuzz};
 use crate::assistance::Assistance;
 use crate::check::Terms;
 use crate::history::{self, History};
@@ -164,17 +164,21 @@ fn read_connection(input: &Input) -> Verdict {
     Ok(())
 }
 
+fn test(name: &'static str, make: fn() -> (Vec<Files>, Reader)) {
+    fuzz(&Test { module: module_path!(), name, short: 1000, memory: MEMORY, make });
+}
+
 #[test]
 fn ipynb() {
-    fuzz(module_path!(), "ipynb", 1000, || (notebooks(), Box::new(read_notebook)));
+    test("ipynb", || (notebooks(), Box::new(read_notebook)));
 }
 
 #[test]
 fn message() {
-    fuzz(module_path!(), "message", 1000, || (requests(), message_reader()));
+    test("message", || (requests(), message_reader()));
 }
 
 #[test]
 fn connection() {
-    fuzz(module_path!(), "connection", 1000, || (connections(), Box::new(read_connection)));
+    test("connection", || (connections(), Box::new(read_connection)));
 }
