@@ -115,7 +115,7 @@ fn a_state_that_no_optimizer_has() {
         (Optim::Lion32bit, "state1", f32::NAN),
         (Optim::Adafactor, "exp_avg_sq", -1.0),
     ] {
-        let mut optimizer = optim::new(optim, &[param.clone()], &Hyperparameters::default()).unwrap();
+        let mut optimizer = optim::new(optim, std::slice::from_ref(&param), &Hyperparameters::default()).unwrap();
         let good = optimizer.state_dict().unwrap();
         let mut state = good.clone();
         let (key, shape) = (format!("w.{part}"), good[&format!("w.{part}")].dims().to_vec());

@@ -182,6 +182,10 @@ fn an_adapter_for_another_model_names_its_keys() {
     assert!(matches!(error, Error::Shape { .. }), "{error}");
     names(&error, &["lora_A"]);
 
+    // A rank that no memory has room for.
+    fs::write(&path, text.replace("\"r\": 8", "\"r\": 1000000000000")).unwrap();
+    names(&PeftModel::from_pretrained(&base, folder.path()).unwrap_err(), &["r = 1000000000000"]);
+
     // Cut weights: an error, and an adapter that was loaded before keeps its values.
     fs::write(&path, &text).unwrap();
     let loaded = PeftModel::from_pretrained(&base, folder.path()).unwrap();

@@ -64,7 +64,7 @@ fn lines() -> Vec<Files> {
     corpus::JSON[..3].iter().map(|text| vec![file("rows.jsonl", rows(text))]).collect()
 }
 
-reader!(arrow, 500, corpus::arrow(), |input: &Input| look(Dataset::load_from_disk(input.folder())));
+reader!(arrow, 1500, corpus::arrow(), |input: &Input| look(Dataset::load_from_disk(input.folder())));
 reader!(json, 2000, one("rows.json", &corpus::JSON), |input: &Input| {
     look(Dataset::from_json(input.folder().join("rows.json")))
 });
@@ -103,11 +103,11 @@ fn quantized(folder: &Path) -> Verdict {
     pass(&told(AutoModelForCausalLM::from_pretrained(folder, options))?)
 }
 
-reader!(safetensors, 300, corpus::sharded(), |input: &Input| model(input).and_then(|()| quantized(input.folder())));
-reader!(four_bit, 300, corpus::four_bit(), model);
-reader!(config, 300, corpus::configs(), model);
+reader!(safetensors, 1000, corpus::sharded(), |input: &Input| model(input).and_then(|()| quantized(input.folder())));
+reader!(four_bit, 1000, corpus::four_bit(), model);
+reader!(config, 1000, corpus::configs(), model);
 
-reader!(generation_config, 300, vec![corpus::model("llama", DType::F32)], {
+reader!(generation_config, 1000, vec![corpus::model("llama", DType::F32)], {
     let tokenizer = corpus::tokenizer();
     move |input: &Input| {
         let model = told(load_in(input.folder(), DType::F32))?;
@@ -121,7 +121,7 @@ reader!(generation_config, 300, vec![corpus::model("llama", DType::F32)], {
     }
 });
 
-reader!(gguf, 200, corpus::gguf(), |input: &Input| {
+reader!(gguf, 500, corpus::gguf(), |input: &Input| {
     let path = input.folder().join("model.gguf");
     let model = told(AutoModelForCausalLM::from_pretrained(&path, ModelOptions::default()));
     let tokenizer = told(AutoTokenizer::from_pretrained(&path)).and_then(|tokenizer| encode(&tokenizer));
@@ -131,7 +131,7 @@ reader!(gguf, 200, corpus::gguf(), |input: &Input| {
 
 // Adapters and checkpoints.
 
-reader!(adapter, 300, corpus::adapters(), {
+reader!(adapter, 1000, corpus::adapters(), {
     let base = corpus::base();
     move |input: &Input| {
         let model = told(PeftModel::from_pretrained(&base, input.folder()))?;
@@ -142,7 +142,7 @@ reader!(adapter, 300, corpus::adapters(), {
     }
 });
 
-reader!(checkpoint, 100, corpus::checkpoints(), {
+reader!(checkpoint, 300, corpus::checkpoints(), {
     let (base, config) = (corpus::base(), corpus::lora_configs().remove(0));
     move |input: &Input| {
         let model = told(get_peft_model(&base, &config))?;
@@ -172,12 +172,12 @@ fn encode(tokenizer: &Tokenizer) -> Verdict {
     Ok(())
 }
 
-reader!(tokenizer, 500, corpus::tokenizer_folders(), |input: &Input| {
+reader!(tokenizer, 1000, corpus::tokenizer_folders(), |input: &Input| {
     encode(&told(AutoTokenizer::from_pretrained(input.folder()))?)
 });
 
 // The text that a template may make is much more than its own.
-reader!(chat_template, 500, 4 * MEMORY, corpus::chat_templates(), {
+reader!(chat_template, 1000, 4 * MEMORY, corpus::chat_templates(), {
     let tokenizer = corpus::tokenizer();
     let talk = [Message::system("s"), Message::user("snow?\n"), Message::assistant("白")];
     let odd = json!([{ "role": "user", "content": "" }]);

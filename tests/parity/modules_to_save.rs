@@ -94,7 +94,8 @@ fn modules_to_save_print_as_in_peft() {
         model.save_pretrained(out.path()).unwrap();
         let mut keys: Vec<String> = tensors(out.path().join("adapter_model.safetensors")).into_keys().collect();
         let mut theirs: Vec<String> = serde_json::from_value(expected["keys"].clone()).unwrap();
-        (keys.sort(), theirs.sort());
+        keys.sort();
+        theirs.sort();
         assert_eq!(keys, theirs, "{case}");
         let saved = LoraConfig::from_pretrained(out.path()).unwrap().modules_to_save;
         assert_eq!(serde_json::json!(saved), expected["modules_to_save"]);

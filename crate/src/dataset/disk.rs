@@ -169,13 +169,8 @@ impl DatasetDict {
 
     fn save_to_disk_path(&self, path: &Path) -> Result<()> {
         for (name, _) in self.iter() {
-            ensure(
-                is_inside(name),
-                "split",
-                format!("{name:?}"),
-                "the name of a folder",
-                "give the split another name",
-            )?;
+            let remedy = "give the split another name";
+            ensure(is_inside(name), "split", format!("{name:?}"), "the name of a folder", remedy)?;
         }
         replace_folder(path, &|folder| {
             for (name, dataset) in self.iter() {

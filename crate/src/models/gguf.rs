@@ -153,7 +153,7 @@ impl Gguf {
         let kv_heads = optional("attention.head_count_kv").map_or(heads, |n| n as u64);
         let head_dim = optional("attention.key_length").map_or(hidden / heads.max(1), |n| n as u64);
         let mut rope = self.rope_parameters(head_dim as usize)?;
-        if let Some(rotated) = optional("rope.dimension_count") {
+        if let Some(rotated) = optional("rope.dimension_count").filter(|rotated| *rotated != head_dim as f64) {
             rope["partial_rotary_factor"] = (rotated / head_dim as f64).into();
         }
         let has = |name: &str| self.content.tensor_infos.contains_key(name);

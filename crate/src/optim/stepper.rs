@@ -182,12 +182,8 @@ fn checked(part: &Part, tensor: &Tensor) -> Result<Tensor> {
     };
     if let Some(value) = found {
         let expected = if is_positive { "finite numbers of at least 0" } else { "finite numbers" };
-        return Err(Error::argument(
-            &part.name,
-            value,
-            expected,
-            "the checkpoint is damaged: resume from an earlier one",
-        ));
+        let remedy = "the checkpoint is damaged: resume from an earlier one";
+        return Err(Error::argument(&part.name, value, expected, remedy));
     }
     Ok(tensor)
 }
