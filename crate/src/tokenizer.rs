@@ -5,6 +5,7 @@ mod config;
 mod gguf;
 mod show;
 mod stream;
+mod unigram;
 
 use std::{collections::HashSet, path::Path, sync::Arc};
 
@@ -93,6 +94,7 @@ impl AutoTokenizer {
 
 /// `tokenizers` panics on some contents, when it reads them or when it comes to use them.
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    unigram::check(json)?;
     catch(|| tokenizers::Tokenizer::from_bytes(json).map_err(|e| e.to_string()))
 }
 

@@ -47,6 +47,17 @@ fn tokenizers_whose_parts_contradict_each_other() {
     let _ = tokenizer(json!({ "post_processor": post_processor })).and_then(|tokenizer| tokenizer.encode("a"));
 }
 
+/// What frees the tree of its tokens would use up the stack.
+#[test]
+fn unigram_tokens_of_any_length() {
+    let load = |n: usize| {
+        let vocab = json!([["<unk>", 0.0], ["a".repeat(n), -1.0]]);
+        tokenizer(json!({ "model": { "type": "Unigram", "unk_id": 0, "byte_fallback": false, "vocab": vocab } }))
+    };
+    load(1000).unwrap();
+    assert!(refused(load(200_000)).contains("200000 bytes"));
+}
+
 /// A rank is what memory is taken for, before the weights are read.
 #[test]
 fn adapters_of_a_rank_that_their_weights_do_not_have() {
@@ -89,7 +100,7 @@ fn templates_that_nest() {
     let tokenizer = corpus::tokenizer();
     let render =
         |template: String| tokenizer.with_chat_template(&template)?.apply_chat_template(&[Message::user("a")], true);
-    refused(render("-".repeat(1 << 20)));
+    refused(render("-".repeat(8 << 20)));
     for (begin, part, end) in [
         ("{{ ", "-", "1 }}"),
         ("{{ ", "not ", "1 }}"),

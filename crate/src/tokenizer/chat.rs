@@ -95,7 +95,7 @@ impl Tokenizer {
         for (name, token) in &self.config.special {
             context[*name] = token.as_str().into();
         }
-        let rendered = on_deep_stack(|| environment.get_template(NAME)?.render(Value::from(Serde(context))))?;
+        let rendered = on_deep_stack(STACK, || environment.get_template(NAME)?.render(Value::from(Serde(context))))?;
         rendered.map_err(|e| match refusal(&e) {
             Some(words) => {
                 let expected = format!("a conversation that the chat template takes; it says: {words}");
@@ -149,20 +149,21 @@ const FUEL: u64 = 1_000_000;
 /// minijinja's rate.
 const BYTES_A_FUEL: usize = 64;
 
-/// Enough for values inside values, as many as the fuel makes, and for a template that nests with each of its bytes;
-/// memory only where it is used.
+/// Enough for values inside values, as many as the fuel makes; memory only where it is used.
 const STACK: usize = 512 << 20;
+/// Enough for a template that nests with each of its bytes: so much for each.
+const STACK_A_BYTE: usize = 2 << 10;
 /// In bytes; a model's own has a few thousand.
-const LONGEST: usize = 256 << 10;
+const LONGEST: usize = 4 << 20;
 
-/// Runs `f` on a stack of that size.
-fn on_deep_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
+/// Runs `f` on a stack of `bytes`.
+fn on_deep_stack<T: Send>(bytes: usize, f: impl FnOnce() -> T + Send) -> Result<T> {
     let failed = |why: String| {
         let expected = "a Jinja template that can be rendered";
         Error::argument("chat_template", why, expected, "free some memory, or give another template")
     };
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, f);
+        let thread = std::thread::Builder::new().stack_size(bytes).spawn_scoped(scope, f);
         let ended = thread.map_err(|e| failed(format!("no thread for it: {e}")))?.join();
         ended.map_err(|_| failed("a panic of the Jinja engine".into()))
     })
@@ -195,7 +196,8 @@ fn environment(template: &str) -> Result<Environment<'static>> {
     };
     let template = GENERATION.as_ref().map_or(template.into(), |regex| regex.replace_all(template, plain));
     let template = template.into_owned();
-    let compiled = on_deep_stack(|| environment.add_template_owned(NAME, template))?;
+    let stack = (1 << 20) + STACK_A_BYTE * template.len();
+    let compiled = on_deep_stack(stack, || environment.add_template_owned(NAME, template))?;
     compiled.map_err(|e| bad_template(&e))?;
     Ok(environment)
 }
