@@ -6,6 +6,7 @@
 
 use std::{
     fmt, io,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -145,7 +146,9 @@ pub enum Error {
     Hub { what: String, detail: String, remedy: String },
 
     /// The tokenizer library failed.
-    #[error("tokenizer: {0}")]
+    #[error(
+        "tokenizer: {0}\n  what to do: check tokenizer.json and the files beside it, or copy or download them again"
+    )]
     Tokenizer(String),
 
     /// The tensor library failed.
@@ -273,6 +276,12 @@ pub fn near_names(name: &str, known: &[String]) -> Vec<String> {
     scored.dedup();
     let near = |d: usize, k: &str| d <= 1 + name.len().max(k.len()) / 3 || k.contains(name) || name.contains(k);
     scored.into_iter().filter(|(d, k)| near(*d, k)).take(3).map(|(_, k)| k.clone()).collect()
+}
+
+/// Runs what reads files of others by another crate, which may promise no freedom from panics: a damaged file must not
+/// end a notebook.
+pub(crate) fn catch<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("its contents contradict each other".into()))
 }
 
 fn io_remedy(e: &io::Error) -> &'static str {

@@ -25,7 +25,7 @@ use crate::{
         module_tree::{ModuleNode, trainable_parameters_text},
         shown_by_forms,
     },
-    error::{Error, Result},
+    error::{Error, Result, ensure},
     hub::Snapshot,
     interrupt,
     layers::custom_loss::LossFn,
@@ -35,6 +35,7 @@ use crate::{
         decoder::Decoder,
         memory::MemoryReport,
         parameter::Parameter,
+        weights::Weights,
     },
     names::debug_as_display,
     tensor_file::save_tensors,
@@ -235,7 +236,7 @@ impl PeftModel {
 
     fn load_adapter_path(&self, folder: &Path, name: &str) -> Result<Self> {
         let folder = adapter_folder(folder)?;
-        let this = self.with_adapter(name, &LoraConfig::from_pretrained(&folder)?, DEFAULT_SEED)?;
+        let this = self.with_adapter(name, &saved_config(&folder)?, DEFAULT_SEED)?;
         this.set_adapter(name)?.load_adapter_weights(&folder)?;
         Ok(this)
     }
@@ -252,7 +253,7 @@ impl PeftModel {
 
     fn from_pretrained_path(model: &Model, folder: &Path) -> Result<Self> {
         let folder = adapter_folder(folder)?;
-        let this = Self::build(model, &LoraConfig::from_pretrained(&folder)?, DEFAULT_SEED)?;
+        let this = Self::build(model, &saved_config(&folder)?, DEFAULT_SEED)?;
         this.load_adapter_weights(&folder)?;
         Ok(this)
     }
@@ -453,6 +454,17 @@ fn adapter_folder(folder: &Path) -> Result<PathBuf> {
     let config = files.file("adapter_config.json")?;
     files.file(WEIGHTS_FILE)?;
     Ok(config.parent().unwrap_or(folder).to_path_buf())
+}
+
+/// adapter_config.json, whose ranks the weights beside it have: what is made for a rank of a damaged file may be larger
+/// than the memory.
+fn saved_config(folder: &Path) -> Result<LoraConfig> {
+    let config = LoraConfig::from_pretrained(folder)?;
+    let longest = Weights::open(vec![folder.join(WEIGHTS_FILE)])?.longest_side();
+    let largest = config.rank_pattern.values().copied().fold(config.r, usize::max);
+    let expected = format!("a rank that {WEIGHTS_FILE} has, which is at most {longest}");
+    ensure(largest <= longest, "r", largest, &expected, "load the adapter with its own adapter_config.json")?;
+    Ok(config)
 }
 
 shown_by_forms!(PeftModel);

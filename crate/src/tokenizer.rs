@@ -5,6 +5,7 @@ mod config;
 mod gguf;
 mod show;
 mod stream;
+mod unigram;
 
 use std::{collections::HashSet, path::Path, sync::Arc};
 
@@ -15,7 +16,7 @@ pub use self::{chat::Message, show::LabelledTokens, stream::DecodeStream};
 pub use crate::features::{Encoding, Features};
 use crate::{
     display,
-    error::{Error, Result, ensure},
+    error::{Error, Result, catch, ensure},
     hub::Snapshot,
     models::gguf::Gguf,
     names::named,
@@ -75,21 +76,26 @@ impl AutoTokenizer {
         if bytes.is_empty() {
             return Err(malformed("the file is empty".into()));
         }
-        let mut core = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| malformed(e.to_string()))?;
+        let mut core = parse(&bytes).map_err(malformed)?;
         // Padding and truncation belong to each call, not to the file, as in transformers.
         core.with_padding(None);
         core.with_truncation(None).map_err(|e| malformed(e.to_string()))?;
         let config = Config::read(&snapshot, |id| core.id_to_token(id))?;
-        add_special_tokens(&mut core, &config).map_err(malformed)?;
+        catch(|| add_special_tokens(&mut core, &config)).map_err(malformed)?;
         Ok(Tokenizer::new(core, config))
     }
 
     fn from_gguf(file: &Gguf, name_or_path: &str) -> Result<Tokenizer> {
         let (json, config) = gguf::read(file, name_or_path)?;
-        let core = tokenizers::Tokenizer::from_bytes(json.to_string().as_bytes());
-        let core = core.map_err(|e| file.malformed(format!("tokenizer: {e}")))?;
+        let core = parse(json.to_string().as_bytes()).map_err(|e| file.malformed(format!("tokenizer: {e}")))?;
         Ok(Tokenizer::new(core, config))
     }
+}
+
+/// `tokenizers` panics on some contents, when it reads them or when it comes to use them.
+fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    unigram::check(json)?;
+    catch(|| tokenizers::Tokenizer::from_bytes(json).map_err(|e| e.to_string()))
 }
 
 /// Special tokens that only the config names become tokens here too, as transformers does it.
@@ -132,7 +138,8 @@ impl Tokenizer {
     }
 
     fn encode_text(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
-        let encoding = self.core.encode_fast(text, add_special_tokens).map_err(failed)?;
+        let encoding = catch(|| self.core.encode_fast(text, add_special_tokens).map_err(|e| e.to_string()));
+        let encoding = encoding.map_err(Error::Tokenizer)?;
         Ok(Encoding { input_ids: encoding.get_ids().to_vec(), attention_mask: encoding.get_attention_mask().to_vec() })
     }
 
@@ -157,7 +164,8 @@ impl Tokenizer {
     /// Tokens to text. As in Python, ids beyond the vocabulary are left out, and
     /// `clean_up_tokenization_spaces` is not applied to BPE tokenizers, whose text it would damage.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        let text = self.core.decode(ids, skip_special_tokens).map_err(failed)?;
+        let text = catch(|| self.core.decode(ids, skip_special_tokens).map_err(|e| e.to_string()));
+        let text = text.map_err(Error::Tokenizer)?;
         let is_bpe = matches!(self.core.get_model(), ModelWrapper::BPE(_));
         Ok(if self.config.clean_up_tokenization_spaces && !is_bpe { clean_up(&text) } else { text })
     }
@@ -293,10 +301,6 @@ impl Tokenizer {
         };
         display::warning_once(&format!("{}: {warning}", self.name_or_path()));
     }
-}
-
-fn failed(e: tokenizers::Error) -> Error {
-    Error::Tokenizer(e.to_string())
 }
 
 /// The spaces that `clean_up_tokenization` of transformers takes away, in its order.

@@ -16,11 +16,10 @@ use serde::de::{Deserializer, SeqAccess, Visitor};
 
 use super::{
     Dataset, Value,
-    ipc::catch,
     table::{BATCH_ROWS, Table},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, catch},
     interrupt,
 };
 
@@ -101,9 +100,15 @@ impl Dataset {
 
     fn read_parquet(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
+        let size = file.metadata().map_err(Error::io("read", path))?.len();
         let table = catch(|| {
             let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
             let schema = builder.schema().clone();
+            // The reader fills such a cell whether the file has it or not.
+            let longest = schema.fields().iter().map(|field| fixed_length(field.data_type())).max().unwrap_or(0);
+            if longest as u64 > size.max(1 << 16) {
+                return Err(format!("{longest} elements in a cell are more than the file of {size} bytes can have"));
+            }
             let reader = builder.with_batch_size(BATCH_ROWS).build().map_err(|e| e.to_string())?;
             let batches = reader.take_while(|_| !interrupt::requested());
             let batches = batches.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
@@ -145,6 +150,20 @@ impl Dataset {
         let reader = ReaderBuilder::new(schema.clone()).with_format(format).with_batch_size(BATCH_ROWS).build(open()?);
         let batches = reader.and_then(Iterator::collect).map_err(|e| wrong(e.to_string()))?;
         Ok(Self::of(Table::new(&schema, batches).map_err(|e| wrong(e.to_string()))?))
+    }
+}
+
+/// The most elements, or bytes, that the type gives a cell of fixed length.
+fn fixed_length(dtype: &DataType) -> usize {
+    match dtype {
+        DataType::FixedSizeBinary(n) => usize::try_from(*n).unwrap_or(0),
+        DataType::FixedSizeList(item, n) => {
+            let n = usize::try_from(*n).unwrap_or(0);
+            n.saturating_mul(fixed_length(item.data_type()).max(1))
+        }
+        DataType::List(item) | DataType::LargeList(item) | DataType::Map(item, _) => fixed_length(item.data_type()),
+        DataType::Struct(fields) => fields.iter().map(|field| fixed_length(field.data_type())).max().unwrap_or(0),
+        _ => 0,
     }
 }
 

@@ -3,7 +3,6 @@
 use std::{
     fs,
     io::{self, Write},
-    panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
 };
 
@@ -16,7 +15,7 @@ use arrow::{
 };
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, catch},
     interrupt,
 };
 
@@ -96,12 +95,6 @@ fn check(bytes: &[u8]) -> Result<(), String> {
         values_left = left
             .ok_or_else(|| format!("batch {batches} is said to have {longest} values, more than the file has bits"))?;
     }
-}
-
-/// Runs a decoder. The arrow and parquet readers check most of what they read, but promise no
-/// freedom from panics on damaged files; a damaged file must not end a notebook.
-pub(super) fn catch<T>(decode: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| Err("its contents contradict each other".into()))
 }
 
 /// Writes batches as one stream. What goes to the file also goes to `hasher`.

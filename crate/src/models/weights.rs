@@ -104,6 +104,11 @@ impl Weights {
         Ok(Self { entries, ..Self::empty(files) })
     }
 
+    /// The largest dimension of a tensor.
+    pub fn longest_side(&self) -> usize {
+        self.entries.values().flat_map(|entry| entry.shape.iter().copied()).max().unwrap_or(0)
+    }
+
     /// The tensors of a GGUF file, under Hugging Face's names.
     pub fn of_gguf(gguf: Gguf) -> Self {
         let files = vec![gguf.path().to_path_buf()];

@@ -73,6 +73,9 @@ impl QuantState {
             }
         }
         let Some((name, json)) = json else { return Ok(None) };
+        if json.dtype() != DType::U8 {
+            return Err(malformed(&name, &format!("{:?}, expected the bytes of a JSON object", json.dtype())));
+        }
         let bytes = with_slice::<u8, _>(&on_cpu(&json)?, <[u8]>::to_vec)?;
         let json: Json = serde_json::from_slice(&bytes).map_err(|e| malformed(&name, &e.to_string()))?;
         let dtype = dtype_of(&name, &json.dtype)?;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 use super::{Encoding, Tokenizer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, ensure};
 
 /// One turn of a conversation.
 ///
@@ -95,7 +95,7 @@ impl Tokenizer {
         for (name, token) in &self.config.special {
             context[*name] = token.as_str().into();
         }
-        let rendered = on_deep_stack(|| environment.get_template(NAME)?.render(Value::from(Serde(context))))?;
+        let rendered = on_deep_stack(STACK, || environment.get_template(NAME)?.render(Value::from(Serde(context))))?;
         rendered.map_err(|e| match refusal(&e) {
             Some(words) => {
                 let expected = format!("a conversation that the chat template takes; it says: {words}");
@@ -151,15 +151,19 @@ const BYTES_A_FUEL: usize = 64;
 
 /// Enough for values inside values, as many as the fuel makes; memory only where it is used.
 const STACK: usize = 512 << 20;
+/// Enough for a template that nests with each of its bytes: so much for each.
+const STACK_A_BYTE: usize = 2 << 10;
+/// In bytes; a model's own has a few thousand.
+const LONGEST: usize = 4 << 20;
 
-/// Runs `f` on a stack of that size.
-fn on_deep_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
+/// Runs `f` on a stack of `bytes`.
+fn on_deep_stack<T: Send>(bytes: usize, f: impl FnOnce() -> T + Send) -> Result<T> {
     let failed = |why: String| {
         let expected = "a Jinja template that can be rendered";
         Error::argument("chat_template", why, expected, "free some memory, or give another template")
     };
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, f);
+        let thread = std::thread::Builder::new().stack_size(bytes).spawn_scoped(scope, f);
         let ended = thread.map_err(|e| failed(format!("no thread for it: {e}")))?.join();
         ended.map_err(|_| failed("a panic of the Jinja engine".into()))
     })
@@ -167,6 +171,8 @@ fn on_deep_stack<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T> {
 
 /// transformers' Jinja with the template compiled.
 fn environment(template: &str) -> Result<Environment<'static>> {
+    let (length, expected) = (template.len(), format!("a template of at most {LONGEST} bytes"));
+    ensure(length <= LONGEST, "chat_template", format!("{length} bytes"), &expected, "give another template")?;
     let mut environment = Environment::new();
     environment.set_fuel(Some(FUEL));
     // Their time grows with the square of what they print, and costs no fuel.
@@ -189,7 +195,10 @@ fn environment(template: &str) -> Result<Environment<'static>> {
         format!("{{%{} {word} {}%}}", &found[1], &found[3])
     };
     let template = GENERATION.as_ref().map_or(template.into(), |regex| regex.replace_all(template, plain));
-    environment.add_template_owned(NAME, template.into_owned()).map_err(|e| bad_template(&e))?;
+    let template = template.into_owned();
+    let stack = (1 << 20) + STACK_A_BYTE * template.len();
+    let compiled = on_deep_stack(stack, || environment.add_template_owned(NAME, template))?;
+    compiled.map_err(|e| bad_template(&e))?;
     Ok(environment)
 }
 

@@ -101,7 +101,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Cells, as clients send them.
 #[derive(Deserialize)]
-struct ExecuteRequest {
+pub struct ExecuteRequest {
     code: String,
     #[serde(default)]
     silent: bool,

@@ -20,7 +20,8 @@
 //! - rustc: [`types`], [`wrapper`];
 //! - a session: [`supervisor`], [`diagnostics`], [`outputs`], [`keep`], [`engine`], [`session`];
 //! - who talks to it: [`history`], [`messages`], [`executor`], [`kernel`], [`repl`];
-//! - notebook files: [`notebook`], [`runner`], [`diff`], [`check`], [`junit`], [`batch`], [`testing`].
+//! - notebook files: [`notebook`], [`runner`], [`diff`], [`check`], [`junit`], [`batch`], [`testing`];
+//! - its readers on damaged input, in tests alone: `fuzz`.
 
 /// In place of the standard library's, which panic where nobody reads: `qlora-nb run | head` still writes the notebook.
 macro_rules! println {
@@ -73,6 +74,9 @@ mod junit;
 mod notebook;
 mod runner;
 mod testing;
+
+#[cfg(test)]
+mod fuzz;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -118,7 +118,7 @@ pub fn parsed<T: for<'a> Deserialize<'a>>(message: &JupyterMessage) -> Result<T>
     T::deserialize(content(message)).with_context(|| format!("a malformed {}", message.header.msg_type))
 }
 
-fn received<S>(parts: zeromq::ZmqMessage, connection: &Connection<S>) -> Result<JupyterMessage> {
+pub fn received<S>(parts: zeromq::ZmqMessage, connection: &Connection<S>) -> Result<JupyterMessage> {
     let raw = RawMessage::from_multipart(parts, &connection.mac)?;
     // from_multipart sees to it that there are these four.
     let [header, _, metadata, content] = [0, 1, 2, 3].map(|i| &raw.jparts[i]);
