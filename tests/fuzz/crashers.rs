@@ -100,7 +100,7 @@ fn templates_that_nest() {
     let tokenizer = corpus::tokenizer();
     let render =
         |template: String| tokenizer.with_chat_template(&template)?.apply_chat_template(&[Message::user("a")], true);
-    refused(render("-".repeat(8 << 20)));
+    refused(render("-".repeat(9 << 20)));
     for (begin, part, end) in [
         ("{{ ", "-", "1 }}"),
         ("{{ ", "not ", "1 }}"),

@@ -154,7 +154,7 @@ const STACK: usize = 512 << 20;
 /// Enough for a template that nests with each of its bytes: so much for each.
 const STACK_A_BYTE: usize = 2 << 10;
 /// In bytes; a model's own has a few thousand.
-const LONGEST: usize = 4 << 20;
+const LONGEST: usize = 8 << 20;
 
 /// Runs `f` on a stack of `bytes`.
 fn on_deep_stack<T: Send>(bytes: usize, f: impl FnOnce() -> T + Send) -> Result<T> {
