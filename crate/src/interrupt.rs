@@ -26,9 +26,11 @@ pub fn requested() -> bool {
     REQUESTED.load(SeqCst)
 }
 
-/// The error of `what` if somebody asked it to stop: for a call that has nothing to give back half done.
+/// The error of `what` if somebody asked it to stop: for a call that has nothing to give back half done. Outside a
+/// [`Guard`] nothing stops: a request waits for the next call that has one.
 pub fn check(what: &str) -> Result<()> {
-    if requested() { Err(Error::Interrupted { what: what.into() }) } else { Ok(()) }
+    let stops = requested() && *GUARDS.lock() > 0;
+    if stops { Err(Error::Interrupted { what: what.into() }) } else { Ok(()) }
 }
 
 /// Runs work that gives nothing half done. Asked to stop, it may end with any error: this one is told.

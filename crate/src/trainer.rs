@@ -181,7 +181,8 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::new`] checks the training rows.
     pub fn with_eval_dataset(mut self, dataset: &Dataset) -> Result<Self> {
-        self.eval_rows = Some(CheckedRows::check(dataset, &self.collator, self.model.vocab_size())?);
+        let check = || CheckedRows::check(dataset, &self.collator, self.model.vocab_size());
+        self.eval_rows = Some(interrupt::stoppable("with_eval_dataset", check)?);
         Ok(self)
     }
 

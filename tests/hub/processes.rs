@@ -137,15 +137,12 @@ fn the_cache_is_shared_with_python() {
         let home = tempfile::tempdir().unwrap();
         environment(home.path(), &hub.url());
         let fetch = || names.iter().map(|name| get(name).unwrap()).collect::<Vec<_>>();
-        let first = if python_first { of_python(&names, "0") } else { Some(fetch()) };
+        // Without Python there is nothing to compare with.
+        let Some(first) = (if python_first { of_python(&names, "0") } else { Some(fetch()) }) else { return };
         hub.requests();
-        let second = if python_first { Some(fetch()) } else { of_python(&names, "1") };
+        let Some(second) = (if python_first { Some(fetch()) } else { of_python(&names, "1") }) else { return };
         assert!(hub.requests().iter().all(Request::is_api), "what is there is not fetched");
-        if let (Some(first), Some(second)) = (first, second) {
-            assert_eq!(first, second);
-        } else {
-            break;
-        }
+        assert_eq!(first, second);
         assert_sound(home.path(), &files);
     }
 }

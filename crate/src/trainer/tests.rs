@@ -393,8 +393,8 @@ fn evaluation_needs_a_dataset() {
     let mut trainer = trainer(&Double::new(), asked);
     assert!(trainer.train().unwrap_err().to_string().contains("with_eval_dataset"));
     assert!(trainer.evaluate().unwrap_err().to_string().contains("with_eval_dataset"));
-    interrupt::request();
     let mut trainer = trainer.with_eval_dataset(&dataset(&rows(5))).unwrap();
+    interrupt::request();
     assert!(matches!(trainer.evaluate().unwrap_err(), Error::Interrupted { .. }));
     assert!(trainer.evaluate().is_ok(), "one request stops one call");
 }
