@@ -20,6 +20,7 @@ mod trained_model;
 mod view;
 
 use std::{
+    cell::OnceCell,
     fmt, fs,
     path::{Path, PathBuf},
     sync::Arc,
@@ -42,6 +43,7 @@ use crate::{
     display,
     error::{Error, Result, ensure},
     interrupt,
+    models::memory::StepShape,
     names::debug_as_display,
     optim::{self, Hyperparameters, Optimizer, lr_scheduler::lr_at},
     peft::PeftModel,
@@ -90,6 +92,8 @@ pub struct Trainer {
     last_checkpoint: Option<PathBuf>,
     /// What the finished run gave.
     output: Option<TrainOutput>,
+    /// See [`Trainer::largest_micro_batch`]: every call of train asks for it.
+    largest: OnceCell<StepShape>,
 }
 
 impl Trainer {
@@ -144,7 +148,7 @@ impl Trainer {
         let optimizer = optim::new(args.optim, &params, &Hyperparameters { betas, eps, weight_decay })?;
         if params.iter().any(|p| p.value().device().is_cuda()) {
             // What a block keeps is seen in a pass, and the error of a card without room is to say it.
-            model.memory_of_step(crate::models::memory::StepShape::default())?;
+            model.memory_of_step(StepShape::default())?;
         }
         let state = TrainerState {
             max_steps: plan.max_steps,
@@ -172,6 +176,7 @@ impl Trainer {
             progress: Progress::default(),
             last_checkpoint: None,
             output: None,
+            largest: OnceCell::new(),
             args,
         })
     }

@@ -8,9 +8,10 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 use qlora_nb::{
-    collator::Batch,
+    collator::{Batch, DataCollatorForSeq2Seq},
     model::{CausalLM, Model},
     peft::PeftModel,
+    tokenizer::PaddingSide,
     trainer::{PassOptions, Trainable},
 };
 
@@ -195,4 +196,14 @@ pub fn write_random_bloom(folder: &Path, c: usize, layers: usize, heads: usize, 
         }
     }
     file.flush().unwrap();
+}
+
+/// Padding on the left with id 3, as the tiny BLOOM has it.
+pub fn collator() -> DataCollatorForSeq2Seq {
+    DataCollatorForSeq2Seq {
+        padding_side: PaddingSide::Left,
+        pad_token_id: Some(3),
+        pad_to_multiple_of: None,
+        label_pad_token_id: -100,
+    }
 }

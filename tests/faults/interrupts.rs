@@ -15,8 +15,7 @@ use qlora_nb::{
     error::{Error, Result},
     model::{AutoModelForCausalLM, BitsAndBytesConfig, Model, ModelOptions},
     peft::{LoraConfig, PeftModel, get_peft_model},
-    prelude::{DType, DataCollatorForSeq2Seq, Dataset, Trainer, TrainingArguments},
-    tokenizer::PaddingSide,
+    prelude::{DType, Dataset, Trainer, TrainingArguments},
 };
 use qlora_nb_tests::*;
 
@@ -64,13 +63,7 @@ impl Place {
             per_device_train_batch_size: 1,
             ..Default::default()
         };
-        let collator = DataCollatorForSeq2Seq {
-            padding_side: PaddingSide::Left,
-            pad_token_id: Some(3),
-            pad_to_multiple_of: None,
-            label_pad_token_id: -100,
-        };
-        Trainer::new(&self.adapted, args, &self.rows, collator)
+        Trainer::new(&self.adapted, args, &self.rows, collator())
     }
 }
 

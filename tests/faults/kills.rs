@@ -12,12 +12,10 @@ use std::{
 };
 
 use qlora_nb::{
-    collator::DataCollatorForSeq2Seq,
     dataset::Dataset,
     error::Result,
     model::{AutoModelForCausalLM, ModelOptions},
     peft::{LoraConfig, PeftModel, get_peft_model},
-    tokenizer::PaddingSide,
     trainer::Trainer,
     training_args::TrainingArguments,
 };
@@ -54,13 +52,7 @@ fn trainer(model: &PeftModel, folder: &Path) -> Result<Trainer> {
         disable_tqdm: true,
         ..Default::default()
     };
-    let collator = DataCollatorForSeq2Seq {
-        padding_side: PaddingSide::Left,
-        pad_token_id: Some(3),
-        pad_to_multiple_of: None,
-        label_pad_token_id: -100,
-    };
-    Trainer::new(model, args, &rows(), collator)
+    Trainer::new(model, args, &rows(), collator())
 }
 
 /// One update, and its checkpoint in `run`.

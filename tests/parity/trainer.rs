@@ -36,15 +36,6 @@ fn rows() -> Dataset {
     numbers.map(features).unwrap()
 }
 
-fn collator() -> DataCollatorForSeq2Seq {
-    DataCollatorForSeq2Seq {
-        padding_side: PaddingSide::Left,
-        pad_token_id: Some(3),
-        pad_to_multiple_of: None,
-        label_pad_token_id: -100,
-    }
-}
-
 /// The reference's adapter at its start, on a fresh copy of its base.
 fn model(config: &LoraConfig, quantization_config: Option<BitsAndBytesConfig>) -> PeftModel {
     let options = ModelOptions { quantization_config, ..Default::default() };

@@ -61,12 +61,8 @@ impl Adapter for SavedModule {
         Ok(self.weight.value().copy()?)
     }
 
-    fn casts_weight(&self) -> bool {
+    fn replaces_weight(&self) -> bool {
         true
-    }
-
-    fn base_name(&self) -> &'static str {
-        "original_module"
     }
 
     fn module_tree(&self, name: &str, base: ModuleNode) -> ModuleNode {

@@ -26,7 +26,7 @@ use crate::{
     interrupt,
     json_file::read_json,
     py_repr::commas,
-    safe_file::{is_inside, replace},
+    safe_file::{is_inside, replace, write_file},
 };
 
 /// What `datasets` uses: a shard holds about this many bytes of columns.
@@ -321,5 +321,5 @@ fn few_names(folder: &Path) -> Vec<String> {
 }
 
 fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
-    fs::write(path, format!("{json:#}")).map_err(Error::io("write", path))
+    write_file(path, format!("{json:#}").as_bytes())
 }

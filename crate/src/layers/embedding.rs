@@ -27,6 +27,11 @@ impl Embedding {
         Self { name, table, padding_idx, copies: Adapters::default() }
     }
 
+    /// Whether a copy learns.
+    pub fn learns(&self) -> bool {
+        self.copies.active().is_some()
+    }
+
     /// `[M, C]` of the run's ids, in the dtype of the activations.
     pub fn forward(&self, run: &Run) -> Result<Tensor> {
         let activations = run.backend.activations(self.table.dtype());

@@ -38,14 +38,9 @@ pub trait Adapter: Send + Sync {
     /// The weight `[out, in]` (f32) with the adapter added into it, f32.
     fn merge(&self, weight: &Tensor) -> Result<Tensor>;
 
-    /// Whether products take a copy of its own weight, made for each of them where the activations are not in f32.
-    fn casts_weight(&self) -> bool {
+    /// Whether a weight of its own, in f32, takes the place of the layer's: products take it in the dtype of the activations.
+    fn replaces_weight(&self) -> bool {
         false
-    }
-
-    /// What PEFT calls the layer without the adapter.
-    fn base_name(&self) -> &'static str {
-        "base_layer"
     }
 
     /// The layer as PEFT prints it with this adapter, called `name`; `base` is how it prints without.
@@ -92,7 +87,7 @@ impl Linear {
 
     /// Whether PEFT would wrap the layer in two ways at once, as an adapter's layer and as one of `modules_to_save`.
     pub(crate) fn has_mixed_adapters(&self) -> bool {
-        self.adapters().windows(2).any(|pair| pair[0].1.base_name() != pair[1].1.base_name())
+        self.adapters().windows(2).any(|pair| pair[0].1.replaces_weight() != pair[1].1.replaces_weight())
     }
 
     /// The adapter that is applied and learns.

@@ -171,7 +171,7 @@ impl Decoder {
         let x = self.embedding.forward(run)?;
         match &self.embedding_norm {
             None => Ok(x),
-            Some(norm) if self.embedding.copies.active().is_some() => norm.forward(&x, run),
+            Some(norm) if self.embedding.learns() => norm.forward(&x, run),
             // The embeddings are frozen, so the norm above them has no backward.
             Some(norm) => run.with_saved(None, |run| norm.forward(&x, run)),
         }
@@ -292,7 +292,7 @@ impl Decoder {
         head: &mut dyn FnMut(&Tensor, &mut Run) -> Result<Option<Tensor>>,
     ) -> Result<()> {
         let kind = &*self.description.kind;
-        let embedding_learns = self.embedding.copies.active().is_some();
+        let embedding_learns = self.embedding.learns();
         let lowest = self.lowest_learning_block();
         let mut x = self.embed(run)?;
         let mut inputs = Vec::new();
@@ -338,7 +338,7 @@ impl Decoder {
 
     /// Below this block nothing learns, so the backward ends there.
     fn lowest_learning_block(&self) -> usize {
-        if self.embedding.copies.active().is_some() {
+        if self.embedding.learns() {
             return 0;
         }
         let learns = |block: &Parts| block.linears().any(|l| l.adapter().is_some());

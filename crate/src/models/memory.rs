@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use super::{decoder::Decoder, needs::Needs};
 pub use crate::display::{MemoryReport, MemoryTerm};
 use crate::{
-    backend::{self, operands::Weight},
+    backend::{self, cpu::bytes_of, operands::Weight},
     error::Result,
 };
 
@@ -68,7 +68,7 @@ impl MemoryReport {
         } else {
             // The final norm's input and output; the rows with a label and their gradient; logits in f32 and
             // their gradient; a head that learns whole, in the dtype of the activations.
-            let cast = decoder.head.adapter().is_some_and(|adapter| adapter.casts_weight());
+            let cast = decoder.head.adapter().is_some_and(|adapter| adapter.replaces_weight());
             let head = if cast { vocab * width * float } else { 0 };
             head + 2 * width * (tokens + labels) * float + rows * vocab * (size_of::<f32>() + float)
         };
@@ -132,7 +132,5 @@ pub fn release_freed_memory() {
 }
 
 fn status_field(name: &str) -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_default();
-    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap_or(0) * 1024
+    bytes_of("/proc/self/status", name).unwrap_or(0)
 }

@@ -68,8 +68,11 @@ impl Parameter {
     /// A linear layer's, with their names in the model, its adapter's behind them. `prefix`: PEFT's, for a model with
     /// adapters.
     pub(super) fn of_linear(prefix: &str, linear: &Linear) -> Vec<(String, Self)> {
-        let base =
-            linear.adapters().first().map(|(_, adapter)| format!(".{}", adapter.base_name())).unwrap_or_default();
+        let base = match linear.adapters().first() {
+            None => "",
+            Some((_, adapter)) if adapter.replaces_weight() => ".original_module",
+            Some(_) => ".base_layer",
+        };
         let module = format!("{prefix}{}", linear.name);
         let mut all = vec![(format!("{module}{base}.weight"), Self::of_weight(linear.weight()))];
         all.extend(linear.frozen.bias.as_ref().map(|bias| (format!("{module}{base}.bias"), Self::new(bias))));

@@ -142,6 +142,9 @@ impl Trainer {
 
     /// The micro-batch with the most real tokens, of all that the run will see.
     fn largest_micro_batch(&self) -> StepShape {
+        if let Some(largest) = self.largest.get() {
+            return *largest;
+        }
         let mut sampler = super::Sampler::new(&self.args);
         let gradient_checkpointing = self.args.gradient_checkpointing;
         let mut largest = StepShape { gradient_checkpointing, ..Default::default() };
@@ -153,6 +156,10 @@ impl Trainer {
                     largest = StepShape { tokens, labels, gradient_checkpointing };
                 }
             }
+        }
+        if !interrupt::requested() {
+            // It is the same at each call.
+            let _ = self.largest.set(largest);
         }
         largest
     }

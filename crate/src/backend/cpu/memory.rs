@@ -6,11 +6,12 @@ use std::fs;
 /// on address space leaves, bytes; `None` where the system does not say. Whoever takes more is killed by the system, or
 /// ended by a failed allocation: with all variables of a notebook.
 pub fn available() -> Option<usize> {
-    let machine = || Some(kilobytes("/proc/meminfo", "MemAvailable:")? + kilobytes("/proc/meminfo", "SwapFree:")?);
+    let machine = || Some(bytes_of("/proc/meminfo", "MemAvailable:")? + bytes_of("/proc/meminfo", "SwapFree:")?);
     [machine(), cgroup(), address_space()].into_iter().flatten().min()
 }
 
-fn kilobytes(file: &str, name: &str) -> Option<usize> {
+/// A line of a file of the kernel's, such as `VmRSS:  1024 kB`, in bytes.
+pub(crate) fn bytes_of(file: &str, name: &str) -> Option<usize> {
     let text = fs::read_to_string(file).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().trim_end_matches(" kB").parse::<usize>().ok()?.checked_mul(1024)
@@ -34,5 +35,5 @@ fn address_space() -> Option<usize> {
     if status != 0 || limit.rlim_cur == libc::RLIM_INFINITY {
         return None;
     }
-    Some((limit.rlim_cur as usize).saturating_sub(kilobytes("/proc/self/status", "VmSize:")?))
+    Some((limit.rlim_cur as usize).saturating_sub(bytes_of("/proc/self/status", "VmSize:")?))
 }

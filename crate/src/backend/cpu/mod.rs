@@ -35,6 +35,7 @@ pub use super::slices::{F32View, SharedMut};
 #[cfg(test)]
 pub(crate) use dequantize::dequantize_at;
 pub use dequantize::dequantize_range;
+pub(crate) use memory::bytes_of;
 #[cfg(test)]
 pub(crate) use quantize::encode_block_at;
 pub(crate) use quantize::quantize_4bit_read;
