@@ -5,9 +5,11 @@
 //! an error that left a cell through `?`, and a reader should not have to decode it.
 
 use std::{
+    cell::Cell,
     fmt, io,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{self, AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    sync::Once,
 };
 
 /// The result of every fallible call of this crate.
@@ -279,9 +281,26 @@ pub fn near_names(name: &str, known: &[String]) -> Vec<String> {
 }
 
 /// Runs what reads files of others by another crate, which may promise no freedom from panics: a damaged file must not
-/// end a notebook.
+/// end a notebook, nor print a panic beside the error that says the same.
 pub(crate) fn catch<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("its contents contradict each other".into()))
+    static SILENCE: Once = Once::new();
+    SILENCE.call_once(|| {
+        let others = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !CATCHES.get() {
+                others(info)
+            }
+        }));
+    });
+    let outer = CATCHES.replace(true);
+    let read = catch_unwind(AssertUnwindSafe(read));
+    CATCHES.set(outer);
+    read.unwrap_or_else(|_| Err("its contents contradict each other".into()))
+}
+
+thread_local! {
+    /// Whether this thread is in [`catch`].
+    static CATCHES: Cell<bool> = const { Cell::new(false) };
 }
 
 fn io_remedy(e: &io::Error) -> &'static str {

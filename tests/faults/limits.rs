@@ -5,8 +5,14 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
+use arrow::{
+    array::{ArrayRef, RecordBatch, StringArray, new_null_array},
+    datatypes::DataType,
+};
+use parquet::arrow::ArrowWriter;
 use qlora_nb::{
     dataset::Dataset,
     error::{Error, Result},
@@ -14,6 +20,8 @@ use qlora_nb::{
     peft::{LoraConfig, PeftModel, get_peft_model},
 };
 use qlora_nb_tests::*;
+
+use crate::model::names;
 
 fn base() -> Model {
     AutoModelForCausalLM::from_pretrained(fixture("bloom_tiny"), ModelOptions::default()).unwrap()
@@ -125,6 +133,37 @@ fn a_model_larger_than_the_memory_is_refused_before_it_is_read() {
     assert!(text.contains("GiB are free") && text.contains("load_in_4bit") && text.contains("drop(model)"), "{text}");
     limit(libc::RLIMIT_AS, own + (1 << 30));
     assert!(load().is_ok());
+}
+
+/// A few bytes of a Parquet file stand for as many rows, and as long texts, as one likes.
+#[test]
+fn rows_beyond_the_memory_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, column: ArrayRef, times: usize| {
+        let path = folder.path().join(name);
+        let batch = RecordBatch::try_from_iter([("a", column)]).unwrap();
+        let mut writer = ArrowWriter::try_new(fs::File::create(&path).unwrap(), batch.schema(), None).unwrap();
+        (0..times).for_each(|_| writer.write(&batch).unwrap());
+        writer.close().unwrap();
+        assert!(fs::metadata(&path).unwrap().len() < 1 << 20);
+        path
+    };
+    // 800 and 500 MB of rows.
+    let nulls = write("nulls.parquet", new_null_array(&DataType::Int64, 1_000_000), 100);
+    let texts = write("texts.parquet", Arc::new(StringArray::from(vec!["a".repeat(50_000); 1000])), 10);
+    let csv = folder.path().join("rows.csv");
+    fs::write(&csv, "a\n").unwrap();
+    fs::OpenOptions::new().write(true).open(&csv).unwrap().set_len(1 << 40).unwrap();
+    limit(libc::RLIMIT_AS, address_space() + (200 << 20));
+    for (path, read) in
+        [(nulls, Dataset::from_parquet as fn(_) -> _), (texts, Dataset::from_parquet), (csv, Dataset::from_csv)]
+    {
+        let error = read(path.clone()).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+        names(&error, &[&path.display().to_string(), "MiB", "split the file"]);
+    }
+    let rows = Dataset::from_columns([("a", vec![1i64, 2])]).unwrap();
+    assert_eq!(rows.len(), 2, "there is memory left to work with");
 }
 
 #[test]

@@ -208,3 +208,76 @@ fn trees_of_use_are_spread_out() {
     let expected = ["crate::a::b", "crate::a::self", "crate::d", "crate::h::i", "super::e::F"];
     assert_eq!(found, expected.map(String::from).into());
 }
+
+/// `SECURITY.md` names the test of each promise: tests by their name, files by their path.
+#[test]
+fn each_promise_of_security_has_its_test() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let text = fs::read_to_string(root.join("SECURITY.md")).unwrap();
+    let rows = text.lines().filter(|line| line.starts_with("| ")).skip(1);
+    let held_by: Vec<&str> = rows.map(|row| row.trim_end_matches('|').rsplit('|').next().unwrap()).collect();
+    assert!(held_by.len() > 10);
+    let mut tests = String::new();
+    for folder in ["tests", "crate/src", "kernels/jupyter/src"] {
+        read_all(&root.join(folder), &mut tests);
+    }
+    for row in held_by {
+        let names: Vec<&str> = row.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "{row}");
+        for name in names {
+            let is_test = ["fn", "def"].iter().any(|keyword| tests.contains(&format!("{keyword} {name}(")));
+            assert!(is_test || root.join(name).is_file() || name == "scripts/fuzz", "{name} is no test");
+        }
+    }
+}
+
+fn read_all(folder: &Path, texts: &mut String) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            read_all(&path, texts);
+        } else if path.extension().is_some_and(|e| e == "rs" || e == "py") {
+            texts.push_str(&fs::read_to_string(&path).unwrap());
+        }
+    }
+}
+
+/// Every crate that is built may be passed on under licences that `deny.toml` allows; from crates.io alone.
+#[test]
+fn licences_are_those_that_are_allowed() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let deny = fs::read_to_string(root.join("deny.toml")).unwrap();
+    let (_, allow) = deny.split_once("allow = [").unwrap();
+    let allow: BTreeSet<&str> = allow.split(']').next().unwrap().split('"').skip(1).step_by(2).collect();
+    let mut metadata = std::process::Command::new(env!("CARGO"));
+    metadata.args(["metadata", "--format-version=1", "--offline", "--filter-platform=x86_64-unknown-linux-gnu"]);
+    let metadata = metadata.current_dir(root).output().unwrap();
+    assert!(metadata.status.success(), "{}", String::from_utf8_lossy(&metadata.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&metadata.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    assert!(packages.len() > 100);
+    for package in packages {
+        let (name, license) = (&package["name"], package["license"].as_str().unwrap_or_default());
+        assert!(may_be_passed_on(license, &allow), "{name}: {license:?} is not among {allow:?}");
+        let source = package["source"].as_str();
+        assert!(source.is_none_or(|source| source.starts_with("registry+")), "{name} comes from {source:?}");
+    }
+}
+
+/// Whether an SPDX expression, in which `/` is an old way to write OR, has an alternative that is allowed whole.
+fn may_be_passed_on(expression: &str, allow: &BTreeSet<&str>) -> bool {
+    let plain = expression.replace('/', " OR ");
+    let parts: Vec<&str> = plain.split(" AND ").map(|part| part.trim_matches(['(', ')', ' '])).collect();
+    parts.iter().all(|part| part.split(" OR ").any(|license| allow.contains(license.trim())))
+}
+
+#[test]
+fn licences_are_read_as_they_are_meant() {
+    let allow = BTreeSet::from(["MIT", "ISC"]);
+    for fine in ["MIT", "MIT OR GPL-3.0", "GPL-3.0/MIT", "(GPL-3.0 OR MIT) AND ISC"] {
+        assert!(may_be_passed_on(fine, &allow), "{fine}");
+    }
+    for wrong in ["", "GPL-3.0", "MIT AND GPL-3.0", "(MIT OR ISC) AND GPL-3.0"] {
+        assert!(!may_be_passed_on(wrong, &allow), "{wrong}");
+    }
+}

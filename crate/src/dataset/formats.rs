@@ -11,6 +11,7 @@ use arrow::{
     csv::{ReaderBuilder, reader::Format},
     datatypes::{DataType, Field, Schema},
 };
+use candle_core::Device;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 
@@ -19,6 +20,7 @@ use super::{
     table::{BATCH_ROWS, Table},
 };
 use crate::{
+    backend,
     error::{Error, Result, catch},
     interrupt,
 };
@@ -61,6 +63,7 @@ impl Dataset {
     }
 
     fn read_json(path: &Path) -> Result<Self> {
+        Room::for_file(path)?;
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
         if text.iter().all(u8::is_ascii_whitespace) {
@@ -101,6 +104,8 @@ impl Dataset {
     fn read_parquet(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let size = file.metadata().map_err(Error::io("read", path))?.len();
+        let mut room = Room::for_file(path)?;
+        // A few bytes of the file may stand for any number of rows, or for one long text in each of them.
         let table = catch(|| {
             let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
             let schema = builder.schema().clone();
@@ -109,12 +114,23 @@ impl Dataset {
             if longest as u64 > size.max(1 << 16) {
                 return Err(format!("{longest} elements in a cell are more than the file of {size} bytes can have"));
             }
+            let rows = usize::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(usize::MAX);
+            let a_row: usize = schema.fields().iter().filter_map(|field| field.data_type().primitive_width()).sum();
+            if let Err(full) = room.check(rows.saturating_mul(a_row)) {
+                return Ok(Err(full));
+            }
             let reader = builder.with_batch_size(BATCH_ROWS).build().map_err(|e| e.to_string())?;
-            let batches = reader.take_while(|_| !interrupt::requested());
-            let batches = batches.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
-            Table::new(&schema, batches).map_err(|e| e.to_string())
+            let mut batches = Vec::new();
+            for batch in reader.take_while(|_| !interrupt::requested()) {
+                let batch = batch.map_err(|e| e.to_string())?;
+                if let Err(full) = room.take(batch.get_array_memory_size()) {
+                    return Ok(Err(full));
+                }
+                batches.push(batch);
+            }
+            Table::new(&schema, batches).map(Ok).map_err(|e| e.to_string())
         });
-        Ok(Self::of(table.map_err(|detail| malformed(path, "Parquet file", detail))?))
+        Ok(Self::of(table.map_err(|detail| malformed(path, "Parquet file", detail))??))
     }
 
     /// Rows from a CSV file with a header. Columns of numbers and of true/false are recognised,
@@ -131,6 +147,7 @@ impl Dataset {
     }
 
     fn read_csv(path: &Path) -> Result<Self> {
+        Room::for_file(path)?;
         let open = || File::open(path).map(interrupt::Reader).map_err(Error::io("read", path));
         let wrong = |detail: String| malformed(path, "CSV file", detail);
         let format = Format::default().with_header(true);
@@ -147,9 +164,50 @@ impl Dataset {
             Field::new(f.name(), dtype, true)
         });
         let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
-        let reader = ReaderBuilder::new(schema.clone()).with_format(format).with_batch_size(BATCH_ROWS).build(open()?);
+        // The reader has a place for each cell of a batch, whether the file has it or not.
+        let rows = (BATCH_CELLS / schema.fields().len()).clamp(1, BATCH_ROWS);
+        let reader = ReaderBuilder::new(schema.clone()).with_format(format).with_batch_size(rows).build(open()?);
         let batches = reader.and_then(Iterator::collect).map_err(|e| wrong(e.to_string()))?;
         Ok(Self::of(Table::new(&schema, batches).map_err(|e| wrong(e.to_string()))?))
+    }
+}
+
+/// The cells of a batch of CSV, at most.
+const BATCH_CELLS: usize = 100 * BATCH_ROWS;
+
+/// The memory that a dataset may take: what is free when reading begins. More would end the process.
+struct Room<'a> {
+    path: &'a Path,
+    available: usize,
+    taken: usize,
+}
+
+impl<'a> Room<'a> {
+    /// # Errors
+    /// [`Error::OutOfMemory`] for a file that is larger than the memory.
+    fn for_file(path: &'a Path) -> Result<Self> {
+        let size = fs::metadata(path).map_err(Error::io("read", path))?.len();
+        let available = backend::of(&Device::Cpu)?.available_bytes()?.unwrap_or(usize::MAX);
+        let room = Self { path, available, taken: 0 };
+        room.check(usize::try_from(size).unwrap_or(usize::MAX))?;
+        Ok(room)
+    }
+
+    fn check(&self, bytes: usize) -> Result<()> {
+        let Self { path, available, .. } = self;
+        if bytes <= *available {
+            return Ok(());
+        }
+        let at_least = format!("at least {} MiB, {} are free", bytes >> 20, available >> 20);
+        let doing = format!("reading the rows of {}: {at_least}", path.display());
+        let remedy = "split the file, and read a part of it; or free some memory".into();
+        Err(Error::OutOfMemory { doing, remedy })
+    }
+
+    /// A batch is there. Another like it must have room: three times its bytes, while its buffers grow by doubling.
+    fn take(&mut self, bytes: usize) -> Result<()> {
+        self.taken = self.taken.saturating_add(bytes);
+        self.check(self.taken.saturating_add(3 * bytes))
     }
 }
 

@@ -60,6 +60,18 @@ pub(super) struct Progress {
     pub loss_scale: Option<LossScale>,
 }
 
+impl Progress {
+    /// Nothing was done after the last step.
+    fn check(&self, global_step: usize) -> Result<(), String> {
+        for (name, step) in [("step_logged", self.step_logged), ("epoch_end_step", self.epoch_end_step)] {
+            if step > global_step {
+                return Err(format!("{name} is {step}, global_step of {STATE} is {global_step}"));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What goes into a checkpoint's own files.
 pub(super) struct Content<'a> {
     pub state: Value,
@@ -73,12 +85,33 @@ pub(super) struct Content<'a> {
 }
 
 /// Writes the folder beside its place, then renames it. On failure nothing is left behind, and
-/// a folder that was there before is untouched.
+/// a folder that was there before is untouched. What else somebody put into that folder is in the new one, too.
 pub(super) fn save(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
     // Of other checkpoints, too: a process that was killed may have been deleting one.
     let is_checkpoint = |name: &OsStr| name.to_str().is_some_and(|name| name.starts_with(PREFIX));
     drop(writing_in(folder, is_checkpoint));
-    replace(folder, |temporary| write_all(temporary, save_adapter, content))
+    replace(folder, |temporary| {
+        write_all(temporary, save_adapter, content)?;
+        if folder.is_dir() { keep_others(folder, temporary) } else { Ok(()) }
+    })
+}
+
+/// Gives `new` what `old` has beside: a second name for each file.
+fn keep_others(old: &Path, new: &Path) -> Result<()> {
+    for entry in fs::read_dir(old).map_err(Error::io("read", old))? {
+        let from = entry.map_err(Error::io("read", old))?.path();
+        let to = new.join(from.file_name().unwrap_or_default());
+        let is_folder = from.is_dir() && !from.is_symlink();
+        if is_folder {
+            fs::create_dir_all(&to).map_err(Error::io("write", &to))?;
+            keep_others(&from, &to)?;
+        } else if !to.exists() {
+            // Where a file system gives no second names, it is copied.
+            let kept = fs::hard_link(&from, &to).or_else(|_| fs::copy(&from, &to).map(drop));
+            kept.map_err(Error::io("copy", &from))?;
+        }
+    }
+    Ok(())
 }
 
 fn write_all(folder: &Path, save_adapter: impl FnOnce(&Path) -> Result<()>, content: &Content) -> Result<()> {
@@ -135,8 +168,10 @@ pub(super) fn load(folder: &Path, identity: &[(String, Value)]) -> Result<Loaded
     }
     let state = TrainerState::from_json(&read(STATE)?);
     let state = state.map_err(|e| Error::malformed(folder.join(STATE), "trainer state", e, DAMAGED))?;
-    let progress = read_fields(&read(PROGRESS)?);
-    let progress = progress.map_err(|e| Error::malformed(folder.join(PROGRESS), "progress file", e, DAMAGED))?;
+    let progress: Result<Progress, String> = read_fields(&read(PROGRESS)?);
+    let of_this_state = progress.and_then(|progress| progress.check(state.global_step).map(|()| progress));
+    let damaged = |e| Error::malformed(folder.join(PROGRESS), "progress file", e, DAMAGED);
+    let progress = of_this_state.map_err(damaged)?;
     let path = folder.join(OPTIMIZER);
     let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
     let optimizer = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
@@ -227,6 +262,36 @@ mod tests {
         // Over itself: the new one takes the place of the old one and nothing else stays.
         save(&folder, adapter, &content).unwrap();
         assert_eq!(names(dir.path()), ["checkpoint-3"]);
+    }
+
+    #[test]
+    fn what_others_put_into_a_checkpoint_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("checkpoint-3");
+        let progress = Progress::default();
+        save(&folder, adapter, &content(&progress)).unwrap();
+        fs::create_dir_all(folder.join("plots/old")).unwrap();
+        fs::write(folder.join("notes.txt"), "mine").unwrap();
+        fs::write(folder.join("plots/old/loss.svg"), "mine too").unwrap();
+        fs::write(folder.join(ADAPTER), "an older adapter").unwrap();
+        save(&folder, adapter, &content(&progress)).unwrap();
+        assert_eq!(fs::read(folder.join("notes.txt")).unwrap(), b"mine");
+        assert_eq!(fs::read(folder.join("plots/old/loss.svg")).unwrap(), b"mine too");
+        assert_eq!(fs::read(folder.join(ADAPTER)).unwrap(), b"adapter");
+        assert_eq!(names(dir.path()), ["checkpoint-3"]);
+    }
+
+    #[test]
+    fn progress_beyond_the_last_step_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("checkpoint-3");
+        for progress in
+            [Progress { step_logged: 4, ..Default::default() }, Progress { epoch_end_step: 9, ..Default::default() }]
+        {
+            save(&folder, adapter, &content(&progress)).unwrap();
+            let error = load(&folder, &content(&progress).identity).unwrap_err();
+            assert!(matches!(&error, Error::Malformed { path, .. } if path.ends_with(PROGRESS)), "{error}");
+        }
     }
 
     #[test]

@@ -36,6 +36,8 @@ pub const API: &str = "api.json";
 pub const STAMP: &str = "qlora-nb.json";
 pub const RUSTC: &str = "rustc";
 pub const BUILT: &str = "built";
+/// How the folders begin in which entries are made.
+const NEW: &str = ".new-";
 /// Files in entries.
 pub const DYLIB: &str = "lib/libqlora_nb.so";
 pub const INIT: &str = "evcxr/init.evcxr";
@@ -113,6 +115,12 @@ impl Layout {
         let open = File::options().read(true).write(true).create(true).truncate(false).open(&stamp);
         let mut file = open.map_err(|error| cannot("write", &stamp, error))?;
         file.lock().map_err(|error| cannot("lock", &stamp, error))?;
+        // What an install that was killed has left: nobody else installs here now.
+        for entry in fs::read_dir(folder).map_err(|error| cannot("read", folder, error))?.flatten() {
+            if entry.file_name().to_str().is_some_and(|name| name.starts_with(NEW)) {
+                fs::remove_dir_all(entry.path()).map_err(|error| cannot("remove", &entry.path(), error))?;
+            }
+        }
         let text = format!("{:#}\n", json!({ "kernelspec": kernelspec, "version": env!("CARGO_PKG_VERSION") }));
         let mut before = String::new();
         file.read_to_string(&mut before).map_err(|error| cannot("read", &stamp, error))?;
@@ -307,7 +315,7 @@ pub struct Staging {
 
 impl Staging {
     pub fn new(layout: &Layout) -> Result<Staging> {
-        let folder = tempfile::Builder::new().prefix(".new-").tempdir_in(&layout.prefix);
+        let folder = tempfile::Builder::new().prefix(NEW).tempdir_in(&layout.prefix);
         let folder = folder.map_err(|error| cannot("write in", &layout.prefix, error))?;
         Ok(Staging { folder, layout: layout.prefix.clone() })
     }
@@ -368,6 +376,17 @@ mod tests {
         fs::write(layout.at(RUSTC), "x").expect("written");
         drop(claim);
         assert_eq!(layout.kernelspec(), Some(PathBuf::from("/spec")));
+    }
+
+    #[test]
+    fn what_a_killed_install_left_is_removed() {
+        let (_folder, layout) = layout();
+        drop(layout.claim(Path::new("/spec")).expect("claimed"));
+        create_folder(&layout.at("lib")).expect("made");
+        fs::write(layout.at(STAMP), "").expect("written");
+        create_folder(&layout.at(".new-left/lib")).expect("made");
+        drop(layout.claim(Path::new("/spec")).expect("claimed"));
+        assert!(layout.at("lib").exists() && !layout.at(".new-left").exists());
     }
 
     #[test]

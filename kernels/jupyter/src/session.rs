@@ -1,5 +1,8 @@
 //! One run of cells that share variables: evcxr, told the truth.
 
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Child;
 use std::sync::atomic::Ordering::SeqCst;
@@ -27,6 +30,8 @@ const DOUBLE_CLICK: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often the compilers and the cell are told of an interrupt, until the cell ends.
 const REMIND: Duration = Duration::from_millis(30);
+/// How the names of sessions' folders begin.
+const PREFIX: &str = "qlora-nb-session-";
 
 pub struct Session {
     engine: Handle,
@@ -34,6 +39,29 @@ pub struct Session {
     controls: Controls,
     /// evcxr's crate and build folder; ours, so that it can be asked where evcxr cannot.
     folder: tempfile::TempDir,
+    _claim: File,
+}
+
+/// A folder for evcxr, and the lock on it that goes with its process. Those that killed processes left behind have no lock
+/// any more, and are removed; not new ones, which may be about to get theirs.
+fn folder(place: &Path) -> io::Result<(tempfile::TempDir, File)> {
+    let is_left = |path: &Path| -> io::Result<bool> {
+        let age = fs::metadata(path)?.modified()?.elapsed().unwrap_or_default();
+        Ok(age > Duration::from_secs(60) && File::open(path)?.try_lock().is_ok())
+    };
+    for entry in fs::read_dir(place)?.flatten() {
+        let is_ours = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+        // Other users' cannot be opened, or not removed.
+        if is_ours && is_left(&entry.path()).unwrap_or(false) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    // What cells are made of and print is their user's alone.
+    let mode = fs::Permissions::from_mode(0o700);
+    let folder = tempfile::Builder::new().prefix(PREFIX).permissions(mode).tempdir_in(place)?;
+    let claim = File::open(folder.path())?;
+    claim.try_lock()?;
+    Ok((folder, claim))
 }
 
 /// What may be done to a session while it runs a cell, from any thread.
@@ -85,14 +113,14 @@ impl Session {
     /// Starts evcxr for cells that run in `working_dir`. `api` is the index of the layout's library.
     pub fn start(layout: &Layout, api: Arc<Api>, working_dir: &Path) -> Result<Session> {
         layout.check()?;
-        let folder = tempfile::Builder::new().prefix("qlora-nb-").tempdir().context("cannot make a folder in /tmp")?;
+        let (folder, claim) = folder(&std::env::temp_dir()).context("cannot make a folder in /tmp")?;
         prepare_environment(layout, folder.path())?;
         std::env::set_current_dir(working_dir)
             .with_context(|| format!("cannot work in the notebook's folder {}", working_dir.display()))?;
         let engine = engine::start(folder.path(), api)?;
         let (wish, wishes) = unbounded();
         let controls = Controls { wishes: wish, answers: engine.answers.clone() };
-        Ok(Session { engine, wishes, controls, folder })
+        Ok(Session { engine, wishes, controls, folder, _claim: claim })
     }
 
     pub fn controls(&self) -> Controls {
@@ -323,5 +351,35 @@ impl Interrupt {
             );
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_session_left_is_removed() {
+        let place = tempfile::tempdir().expect("a folder");
+        let make = |name: &str, age: u64| {
+            let path = place.path().join(name);
+            fs::create_dir_all(path.join("inside")).expect("made");
+            let file = File::open(&path).expect("opened");
+            file.set_modified(SystemTime::now() - Duration::from_secs(age)).expect("dated");
+            file
+        };
+        let of_others = "another-program";
+        drop((make("qlora-nb-session-left", 100), make("qlora-nb-session-new", 0), make(of_others, 100)));
+        let alive = make("qlora-nb-session-alive", 100);
+        alive.try_lock().expect("locked");
+        let (own, _claim) = super::folder(place.path()).expect("a folder of its own");
+        let mut names: Vec<_> =
+            fs::read_dir(place.path()).expect("read").map(|entry| entry.expect("read").file_name()).collect();
+        names.sort();
+        let own = own.path().file_name().expect("a name").to_owned();
+        names.retain(|name| *name != own);
+        assert_eq!(names, [of_others, "qlora-nb-session-alive", "qlora-nb-session-new"]);
     }
 }
