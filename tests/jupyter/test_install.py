@@ -1,11 +1,10 @@
 """`qlora-nb install` that is killed, or has no room: what was there works, the next install mends the rest.
 
-KILLS (default 4) says how often it is killed."""
+KILLS (default 3) says how often it is killed."""
 
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import time
@@ -13,20 +12,21 @@ from pathlib import Path
 
 import pytest
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "3"))
 #: A whole install takes seconds, and up to a minute on a busy machine.
 HANG = 300
 
 
-@pytest.fixture
-def place(tmp_path, prefix, kernelspec, binary):
-    """A prefix of its own, with an installation that is a copy of the one under test, and files of somebody else."""
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, prefix, binary):
+    """A prefix with an installation of its own, and files of somebody else."""
     if Path(binary).resolve().parent.parent != prefix or not (prefix / "built").exists():
         pytest.skip("the installation is not one that this clone built")
-    own = tmp_path / "place"
+    own = tmp_path_factory.mktemp("place")
     (own / "share/jupyter/kernels/other").mkdir(parents=True)
     (own / "share/jupyter/kernels/other/kernel.json").write_text("{}")
     (own / "share/notes.txt").write_text("mine")
+    whole(binary, own)
     return own
 
 
@@ -70,8 +70,9 @@ def others(place):
 
 def test_an_install_that_is_killed(binary, place, tmp_path):
     theirs = others(place)
-    took = whole(binary, place)
     layout = place / "share/qlora-nb"
+    (layout / "rustc").write_text("another\n")
+    took = whole(binary, place)
     for _ in range(KILLS):
         # It has everything to do, as for a new compiler.
         (layout / "rustc").write_text("another\n")
@@ -88,7 +89,6 @@ def test_an_install_that_is_killed(binary, place, tmp_path):
 
 
 def test_an_install_without_room(binary, place, tmp_path):
-    whole(binary, place)
     layout = place / "share/qlora-nb"
     (layout / "rustc").write_text("another\n")
 
@@ -107,7 +107,6 @@ def test_an_install_without_room(binary, place, tmp_path):
 
 
 def test_an_install_without_memory(binary, place, tmp_path):
-    whole(binary, place)
     layout = place / "share/qlora-nb"
     (layout / "rustc").write_text("another\n")
 
@@ -118,6 +117,5 @@ def test_an_install_without_memory(binary, place, tmp_path):
     text, _ = process.communicate(timeout=HANG)
     assert process.returncode != 0, text
     assert "panicked" not in text and (layout / "lib/libqlora_nb.so").exists(), text
-    shutil.rmtree(layout)
     whole(binary, place)
     assert six_times_seven(binary, place, tmp_path) == 42
