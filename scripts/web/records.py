@@ -4,6 +4,8 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 
+# Elements whose ends are spaces between words.
+BLOCKS = {"p", "li", "td", "th", "tr", "pre", "div", "h1", "h2", "h3", "figcaption", "summary", "title", "text"}
 # Beneath these a page of the library has what every type has.
 EVERY_TYPE = re.compile(r'id="(trait|synthetic|blanket)-implementations"')
 
@@ -35,7 +37,7 @@ class SectionTexts(HTMLParser):
             self.hidden = self.hidden if self.depth else None
         elif tag == self.heading:
             self.heading = False
-        if tag in ("p", "li", "td", "th", "tr", "pre", "div", "h1", "h2", "h3", "br"):
+        if tag in BLOCKS:
             self.sections[-1][2].append(" ")
 
     def handle_data(self, data):

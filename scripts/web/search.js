@@ -38,11 +38,25 @@ function matches(record, words) {
     return words.every(({ pieces, needed }) => pieces.filter((piece) => has(record, piece)).length >= needed);
 }
 
+// Whether the term stands there on its own: `train` does not in `train_steps`.
+function isWord(text, term) {
+    const inWord = /[\w]/;
+    for (let at = text.indexOf(term); at >= 0; at = text.indexOf(term, at + 1)) {
+        if (!inWord.test(text[at - 1] ?? " ") && !inWord.test(text[at + term.length] ?? " ")) {
+            return true;
+        }
+    }
+    return false;
+}
+
 function score(record, wanted) {
-    let sum = record.lang === results.dataset.lang ? 100 : record.lang === "library" ? 50 : 0;
+    let sum = { [results.dataset.lang]: 30, library: 20 }[record.lang] ?? 0;
     for (const term of wanted) {
         if (has(record, term)) {
             sum += 10;
+        }
+        if (isWord(record.folded, term)) {
+            sum += 15;
         }
         sum += Math.min(record.folded.split(term).length - 1, 5);
         if (record.titles.includes(term)) {
