@@ -35,8 +35,9 @@ LEFT_OUT = {"en": ["Layout"], "zh": []}
 WORDS = {
     "en": {
         "code": "en", "name": "English", "install": "Install and run", "book": "The notebooks", "gallery": "Gallery",
-        "numbers": "What holds", "library": "Library", "glossary": "Glossary", "search": "Search", "contents": "On this page",
-        "previous": "Previous", "next": "Next", "theme": "Light or dark", "skip": "To the text", "chapters": "Notebooks",
+        "numbers": "What holds", "library": "Library", "glossary": "Glossary", "search": "Search",
+        "contents": "On this page", "previous": "Previous", "next": "Next", "theme": "Light or dark",
+        "skip": "To the text", "chapters": "Notebooks",
         "read": "Read the book", "looking": "Search needs JavaScript.", "placeholder": "Search all pages",
         "none": "Nothing found.", "found": "{} found", "first": "the first {} shown",
         "pictures": "Every picture here is drawn by the library in a cell of a notebook. Each leads to its place.",
@@ -114,12 +115,12 @@ class Site:
     def build(self):
         if self.out.exists():
             shutil.rmtree(self.out)
-        rows, words = book_tables()
+        book = Book()
         for lang in LANGUAGES:
             readme = Sections(README[lang])
             self.index(lang, readme)
             self.install(lang, readme)
-            self.book(lang, rows, words)
+            self.book(lang, book)
             self.numbers(lang, readme)
             self.gallery(lang)
             self.add(Page(lang, "search", WORDS[lang]["search"], self.part("search.html", lang)))
@@ -146,6 +147,7 @@ class Site:
     def install(self, lang, readme):
         elsewhere = NUMBERS[lang] + LEFT_OUT[lang]
         for name in elsewhere:
+            # Fails where the README has another name for it by now.
             readme.section(name)
         self.readme_page(lang, "install", readme, [name for name in readme.names if name not in elsewhere])
 
@@ -158,21 +160,15 @@ class Site:
         body = markdown.render("\n".join([f"# {title}\n"] + [readme.section(section) for section in sections]))
         self.add(Page(lang, name, title, body, markdown.parts))
 
-    def book(self, lang, rows, words):
+    def book(self, lang, book):
         """The list of notebooks, the notebooks in its order, the glossary."""
-        text = (ROOT / BOOK).read_text()
-        column = LANGUAGES.index(lang)
         contents = Page(lang, "book", WORDS[lang]["book"], "", chapter=True)
         self.add(contents)
-        chapters = [self.notebook(lang, row[0].strip("`")) for row in rows]
-        paragraphs = [paragraph.replace("\n", " " if lang == "en" else "") for paragraph in text.split("\n\n")]
-        after_table = paragraphs[4].split(" · ", 1)[column]
         markdown = self.markdown(BOOK, lang)
-        entries = [(chapter, markdown.render(row[2 + column])) for chapter, row in zip(chapters, rows)]
-        contents.body = self.part("book.html", lang, entries=entries, about=markdown.render(paragraphs[1 + column]),
-            after=markdown.render(after_table))
-        introduction = text.split("\n## ", 1)[1].split("\n\n")[1].replace("\n", " ").split(" · ", 1)[column]
-        self.glossary(lang, words, introduction)
+        entries = [(self.notebook(lang, name), markdown.render(what[lang])) for name, what in book.notebooks]
+        contents.body = self.part("book.html", lang, entries=entries, about=markdown.render(book.about[lang]),
+            after=markdown.render(book.after[lang]))
+        self.glossary(lang, book)
 
     def notebook(self, lang, name):
         source = f"notebooks/{lang}/{name}.ipynb"
@@ -185,14 +181,14 @@ class Site:
         self.add(page)
         return page
 
-    def glossary(self, lang, words, introduction):
+    def glossary(self, lang, book):
         markdown = self.markdown(BOOK, lang)
         columns = [0, 1, 2] if lang == "en" else [1, 0, 3]
         entries = []
-        for row in words:
+        for row in book.words:
             cells = [markdown.parser.renderInline(row[column]) for column in columns]
             entries.append((Parts().anchor(row[0]), cells))
-        body = self.part("glossary.html", lang, about=markdown.render(introduction), entries=entries)
+        body = self.part("glossary.html", lang, about=markdown.render(book.glossary[lang]), entries=entries)
         self.add(Page(lang, "glossary", WORDS[lang]["glossary"], body, chapter=True))
 
     def gallery(self, lang):
@@ -277,7 +273,6 @@ class Sections:
         for token in Markdown(str).parser.parse(self.text):
             if token.type == "heading_open" and token.tag == "h2":
                 starts.append(token.map[0])
-        self.begin = starts[0]
         self.head = "".join(lines[: starts[0]])
         for start, end in zip(starts, starts[1:] + [len(lines)]):
             self.names.append(lines[start].removeprefix("## ").strip())
@@ -303,12 +298,37 @@ class Sections:
         return command.strip(), what.strip()
 
 
-def book_tables():
-    """The rows of the two tables of the book's README: its notebooks, its glossary."""
-    tables = re.findall(r"((?:^\|.*\n)+)", (ROOT / BOOK).read_text(), re.M)
-    if len(tables) != 2:
-        raise BrokenSource(f"{BOOK}: expected two tables, the notebooks and the glossary, got {len(tables)}")
-    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]] for table in tables]
+class Book:
+    """The README of the notebooks, which has both languages in one: a paragraph for each, or one with " · " between."""
+
+    def __init__(self):
+        head, _, glossary = (ROOT / BOOK).read_text().partition("\n## ")
+        paragraphs = [head.split("\n\n"), glossary.split("\n\n")]
+        try:
+            _, english, chinese, notebooks, after = paragraphs[0]
+            _, about_words, words = paragraphs[1]
+        except ValueError:
+            raise BrokenSource(f"{BOOK}: expected a title, a paragraph in English, one in Chinese, a table and a "
+                "paragraph; then the glossary's title, paragraph and table") from None
+        self.about = {"en": english, "zh": chinese}
+        self.after, self.glossary = both(after), both(about_words)
+        self.notebooks = [(row[0].strip("`"), {"en": row[2], "zh": row[3]}) for row in rows(notebooks)]
+        self.words = rows(words)
+
+
+def both(paragraph):
+    texts = re.split(r"\s·\s", paragraph)
+    if len(texts) != 2:
+        raise BrokenSource(f'{BOOK}: expected English and Chinese with " · " between, got "{paragraph}"')
+    return dict(zip(LANGUAGES, texts))
+
+
+def rows(table):
+    """The cells of a Markdown table of four columns, without its head."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    if not cells or any(len(row) != 4 for row in cells):
+        raise BrokenSource(f"{BOOK}: expected a table of four columns, got\n{table[:200]}")
+    return cells
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class PageFacts(HTMLParser):
     def __init__(self):
         super().__init__()
         self.ids, self.twice, self.links, self.loads, self.faults = set(), [], [], [], []
-        # On a page of rustdoc: whether what follows is the text of other crates, whose relative links are of their pages.
+        # On a page of rustdoc: whether what follows is text of other crates, whose relative links are of their pages.
         self.foreign = False
         # Elements that are not closed yet; the texts and pictures of the outputs, in order.
         self.open, self.outputs, self.output_depth = [], [], None
@@ -182,7 +182,7 @@ class Check:
             expected = as_text(output)
             got = (page.parent / text).read_text() if expected.startswith("<svg") and text.endswith(".svg") else text
             if got != expected:
-                self.fault(page, f"output {i + 1} is not what is stored:\n  stored {expected[:200]!r}\n  shown  {got[:200]!r}")
+                self.fault(page, f"output {i + 1} is not what is stored: {expected[:200]!r} is, {got[:200]!r} is shown")
         return len(stored)
 
 
@@ -214,6 +214,6 @@ if __name__ == "__main__":
     ours = [address for address, files in check.outside.items() if not all(map(check.of_rustdoc, files))]
     for address in sorted(ours):
         print(f"leads outside, not asked for: {address}")
-    print(f"{len(check.pages)} pages, {links} links and loads, {outputs} outputs as stored, {len(check.faults)} faults; "
-        f"rustdoc leads outside to {len(check.outside) - len(ours)} addresses")
+    print(f"{len(check.pages)} pages, {links} links and loads, {outputs} outputs as stored, "
+        f"{len(check.faults)} faults; rustdoc leads outside to {len(check.outside) - len(ours)} addresses")
     sys.exit(1 if check.faults else 0)

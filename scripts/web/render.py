@@ -1,5 +1,5 @@
-"""Markdown and notebooks to HTML. markdown-it, Pygments, latex2mathml and nbconvert do it beforehand, so that a page needs
-no script to show mathematics or colours."""
+"""Markdown and notebooks to HTML. markdown-it, Pygments, latex2mathml and nbconvert do it beforehand, so that a page
+needs no script to show mathematics or colours."""
 
 import re
 from dataclasses import dataclass, field

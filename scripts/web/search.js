@@ -1,5 +1,5 @@
-// Search over `searchIndex`: records of [language, address, page, section, text]. A few thousand records are looked through
-// as they are, in milliseconds, so that any part of a word is found, in a script without spaces too.
+// Search over `searchIndex`: records of [language, address, page, section, text]. Some hundred records are looked
+// through as they are, in milliseconds, so that any part of a word is found, in a script without spaces too.
 "use strict";
 
 const CHINESE = /[\u2e80-\u303f\u3400-\u9fff\uff00-\uffef]/;

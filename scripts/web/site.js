@@ -47,6 +47,13 @@ document.addEventListener("DOMContentLoaded", () => {
         unfold();
     }
 
+    // What is wider than its place scrolls by the keyboard, too.
+    for (const element of document.querySelectorAll("pre, .table, .output, .output div")) {
+        if (element.scrollWidth > element.clientWidth && getComputedStyle(element).overflowX === "auto") {
+            element.tabIndex = 0;
+        }
+    }
+
     document.addEventListener("keydown", (event) => {
         const typing = event.target.closest("input, textarea");
         const box = document.querySelector("input[type=search]");
