@@ -12,6 +12,7 @@ use arrow::{
     array::{ArrayRef, RecordBatch, StringArray, new_null_array},
     datatypes::DataType,
 };
+use candle_core::Device;
 use parquet::arrow::ArrowWriter;
 use qlora_nb::{
     dataset::Dataset,
@@ -164,6 +165,19 @@ fn rows_beyond_the_memory_are_refused() {
     }
     let rows = Dataset::from_columns([("a", vec![1i64, 2])]).unwrap();
     assert_eq!(rows.len(), 2, "there is memory left to work with");
+}
+
+/// Arrow counts the bytes of a batch's texts in 32 bits.
+#[test]
+fn more_text_than_a_batch_can_have() {
+    let free = qlora_nb::internals::backend::of(&Device::Cpu).unwrap().available_bytes().unwrap();
+    if free.is_some_and(|bytes| bytes < 12 << 30) {
+        eprintln!("skipped: it needs 12 GiB of free memory");
+        return;
+    }
+    let texts = vec!["a".repeat(2_200_000); 1000];
+    let error = Dataset::from_columns([("a", texts)]).unwrap_err();
+    assert!(error.to_string().contains("more than 2 GiB of text"), "{error}");
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! Inputs that once ended a reader, or had it take all memory: each is an error now.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use arrow::{
     array::{RecordBatch, new_null_array},
     datatypes::{DataType, Field},
 };
+use candle_core::{DType, Device, Tensor};
 use parquet::arrow::ArrowWriter;
-use qlora_nb::{error::Error, peft::PeftModel, prelude::*};
+use qlora_nb::{error::Error, peft::PeftModel, prelude::*, quant::QuantizedTensor};
 use serde_json::{Value as Json, json};
 
 use super::corpus::{self, file, write_folder};
@@ -109,5 +110,19 @@ fn templates_that_nest() {
         ("{{ 'a'", "|trim", " }}"),
     ] {
         let _ = render(format!("{begin}{}{end}", part.repeat((250 << 10) / part.len())));
+    }
+}
+
+/// The bytes of a JSON object, as another type of number.
+#[test]
+fn a_quantization_state_of_another_dtype() {
+    let name = "w.quant_state.bitsandbytes__nf4";
+    let load = |dtype| {
+        let state = Tensor::zeros(16, dtype, &Device::Cpu).unwrap();
+        let tensors = HashMap::from([(name.to_string(), state)]);
+        QuantizedTensor::from_tensors("w", |name| Ok(tensors.get(name).cloned()))
+    };
+    for dtype in [DType::F32, DType::I64, DType::U8] {
+        assert!(refused(load(dtype)).contains(name));
     }
 }
