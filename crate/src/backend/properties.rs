@@ -92,7 +92,7 @@ fn norm_of(c: usize, bias: bool, seed: u64) -> Norm {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 64 }, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn attention_is_three_loops(

@@ -36,7 +36,7 @@ fn dtypes() -> impl Strategy<Value = DType> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 300 }, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn a_block_is_encoded_as_the_oracle_does(x in weights(1..300), quant_type in quant_types()) {
