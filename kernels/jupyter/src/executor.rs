@@ -32,6 +32,8 @@ pub struct Shared {
     /// Those of the session, once there is one.
     pub session: Mutex<Option<(Controls, Arc<Mutex<Names>>)>>,
     pub assistance: Assistance,
+    /// The release of the rustc that builds the cells.
+    pub rust: String,
     /// Whether the session has started, or has failed to.
     started: Mutex<bool>,
     on_start: Condvar,
@@ -46,6 +48,7 @@ impl Shared {
             history: Mutex::default(),
             session: Mutex::default(),
             assistance: Assistance::new(layout),
+            rust: layout.release(),
             started: Mutex::new(false),
             on_start: Condvar::new(),
         }

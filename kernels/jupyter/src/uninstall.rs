@@ -19,6 +19,7 @@ pub fn uninstall(target: &Target) -> Result<()> {
             layout = named;
         }
     }
+    layout.refuse_pips()?;
     if let Some(installed) = layout.kernelspec() {
         kernelspec = installed;
     }
