@@ -32,15 +32,21 @@ pub struct Shared {
     /// Those of the session, once there is one.
     pub session: Mutex<Option<(Controls, Arc<Mutex<Names>>)>>,
     pub assistance: Assistance,
-    /// The release of the rustc that builds the cells.
-    pub rust: String,
+    /// What clients are told of the kernel.
+    pub info: Value,
     /// Whether the session has started, or has failed to.
     started: Mutex<bool>,
     on_start: Condvar,
 }
 
 impl Shared {
-    pub fn new(iopub: UnboundedSender<JupyterMessage>, shell: &Channel, stdin: &Channel, layout: &Layout) -> Shared {
+    pub fn new(
+        iopub: UnboundedSender<JupyterMessage>,
+        shell: &Channel,
+        stdin: &Channel,
+        layout: &Layout,
+        info: Value,
+    ) -> Shared {
         Shared {
             iopub,
             shell: shell.answers.clone(),
@@ -48,7 +54,7 @@ impl Shared {
             history: Mutex::default(),
             session: Mutex::default(),
             assistance: Assistance::new(layout),
-            rust: layout.release(),
+            info,
             started: Mutex::new(false),
             on_start: Condvar::new(),
         }
