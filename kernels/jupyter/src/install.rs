@@ -365,7 +365,7 @@ fn link_dylib(folder: &Path, built: &Built) -> Result<()> {
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         // The linker writes through mapped memory, where a full disk is a bus error.
-        let remedy = if ["No space left", "Bus error"].iter().any(|sign| said.contains(sign)) {
+        let remedy = if ["No space left", "File too large", "Bus error"].iter().any(|sign| said.contains(sign)) {
             "\nremedy: free about 1 GiB there, or install elsewhere with --prefix DIR"
         } else {
             remedy_for_linker(&said)
