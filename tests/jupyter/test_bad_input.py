@@ -100,7 +100,7 @@ def told(tmp_path, kernelspec, connection_file):
 
 
 def test_no_rustc(told):
-    assert told("rustc", "remedy", env={"PATH": "/nowhere"}) is None
+    assert told("rustc", "remedy", env={"PATH": "/nowhere", "RUSTUP_HOME": "/nowhere"}) is None
 
 
 @pytest.fixture

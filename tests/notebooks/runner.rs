@@ -65,7 +65,9 @@ fn bad_input_is_refused_with_a_remedy() {
     refuses(bare().arg("run").arg(write("old.ipynb", "{\"nbformat\": 3}")), "--nbformat 4");
     let missing = folder.path().join("missing");
     refuses(bare().arg("run").arg(&good).arg("--prefix").arg(&missing), "remedy: qlora-nb install");
-    refuses(qlora_nb().arg("run").arg(&good).env("PATH", "/nowhere"), "cannot run rustc");
+    let mut without_rust = qlora_nb();
+    without_rust.arg("run").arg(&good).env("PATH", "/nowhere").env("RUSTUP_HOME", "/nowhere");
+    refuses(&mut without_rust, "remedy: qlora-nb install, for the rustc on PATH; or rustup toolchain install");
     refuses(bare().args(["run", "a.ipynb", "--timeout", "soon"]), "expected seconds, got \"soon\"");
     for number in ["1e300", "1e30", "1e19", "1e-12", "0", "nan"] {
         refuses(bare().args(["run", "a.ipynb", "--timeout", number]), &format!("expected seconds, got {number:?}"));
@@ -96,7 +98,6 @@ fn another_rustc_is_noticed() {
     let status = Command::new("cp").arg("-r").arg(prefix.expect("a prefix")).arg(&copy).status();
     assert!(status.is_ok_and(|status| status.success()));
     let doctor = || qlora_nb().arg("doctor").arg("--prefix").arg(&copy).output().expect("qlora-nb starts");
-    assert!(text(&doctor()).contains("was moved"), "{}", text(&doctor()));
     std::fs::write(Path::new(&copy).join("rustc"), "rustc 1.0.0 (2015)\n").expect("written");
     let output = doctor();
     assert!(!output.status.success(), "{}", text(&output));

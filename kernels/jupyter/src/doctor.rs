@@ -8,16 +8,21 @@ use serde_json::Value;
 
 use crate::api::Api;
 use crate::kernelspec;
-use crate::layout::{API, DYLIB, Layout, first_line, rustc_version};
+use crate::layout::{API, Layout, first_line, sysroot};
 
 pub fn doctor(layout: &Layout) -> Result<ExitCode> {
     let mut healthy = true;
     let mut report = |what, finding| healthy &= tell("PROBLEM ", what, finding);
-    report("rustc", rustc_version().map(|text| first_line(&text).to_owned()));
-    report("cargo", says("cargo", &["--version"]).context("remedy: install Rust with rustup"));
-    report("sysroot", sysroot());
-    report("linker", says("cc", &["--version"]).context("cc is missing\nremedy: apt-get install build-essential"));
-    report("library for notebooks", layout.check().map(|()| layout.at(DYLIB).display().to_string()));
+    let toolchain = layout.check();
+    // Where the one that is needed is not there, the one that is.
+    let bin = toolchain.as_ref().ok().cloned().or_else(|| sysroot().ok()).unwrap_or_default().join("bin");
+    report("rustc", says(&bin.join("rustc"), &["--version"]).context("remedy: install Rust with rustup"));
+    report("cargo", says(&bin.join("cargo"), &["--version"]).context("remedy: install Rust with rustup"));
+    report("sysroot", std_of(&bin.join("rustc")));
+    let linker = says(Path::new("cc"), &["--version"]);
+    report("linker", linker.context("cc is missing\nremedy: apt-get install build-essential"));
+    let of = layout.made_for();
+    report("library for notebooks", toolchain.map(|_| format!("{}, for {of}", layout.dylib().display())));
     let spec = layout.kernelspec();
     report("kernelspec", kernelspec_of(layout, spec.as_deref()));
     // What notebooks do without, if need be.
@@ -41,14 +46,15 @@ fn indented(text: &str) -> String {
     text.replace('\n', "\n         ")
 }
 
-fn says(program: &str, args: &[&str]) -> Result<String> {
-    let output = Command::new(program).args(args).output().with_context(|| format!("cannot run {program}"))?;
+fn says(program: &Path, args: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(args).output();
+    let output = output.with_context(|| format!("cannot run {}", program.display()))?;
     Ok(first_line(&String::from_utf8_lossy(&output.stdout)).to_owned())
 }
 
 /// Cells and library share the std that lies in the sysroot as a dylib.
-fn sysroot() -> Result<String> {
-    let folder = says("rustc", &["--print", "target-libdir"])?;
+fn std_of(rustc: &Path) -> Result<String> {
+    let folder = says(rustc, &["--print", "target-libdir"])?;
     let files = std::fs::read_dir(&folder).with_context(|| format!("cannot read {folder}"))?;
     let names = files.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()));
     let std = names.into_iter().find(|name| name.starts_with("libstd-") && name.ends_with(".so"));

@@ -14,7 +14,7 @@ use evcxr::CommandContext;
 use crate::api::{Api, Item};
 use crate::diagnostics::{self, Failure, FailureKind};
 use crate::keep::{self, Replaced};
-use crate::layout::{self, Layout};
+use crate::layout::{Layout, remedy_for_linker};
 use crate::outputs::{self, Forms, Reply};
 use crate::scope::{Names, Scope};
 use crate::syntax::{self, Binding};
@@ -79,7 +79,7 @@ pub fn start(folder: &Path, api: Arc<Api>) -> Result<Handle> {
 }
 
 /// evcxr and the cells learn all this from the environment.
-pub fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
+pub fn prepare_environment(layout: &Layout, toolchain: &Path, folder: &Path) -> Result<()> {
     // rust-analyzer, inside evcxr, needs no standard library here, for rustc infers the types. Left alone it would
     // read all of its sources, and download them where they are missing.
     let no_std = folder.join("no-std");
@@ -88,9 +88,12 @@ pub fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
         let rest = std::env::var_os(name);
         std::env::join_paths([first].into_iter().chain(rest.iter().flat_map(std::env::split_paths)))
     };
-    let libraries = before(layout.prefix.join("lib"), "LD_LIBRARY_PATH")?;
+    let dylib = layout.dylib();
+    let libraries = before(dylib.parent().unwrap_or(&dylib).to_owned(), "LD_LIBRARY_PATH")?;
     // Past rustup's proxies, which cost more time than compiling a small cell.
-    let path = before(layout::sysroot()?.join("bin"), "PATH")?;
+    let path = before(toolchain.join("bin"), "PATH")?;
+    // The installation may have come here since it was made, or be one that must not be written.
+    std::fs::write(folder.join("init.evcxr"), layout.init_evcxr())?;
     // cargo locks its home though cells need nothing from it; where that cannot be written, another does as well.
     let home = std::env::var_os("CARGO_HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
@@ -102,10 +105,12 @@ pub fn prepare_environment(layout: &Layout, folder: &Path) -> Result<()> {
             std::env::set_var("CARGO_HOME", home);
         }
         std::env::set_var("EVCXR_TMPDIR", folder);
-        std::env::set_var("EVCXR_CONFIG_DIR", layout.at("evcxr"));
+        std::env::set_var("EVCXR_CONFIG_DIR", folder);
         std::env::set_var("RUST_SRC_PATH", no_std);
         std::env::set_var("LD_LIBRARY_PATH", libraries);
         std::env::set_var("PATH", path);
+        // evcxr asks rustup first which cargo and rustc it should take.
+        std::env::set_var("RUSTUP_TOOLCHAIN", toolchain);
         // Cells are no part of the build that may have started us.
         for name in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS", "CARGO_INCREMENTAL"] {
             std::env::remove_var(name);
@@ -150,7 +155,8 @@ impl Engine {
         let (mut context, outputs) = match self.start() {
             Ok(evcxr) => evcxr,
             Err(error) => {
-                let _ = started.send(Err(error));
+                let said = error.to_string();
+                let _ = started.send(Err(anyhow::anyhow!("{said}{}", remedy_for_linker(&said))));
                 return;
             }
         };

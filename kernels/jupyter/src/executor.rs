@@ -32,13 +32,21 @@ pub struct Shared {
     /// Those of the session, once there is one.
     pub session: Mutex<Option<(Controls, Arc<Mutex<Names>>)>>,
     pub assistance: Assistance,
+    /// What clients are told of the kernel.
+    pub info: Value,
     /// Whether the session has started, or has failed to.
     started: Mutex<bool>,
     on_start: Condvar,
 }
 
 impl Shared {
-    pub fn new(iopub: UnboundedSender<JupyterMessage>, shell: &Channel, stdin: &Channel, layout: &Layout) -> Shared {
+    pub fn new(
+        iopub: UnboundedSender<JupyterMessage>,
+        shell: &Channel,
+        stdin: &Channel,
+        layout: &Layout,
+        info: Value,
+    ) -> Shared {
         Shared {
             iopub,
             shell: shell.answers.clone(),
@@ -46,6 +54,7 @@ impl Shared {
             history: Mutex::default(),
             session: Mutex::default(),
             assistance: Assistance::new(layout),
+            info,
             started: Mutex::new(false),
             on_start: Condvar::new(),
         }

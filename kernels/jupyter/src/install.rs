@@ -3,25 +3,29 @@
 //! Every cell becomes a library of its own. If each carried its own copy of candle, each would count tensor ids
 //! from 1, and gradients would be added up for the wrong tensors: so all cells share one dylib. It is linked
 //! here from the very rlib that the tests run (nothing is compiled twice), together with copies of the
-//! metadata of its dependencies, so that a `cargo clean` does not break a notebook.
+//! metadata of all crates in it, so that a `cargo clean` does not break a notebook.
 //!
 //! An installation has four parts, each made only if it is not there already: the library, this binary as the
 //! kernel, the index for completion ([`api`]), the [`kernelspec`]. Where they lie: [`layout`](crate::layout).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
+use std::{fs, io};
 
 use anyhow::{Context, Result, bail};
-use cargo_metadata::{Artifact, DependencyKind, Message, Metadata, Node, NodeDep, Package, PackageId};
+use cargo_metadata::{Artifact, Message, Metadata, Node, Package, PackageId};
 
-use crate::layout::{API, BINARY, BINARY_ENTRY, BUILT, DYLIB, LIBRARY_ENTRIES, Layout, Place, RUSTC, Staging, Target};
-use crate::layout::{cannot, create_folder, first_line, rustc_version, write_if_changed};
+use crate::layout::{
+    API, BINARY, BINARY_ENTRY, BUILT, CUDA, DYLIB, INIT, LIBRARY_ENTRIES, Layout, Place, RUSTC, Staging, Target,
+};
+use crate::layout::{cannot, create_folder, first_line, remedy_for_linker, rustc_version, write_if_changed};
 use crate::{api, kernelspec};
 
+/// Counts the forms of an installation. One of another form is made anew.
+const FORM: u32 = 2;
 /// The library's package.
 const LIBRARY: &str = "qlora-nb";
 
@@ -32,6 +36,9 @@ pub struct Options {
     /// The qlora-nb sources [default: where this binary was built]
     #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
+    /// Also the library for NVIDIA GPUs, taken where there is a driver: needs nvcc
+    #[arg(long)]
+    cuda: bool,
 }
 
 pub fn install(options: &Options) -> Result<()> {
@@ -46,10 +53,11 @@ pub fn install(options: &Options) -> Result<()> {
     let _claim = layout.claim(&kernelspec)?;
 
     println!("building the library in {} with {}", source.display(), first_line(&rustc));
-    let built = build(&source)?;
+    let built = build(&source, false)?;
     println!("  built or fresh after {:.1} s", begin.elapsed().as_secs_f64());
     let parts = [
         install_library(&layout, &built, &rustc)?,
+        options.cuda && install_cuda(&layout, &build(&source, true)?)?,
         install_binary(&layout, &own)?,
         install_api(&layout, &built)?,
         kernelspec::write(&kernelspec, &layout)?,
@@ -82,15 +90,40 @@ fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> 
     }
     let begin = Instant::now();
     let staging = Staging::new(layout)?;
-    let (count, bytes) = copy_metadata(&staging.path("deps"), built)?;
-    println!("  copied metadata of {count} crates ({} MiB)", bytes >> 20);
     link_dylib(&staging.path("lib"), built)?;
-    write_if_changed(&staging.path("evcxr/init.evcxr"), init_evcxr(layout).as_bytes())?;
+    let (count, bytes) = copy_metadata(&staging.path("deps"), built, &staging.path(DYLIB))?;
+    println!("  copied metadata of {count} crates ({} MiB)", bytes >> 20);
+    write_if_changed(&staging.path(INIT), layout.init_evcxr().as_bytes())?;
     write_if_changed(&staging.path("built"), built.stamp()?.as_bytes())?;
     write_if_changed(&staging.path("rustc"), rustc.as_bytes())?;
     staging.commit(&LIBRARY_ENTRIES)?;
+    // Of another build, perhaps of another rustc.
+    let _ = fs::remove_dir_all(layout.at(CUDA));
     let size = fs::metadata(layout.at(DYLIB))?.len() >> 20;
     println!("  linked {} ({size} MiB) in {:.1} s", layout.at(DYLIB).display(), begin.elapsed().as_secs_f64());
+    Ok(true)
+}
+
+/// The library with the feature `cuda`, and what of its metadata is not that of the other library, too.
+fn install_cuda(layout: &Layout, built: &Built) -> Result<bool> {
+    let stamp = built.stamp()?;
+    if fs::read_to_string(layout.at(CUDA).join(BUILT)).is_ok_and(|text| text == stamp) {
+        return Ok(false);
+    }
+    let staging = Staging::new(layout)?;
+    let own = Layout::new(&staging.path(CUDA));
+    link_dylib(&own.at("lib"), built)?;
+    copy_metadata(&own.at("deps"), built, &own.at(DYLIB))?;
+    for entry in fs::read_dir(own.at("deps"))? {
+        let file = entry?.path();
+        let other = layout.at("deps").join(file.file_name().unwrap_or_default());
+        if fs::read(other).is_ok_and(|other| fs::read(&file).is_ok_and(|file| file == other)) {
+            fs::remove_file(&file)?;
+        }
+    }
+    write_if_changed(&own.at(BUILT), stamp.as_bytes())?;
+    staging.commit(&[CUDA])?;
+    println!("  linked {}", layout.at(CUDA).join(DYLIB).display());
     Ok(true)
 }
 
@@ -131,8 +164,6 @@ fn install_api(layout: &Layout, built: &Built) -> Result<bool> {
 struct Built {
     /// The library itself.
     rlib: PathBuf,
-    /// rmetas and proc macros of all crates that it depends on.
-    metadata: Vec<PathBuf>,
     /// Where build scripts put native libraries: `-L` arguments.
     native: Vec<String>,
     /// The library, and candle, which it shows to its users: what completion should know.
@@ -140,36 +171,41 @@ struct Built {
 }
 
 impl Built {
+    fn folder(&self) -> Result<&Path> {
+        self.rlib.parent().context("an rlib without a folder")
+    }
+
     /// Tells one build from another.
     fn stamp(&self) -> Result<String> {
         let metadata = fs::metadata(&self.rlib)?;
         let modified = metadata.modified()?.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        Ok(format!("{} {} {}\n", self.rlib.display(), metadata.len(), modified.as_nanos()))
+        Ok(format!("{FORM} {} {} {}\n", self.rlib.display(), metadata.len(), modified.as_nanos()))
     }
 }
 
 /// Builds the whole workspace, and not the library alone: cargo unites the features of dependencies over what is
-/// built together, and would compile dozens of crates a second time for another set.
-fn build(source: &Path) -> Result<Built> {
-    let build = ["build", "--release", "--workspace", "--message-format=json-render-diagnostics"];
-    let messages = cargo(source, &build)?;
+/// built together, and would compile dozens of crates a second time for another set. The library for NVIDIA GPUs has
+/// another set, and a folder of its own.
+fn build(source: &Path, cuda: bool) -> Result<Built> {
     let metadata = cargo(source, &["metadata", "--format-version=1"])?;
     let metadata: Metadata = serde_json::from_slice(&metadata).context("cargo's metadata is not understood")?;
-    let needed = needed(&metadata);
+    let folder = format!("--target-dir={}", metadata.target_directory.join(CUDA));
+    let what: &[&str] = if cuda { &["--package=qlora-nb", "--features=cuda", &folder] } else { &["--workspace"] };
+    let build = [&["build", "--release", "--message-format=json-render-diagnostics"], what].concat();
+    let messages = cargo(source, &build)?;
     let mut built = Built::default();
     let mut artifacts = HashMap::new();
     for message in Message::parse_stream(&messages[..]) {
         match message? {
-            Message::BuildScriptExecuted(script) if needed.contains(&script.package_id) => {
+            Message::BuildScriptExecuted(script) => {
                 built.native.extend(script.linked_paths.into_iter().map(String::from));
             }
-            Message::CompilerArtifact(artifact) if needed.contains(&artifact.package_id) => {
+            Message::CompilerArtifact(artifact) => {
                 if artifact.target.name == "qlora_nb" {
                     let rlib = artifact.filenames.iter().find(|file| file.extension() == Some("rlib"));
                     built.rlib = rlib.map_or(built.rlib, PathBuf::from);
                 } else if let Some(file) = metadata_file(&artifact) {
-                    artifacts.insert(artifact.package_id, file.clone());
-                    built.metadata.push(file);
+                    artifacts.insert(artifact.package_id, file);
                 }
             }
             _ => {}
@@ -198,20 +234,6 @@ fn package<'a>(metadata: &'a Metadata, name: &str) -> Option<&'a Package> {
 /// The dependencies of a package.
 fn node<'a>(metadata: &'a Metadata, id: &PackageId) -> Option<&'a Node> {
     metadata.resolve.as_ref()?.nodes.iter().find(|node| node.id == *id)
-}
-
-/// The library's package and all packages whose metadata its own metadata refers to.
-fn needed(metadata: &Metadata) -> HashSet<&PackageId> {
-    let mut queue: Vec<&PackageId> = package(metadata, LIBRARY).map(|library| &library.id).into_iter().collect();
-    let mut needed = HashSet::new();
-    while let Some(id) = queue.pop() {
-        if needed.insert(id) {
-            let is_normal = |dep: &&NodeDep| dep.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal);
-            let deps = node(metadata, id).into_iter().flat_map(|node| &node.deps);
-            queue.extend(deps.filter(is_normal).map(|dep| &dep.pkg));
-        }
-    }
-    needed
 }
 
 /// What rustdoc needs for a package, from what cargo has built.
@@ -256,25 +278,83 @@ fn is_current(layout: &Layout, built: &Built, rustc: &str) -> bool {
         && layout.check().is_ok()
 }
 
-fn copy_metadata(deps: &Path, built: &Built) -> Result<(usize, u64)> {
+/// Copies the metadata of all crates in the dylib but std's: rustc reads it all for each cell, and needs nothing else of
+/// them, for their code is in the dylib.
+fn copy_metadata(deps: &Path, built: &Built, dylib: &Path) -> Result<(usize, u64)> {
     create_folder(deps)?;
-    let mut bytes = 0;
-    for file in built.metadata.iter().chain([&built.rlib]) {
-        let copy = deps.join(file.file_name().context("a library without a name")?);
-        bytes += fs::copy(file, &copy).map_err(|error| cannot("copy a library to", &copy, error))?;
+    let folder = built.folder()?.join("deps");
+    let (mut count, mut bytes, mut macros) = (0, 0, Vec::new());
+    for name in crates_in(dylib)? {
+        // In this order: a crate with an rlib and a .so is built as a C library too, whose .so has no metadata.
+        let mut found = ["rmeta", "rlib", "so"].iter().map(|extension| format!("lib{name}.{extension}"));
+        let Some(file) = found.find(|file| folder.join(file).exists()) else { continue };
+        let (from, copy) = (folder.join(&file), deps.join(&file));
+        bytes += match file.ends_with(".rlib") {
+            true => copy_metadata_alone(&from, &copy),
+            false => fs::copy(&from, &copy),
+        }
+        .map_err(|error| cannot("copy a library to", &copy, error))?;
+        count += 1;
+        macros.extend(file.ends_with(".so").then_some(copy));
     }
-    Ok((built.metadata.len() + 1, bytes))
+    // A third of the procedural macros are symbols, for nobody. Where there is no `strip`, they stay.
+    let _ = Command::new("strip").args(macros).stderr(Stdio::null()).status();
+    Ok((count, bytes))
+}
+
+/// The crates in a library, as their files are named: `serde_json-b7a5b60358df109f`. To list them is a thing that only a
+/// nightly rustc does unasked.
+fn crates_in(library: &Path) -> Result<Vec<String>> {
+    let output = Command::new("rustc").arg("-Zls=root").arg(library).env("RUSTC_BOOTSTRAP", "1").output();
+    let output = output.context("cannot run rustc")?;
+    let listed = String::from_utf8_lossy(&output.stdout);
+    // `21 arrow-84c67b8db7d45c49 hash 5006... host_hash None kind Unconditional ...`
+    let name = |line: &str| {
+        let mut words = line.split(' ');
+        words.next()?.parse::<u32>().ok()?;
+        Some(words.next()?.to_owned())
+    };
+    let crates: Vec<String> = listed.lines().filter_map(name).collect();
+    if crates.is_empty() {
+        bail!("rustc lists no crates in {}:\n{listed}{}", library.display(), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(crates)
+}
+
+/// Copies of an rlib what rustc reads where the code is elsewhere. Returns its size.
+fn copy_metadata_alone(rlib: &Path, copy: &Path) -> io::Result<u64> {
+    let archive = fs::read(rlib)?;
+    let kept = metadata_alone(&archive).unwrap_or(archive);
+    fs::write(copy, &kept)?;
+    Ok(kept.len() as u64)
+}
+
+/// An archive with the one member that is rustc's metadata; None if it has none.
+fn metadata_alone(archive: &[u8]) -> Option<Vec<u8>> {
+    const MAGIC: &[u8] = b"!<arch>\n";
+    const HEADER: usize = 60;
+    let mut members = archive.strip_prefix(MAGIC)?;
+    loop {
+        let size: usize = std::str::from_utf8(members.get(48..58)?).ok()?.trim().parse().ok()?;
+        // Members begin at even places.
+        let (member, others) = members.split_at_checked(HEADER + size.next_multiple_of(2))?;
+        if member.starts_with(b"lib.rmeta/") {
+            return Some([MAGIC, member].concat());
+        }
+        members = others;
+    }
 }
 
 /// Links the library and all its dependencies, but not std, into one dylib of the same name.
 fn link_dylib(folder: &Path, built: &Built) -> Result<()> {
     let facade = folder.join("qlora_nb.rs");
     write_if_changed(&facade, b"pub use library::*;\n")?;
-    let rlib_deps = built.rlib.parent().context("an rlib without a folder")?;
+    let rlib_deps = built.folder()?;
     let mut rustc = Command::new("rustc");
     rustc.args(["--edition=2024", "--crate-name=qlora_nb", "--crate-type=dylib", "-Cprefer-dynamic"]);
     // Another crate than the one it contains, though of the same name: the name is what error messages print.
-    rustc.args(["-Cmetadata=notebook", "-Copt-level=3", "--extern"]).arg(join("library=", &built.rlib));
+    rustc.args(["-Cmetadata=notebook", "-Copt-level=3", "-Cstrip=symbols"]);
+    rustc.arg("--extern").arg(join("library=", &built.rlib));
     for folder in [rlib_deps, &rlib_deps.join("deps")] {
         rustc.arg("-L").arg(join("dependency=", folder));
     }
@@ -285,12 +365,10 @@ fn link_dylib(folder: &Path, built: &Built) -> Result<()> {
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         // The linker writes through mapped memory, where a full disk is a bus error.
-        let remedy = if ["No space left", "Bus error"].iter().any(|sign| said.contains(sign)) {
+        let remedy = if ["No space left", "File too large", "Bus error"].iter().any(|sign| said.contains(sign)) {
             "\nremedy: free about 1 GiB there, or install elsewhere with --prefix DIR"
-        } else if said.contains("linker `cc` not found") {
-            "\nremedy: install a C compiler (Debian: apt-get install build-essential)"
         } else {
-            ""
+            remedy_for_linker(&said)
         };
         bail!("the dylib does not link:\n{said}{remedy}");
     }
@@ -303,13 +381,20 @@ fn join(before: &str, path: &Path) -> OsString {
     text
 }
 
-/// How evcxr, ours or another, compiles cells: against the dylib, and with std from rustc's own dylib, which the
-/// library shares. The separator is the one that cargo wants where paths may contain spaces.
-fn init_evcxr(layout: &Layout) -> String {
-    let flags = [
-        "-Cprefer-dynamic".to_owned(),
-        format!("--extern=qlora_nb={}", layout.at(DYLIB).display()),
-        format!("-Ldependency={}", layout.at("deps").display()),
-    ];
-    format!(":build_env CARGO_ENCODED_RUSTFLAGS={}\n", flags.join("\u{1f}"))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_an_rlib_only_the_metadata_is_kept() {
+        let member = |name: &str, data: &str| format!("{name:<48}{:<10}`\n{data}", data.len());
+        let archive = |members: &[&str]| format!("!<arch>\n{}", members.concat());
+        let (symbols, metadata, code) =
+            (member("/", "symbols!"), member("lib.rmeta/", "odd") + "\n", member("a.o/", "code"));
+        let kept = |members: &[&str]| metadata_alone(archive(members).as_bytes());
+        assert_eq!(kept(&[&symbols, &metadata, &code]), Some(archive(&[&metadata]).into_bytes()));
+        assert_eq!(kept(&[&symbols, &code]), None);
+        assert_eq!(kept(&[&metadata[..62]]), None);
+        assert_eq!(metadata_alone(b"no archive"), None);
+    }
 }

@@ -8,8 +8,8 @@
 //! want the rest of them to work on what is not there.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -21,7 +21,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use zeromq::{PubSocket, RepSocket, SocketRecv, SocketSend};
 
 use crate::executor::{Executor, Job, Shared, lock};
-use crate::layout::{self, Layout};
+use crate::layout::Layout;
 use crate::messages::{self, Channel, content, message, parsed, refusal, reply_to};
 use crate::session::Controls;
 use crate::syntax;
@@ -49,7 +49,7 @@ async fn serve(info: &ConnectionInfo, layout: &Layout) -> Result<()> {
     let published = tokio::spawn(messages::send_all(iopub, queue));
     tokio::spawn(beat(heartbeat));
 
-    let shared = Arc::new(Shared::new(publish, &shell, &stdin, layout));
+    let shared = Arc::new(Shared::new(publish, &shell, &stdin, layout, kernel_info(layout)));
     let (jobs, queue) = channel();
     let executor = Executor::new(shared.clone(), layout.clone());
     let executor = std::thread::spawn(move || executor.run(&queue));
@@ -127,7 +127,7 @@ fn on_shell(shared: &Arc<Shared>, jobs: &Sender<Job>, request: JupyterMessage) {
             let shared = shared.clone();
             std::thread::spawn(move || {
                 shared.wait_until_started();
-                shared.answer(&request, kernel_info);
+                shared.answer(&request, || shared.info.clone());
             });
             return;
         }
@@ -162,7 +162,7 @@ fn on_control(
             is_end = true;
             json!({ "status": "ok", "restart": content(&request)["restart"] == json!(true) })
         }
-        "kernel_info_request" => kernel_info(),
+        "kernel_info_request" => shared.info.clone(),
         // Clients that do not know better execute here too.
         "execute_request" => {
             let _ = jobs.send(Job::Execute(Box::new(request)));
@@ -182,21 +182,18 @@ fn on_control(
     is_end
 }
 
-/// What `rustc -vV` calls its release. Asked once: the kernel's rustc does not change under it.
-static RUST: LazyLock<String> =
-    LazyLock::new(|| layout::release_in(&layout::rustc_version().unwrap_or_default()).to_owned());
-
-fn kernel_info() -> Value {
+fn kernel_info(layout: &Layout) -> Value {
+    let of = layout.made_for();
     let version = env!("CARGO_PKG_VERSION");
     json!({
         "status": "ok",
         "protocol_version": "5.3",
         "implementation": "qlora-nb",
         "implementation_version": version,
-        "banner": format!("qlora-nb {version}: QLoRA fine-tuning in Rust. First cell: use qlora_nb::prelude::*;"),
+        "banner": format!("qlora-nb {version}, for {of}: QLoRA fine-tuning in Rust. First cell: use qlora_nb::prelude::*;"),
         "language_info": {
             "name": "rust",
-            "version": *RUST,
+            "version": layout.release(),
             "mimetype": "text/rust",
             "file_extension": ".rs",
             "pygments_lexer": "rust",

@@ -53,6 +53,13 @@ fn read(folder: &Path) -> Option<Value> {
     serde_json::from_slice(&fs::read(folder.join(KERNEL_JSON)).ok()?).ok()
 }
 
+/// What a kernelspec starts. One that came in a wheel names it from its own folder, behind `env`: some front ends leave out
+/// kernels whose first word is no program.
+fn program(spec: &Value) -> &str {
+    let argv = &spec["argv"];
+    (if argv[0] == "env" { &argv[1] } else { &argv[0] }).as_str().unwrap_or_default()
+}
+
 /// The layout to which a kernelspec of ours points.
 fn layout_of(folder: &Path) -> Option<Layout> {
     read(folder)?["env"]["QLORA_NB_PREFIX"].as_str().map(|prefix| Layout::new(Path::new(prefix)))
@@ -79,12 +86,13 @@ pub fn check(folder: &Path, layout: &Layout) -> Result<()> {
     let remedy = "remedy: qlora-nb install";
     let path = folder.join(KERNEL_JSON);
     let Some(spec) = read(folder) else { bail!("no kernelspec in {}\n{remedy}", folder.display()) };
-    let binary = spec["argv"][0].as_str().unwrap_or_default();
-    if !Path::new(binary).is_file() {
+    let binary = program(&spec).replace("{resource_dir}", &folder.to_string_lossy());
+    if !Path::new(&binary).is_file() {
         bail!("{} starts {binary:?}, which does not exist\n{remedy}", path.display());
     }
     let of = layout_of(folder).map(|layout| layout.prefix).unwrap_or_default();
-    if of != layout.prefix {
+    // None in a wheel's: that kernel takes the library that came with it.
+    if of != layout.prefix && !of.as_os_str().is_empty() {
         bail!(
             "{} uses the library in {}, not the one in {}\n{remedy}",
             path.display(),
@@ -117,6 +125,19 @@ mod tests {
         fs::write(spec.join("own.txt"), "").expect("written");
         assert!(remove(&spec, &layout).expect("removed"));
         assert_eq!(fs::read_dir(&spec).expect("kept for own.txt").count(), 1);
+    }
+
+    #[test]
+    fn one_that_came_in_a_wheel_is_checked_from_its_folder() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (spec, layout) = (folder.path().join("kernels/qlora-nb"), Layout::new(&folder.path().join("layout")));
+        fs::create_dir_all(&spec).expect("made");
+        let json = json!({ "argv": ["env", "{resource_dir}/../../qlora-nb"], "env": { "QLORA_NB_PREFIX": "" } });
+        fs::write(spec.join(KERNEL_JSON), json.to_string()).expect("written");
+        assert!(check(&spec, &layout).expect_err("no binary").to_string().contains("does not exist"));
+        fs::write(folder.path().join("qlora-nb"), "").expect("written");
+        check(&spec, &layout).expect("well");
+        assert!(!remove(&spec, &layout).expect("it is pip's"));
     }
 
     #[test]

@@ -6,17 +6,23 @@
 //! LAYOUT/built             which build of the library it was linked from
 //! LAYOUT/lib/              libqlora_nb.so
 //! LAYOUT/deps/             metadata of qlora_nb and all that it depends on
-//! LAYOUT/evcxr/            init.evcxr: how cells are compiled
+//! LAYOUT/cuda/             built, lib/ and, as far as it differs, deps/ of the library for NVIDIA GPUs, if it was asked for
+//! LAYOUT/evcxr/            init.evcxr: how another evcxr compiles cells
 //! LAYOUT/bin/qlora-nb      the kernel that Jupyter starts
 //! LAYOUT/api.json          what completion and inspection know of the library
 //! KERNELSPEC/              kernel.json and logos
 //! ```
+//!
+//! A wheel (`scripts/wheel`) holds the same for a Python environment, without `built` and `evcxr`, with `notebooks`, and
+//! with the kernel where the environment has its programs. Nobody knows beforehand where that lies, so the stamp names the
+//! kernelspec from LAYOUT, and the kernelspec the kernel from its own folder.
 //!
 //! | | LAYOUT | KERNELSPEC |
 //! |---|---|---|
 //! | `--user` | `$XDG_DATA_HOME/qlora-nb` | `$JUPYTER_DATA_DIR/kernels/qlora-nb` |
 //! | `--sys-prefix`, `--prefix DIR` | `DIR/share/qlora-nb` | `DIR/share/jupyter/kernels/qlora-nb` |
 //! | `QLORA_NB_PREFIX=DIR`, no flag | `DIR` | `DIR/share/jupyter/kernels/qlora-nb` |
+//! | wheel | `share/qlora-nb` of the environment | `share/jupyter/kernels/qlora-nb` of the environment |
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, Write};
@@ -40,6 +46,7 @@ pub const BUILT: &str = "built";
 const NEW: &str = ".new-";
 /// Files in entries.
 pub const DYLIB: &str = "lib/libqlora_nb.so";
+pub const CUDA: &str = "cuda";
 pub const INIT: &str = "evcxr/init.evcxr";
 pub const BINARY: &str = "bin/qlora-nb";
 
@@ -59,48 +66,115 @@ impl Layout {
         self.prefix.join(entry)
     }
 
-    /// Whether an installation of ours lies there, whole or not. One of before the stamp is known by its init.evcxr.
-    pub fn is_ours(&self) -> bool {
-        let init = || fs::read_to_string(self.at(INIT));
-        self.at(STAMP).is_file() || init().is_ok_and(|text| text.contains("--extern=qlora_nb="))
+    /// Whether the library for NVIDIA GPUs is the one to take: it does not start without a driver.
+    pub fn is_for_gpus(&self) -> bool {
+        let driver = variable("QLORA_NB_GPU_DRIVER").unwrap_or("libcuda.so.1".into());
+        // SAFETY: to load the driver runs what it runs in every program that uses it.
+        self.at(CUDA).exists() && unsafe { libloading::Library::new(driver) }.is_ok()
     }
 
-    /// The kernelspec that was installed for this layout, as its stamp says.
-    pub fn kernelspec(&self) -> Option<PathBuf> {
+    /// In words for people.
+    pub fn made_for(&self) -> &'static str {
+        if self.is_for_gpus() { "NVIDIA GPUs" } else { "the CPU" }
+    }
+
+    /// The library that cells are linked to.
+    pub fn dylib(&self) -> PathBuf {
+        if self.is_for_gpus() { self.at(CUDA).join(DYLIB) } else { self.at(DYLIB) }
+    }
+
+    /// Whether an installation of ours lies there, whole or not.
+    pub fn is_ours(&self) -> bool {
+        self.at(STAMP).is_file()
+    }
+
+    /// As the stamp has it.
+    fn stamped_kernelspec(&self) -> Option<PathBuf> {
         let stamp: Value = serde_json::from_slice(&fs::read(self.at(STAMP)).ok()?).ok()?;
         stamp["kernelspec"].as_str().map(PathBuf::from)
     }
 
-    /// Whether notebooks can use what is there; else what is wrong and the remedy.
-    pub fn check(&self) -> Result<()> {
+    /// The kernelspec that was installed for this layout, as its stamp says.
+    pub fn kernelspec(&self) -> Option<PathBuf> {
+        Some(self.prefix.join(self.stamped_kernelspec()?))
+    }
+
+    fn is_pips(&self) -> bool {
+        self.stamped_kernelspec().is_some_and(|spec| spec.is_relative())
+    }
+
+    /// What pip has installed is pip's to replace and to remove.
+    pub fn refuse_pips(&self) -> Result<()> {
+        if self.is_pips() {
+            let prefix = self.prefix.display();
+            bail!("{prefix} was installed by pip\nremedy: pip uninstall qlora-nb, or another place (--prefix DIR)");
+        }
+        Ok(())
+    }
+
+    /// What is wrong with the library that is there, with the remedy; else the toolchain that builds its cells: the one
+    /// that built the library, for no other rustc can read it.
+    pub fn check(&self) -> Result<PathBuf> {
         let prefix = self.prefix.display();
-        let Ok(installed_for) = fs::read_to_string(self.at(RUSTC)) else {
+        let Ok(built_by) = fs::read_to_string(self.at(RUSTC)) else {
             bail!("no library for notebooks in {prefix}\nremedy: qlora-nb install (or --prefix DIR, where it is)");
         };
-        for needed in [self.at(DYLIB), self.at("deps"), self.at(INIT)] {
+        for needed in [self.dylib(), self.at("deps")] {
             if !needed.exists() {
                 bail!("{} is missing\nremedy: qlora-nb install", needed.display());
             }
         }
-        let rustc = rustc_version()?;
-        if installed_for.trim() != rustc.trim() {
-            bail!(
-                "the library in {prefix} was built by {}, and a notebook's cells would be built by {}\n\
-                 remedy: qlora-nb install",
-                first_line(&installed_for),
-                first_line(&rustc)
-            );
+        let is_it = |toolchain: &PathBuf| version_of(&toolchain.join("bin/rustc")).is_ok_and(|text| text == built_by);
+        sysroot().into_iter().chain(toolchains()).find(is_it).with_context(|| {
+            let (rustc, release) = (first_line(&built_by), release_in(&built_by));
+            let here = if self.is_pips() { "" } else { "qlora-nb install, for the rustc on PATH; or " };
+            format!(
+                "the library in {prefix} was built by {rustc}, which alone can build its cells and is not on this machine\n\
+                 remedy: {here}rustup toolchain install {release} --profile minimal (rustup: https://rustup.rs)"
+            )
+        })
+    }
+
+    /// The release of the rustc that built the library.
+    pub fn release(&self) -> String {
+        release_in(&fs::read_to_string(self.at(RUSTC)).unwrap_or_default()).to_owned()
+    }
+
+    /// Copies the notebooks that came with the library, with their data and their model, to a new folder.
+    pub fn copy_notebooks(&self, to: &Path) -> Result<()> {
+        let from = self.at("notebooks");
+        if !from.exists() {
+            bail!("no notebooks came with this installation: they are in the repository that it was built from");
         }
-        let init = fs::read_to_string(self.at(INIT))?;
-        if !init.contains(&*self.at(DYLIB).to_string_lossy()) {
-            bail!("{prefix} was moved after it was installed\nremedy: qlora-nb install, for the new place");
+        fs::create_dir(to).map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => anyhow!("{} exists already\nremedy: name a new folder", to.display()),
+            _ => cannot("create", to, error),
+        })?;
+        for entry in walkdir::WalkDir::new(&from).min_depth(1) {
+            let entry = entry.with_context(|| format!("cannot read {}", from.display()))?;
+            let copy = to.join(entry.path().strip_prefix(&from)?);
+            match entry.file_type().is_dir() {
+                true => create_folder(&copy)?,
+                false => drop(fs::copy(entry.path(), &copy).map_err(|error| cannot("write", &copy, error))?),
+            }
         }
         Ok(())
+    }
+
+    /// How evcxr, ours or another, compiles cells: against the dylib, and with std from rustc's own dylib, which the
+    /// library shares. The separator is the one that cargo wants where paths may contain spaces.
+    pub fn init_evcxr(&self) -> String {
+        let mut flags = vec!["-Cprefer-dynamic".to_owned(), format!("--extern=qlora_nb={}", self.dylib().display())];
+        let own = self.is_for_gpus().then(|| self.at(CUDA).join("deps"));
+        let folders = own.into_iter().chain([self.at("deps")]);
+        flags.extend(folders.map(|folder| format!("-Ldependency={}", folder.display())));
+        format!(":build_env CARGO_ENCODED_RUSTFLAGS={}\n", flags.join("\u{1f}"))
     }
 
     /// Makes the folder ours, with its stamp as the lock that keeps a second install out until the claim is dropped.
     /// Refuses a folder with other people's files: `uninstall` could not tell them from ours.
     pub fn claim(&self, kernelspec: &Path) -> Result<Claim<'_>> {
+        self.refuse_pips()?;
         let folder = &self.prefix;
         let is_empty = || fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
         if folder.exists() && !self.is_ours() && !is_empty() {
@@ -215,8 +289,9 @@ impl Installation {
             return Ok(absolute(&prefix)?);
         }
         let own = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.parent()?.to_owned()));
+        let own = own.into_iter().flat_map(|dir| [dir.join("share/qlora-nb"), dir]);
         let python = active_environment().map(|dir| dir.join("share/qlora-nb"));
-        let candidates = own.into_iter().chain(user_layout()).chain(python);
+        let candidates = own.chain(user_layout()).chain(python);
         match candidates.map(|path| Layout::new(&path)).find(Layout::is_ours) {
             Some(layout) => Ok(absolute(&layout.prefix)?),
             None => Ok(absolute(&user_layout()?)?),
@@ -258,14 +333,20 @@ fn python_prefix() -> Result<PathBuf> {
 }
 
 /// `rustc -vV`, which names compiler, commit and host.
+fn version_of(rustc: &Path) -> Result<String> {
+    match Command::new(rustc).arg("-vV").output() {
+        Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        Ok(output) => bail!("rustc -vV failed: {}", String::from_utf8_lossy(&output.stderr).trim()),
+        Err(error) => bail!("cannot run rustc, which compiles the cells: {error}"),
+    }
+}
+
+/// Of the rustc that is on PATH, if it is new enough.
 pub fn rustc_version() -> Result<String> {
     let needed = env!("CARGO_PKG_RUST_VERSION");
-    let remedy = format!("remedy: install Rust {needed} or newer with rustup, and have ~/.cargo/bin on PATH");
-    let version = match Command::new("rustc").arg("-vV").output() {
-        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
-        Ok(output) => bail!("rustc -vV failed: {}\n{remedy}", String::from_utf8_lossy(&output.stderr).trim()),
-        Err(error) => bail!("cannot run rustc, which compiles the cells: {error}\n{remedy}"),
-    };
+    let version = version_of(Path::new("rustc")).with_context(|| {
+        format!("remedy: install Rust {needed} or newer with rustup, and have ~/.cargo/bin on PATH")
+    })?;
     let numbers = |text: &str| -> Vec<u32> { text.split(['.', '-']).map_while(|part| part.parse().ok()).collect() };
     if numbers(release_in(&version)) < numbers(needed) {
         bail!("{} is too old: Rust {needed} or newer is needed\nremedy: rustup update", first_line(&version));
@@ -274,14 +355,29 @@ pub fn rustc_version() -> Result<String> {
 }
 
 /// `1.95.0`, of what `rustc -vV` says.
-pub fn release_in(version: &str) -> &str {
+fn release_in(version: &str) -> &str {
     version.lines().find_map(|line| line.strip_prefix("release: ")).unwrap_or("unknown")
 }
 
-/// Where this rustc's toolchain lies.
+/// rustup's toolchains.
+fn toolchains() -> Vec<PathBuf> {
+    let home = variable("RUSTUP_HOME").or_else(|| Some(variable("HOME")?.join(".rustup"))).unwrap_or_default();
+    let entries = fs::read_dir(home.join("toolchains")).into_iter().flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+}
+
+/// Where the toolchain of the rustc on PATH lies.
 pub fn sysroot() -> Result<PathBuf> {
     let output = Command::new("rustc").args(["--print", "sysroot"]).output().context("cannot run rustc")?;
     Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+}
+
+/// What helps where a compiler complains that there is no linker.
+pub fn remedy_for_linker(said: &str) -> &'static str {
+    match said.contains("linker `cc` not found") {
+        true => "\nremedy: install a C compiler (Debian: apt-get install build-essential)",
+        false => "",
+    }
 }
 
 pub fn first_line(text: &str) -> &str {
@@ -396,6 +492,32 @@ mod tests {
         let error = layout.claim(Path::new("/spec")).err().expect("refused").to_string();
         assert!(error.contains("holds no installation") && error.contains("remedy"), "{error}");
         assert!(!layout.at(STAMP).exists());
+    }
+
+    #[test]
+    fn what_came_in_a_wheel_is_pips_and_finds_its_kernelspec() {
+        let (folder, layout) = layout();
+        create_folder(&layout.prefix).expect("made");
+        fs::write(layout.at(STAMP), r#"{"kernelspec": "../kernels/qlora-nb"}"#).expect("written");
+        assert_eq!(layout.kernelspec(), Some(folder.path().join("layout/../kernels/qlora-nb")));
+        for refused in [layout.refuse_pips(), layout.claim(Path::new("/spec")).map(drop)] {
+            assert!(refused.expect_err("pip's").to_string().contains("pip uninstall qlora-nb"));
+        }
+        fs::write(layout.at(STAMP), r#"{"kernelspec": "/spec"}"#).expect("written");
+        layout.refuse_pips().expect("ours");
+    }
+
+    #[test]
+    fn notebooks_are_copied_to_a_new_folder_only() {
+        let (folder, layout) = layout();
+        let to = folder.path().join("book");
+        assert!(layout.copy_notebooks(&to).expect_err("none").to_string().contains("in the repository"));
+        create_folder(&layout.at("notebooks/en")).expect("made");
+        fs::write(layout.at("notebooks/en/a.ipynb"), "cells").expect("written");
+        layout.copy_notebooks(&to).expect("copied");
+        fs::write(to.join("en/a.ipynb"), "changed").expect("it is the reader's own");
+        assert!(layout.copy_notebooks(&to).expect_err("there").to_string().contains("exists already"));
+        assert_eq!(fs::read_to_string(to.join("en/a.ipynb")).expect("kept"), "changed");
     }
 
     #[test]

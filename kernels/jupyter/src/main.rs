@@ -121,6 +121,12 @@ enum Command {
     },
     /// Say what is missing or does not match, and the remedy
     Doctor(Installation),
+    /// Copy the notebooks that came with an installation by pip, their data and their model to a new folder
+    Notebooks {
+        folder: PathBuf,
+        #[command(flatten)]
+        installation: Installation,
+    },
     /// Print what makes a shell complete this command line: eval "$(qlora-nb completions bash)"
     Completions { shell: clap_complete::Shell },
     /// How `run` and `test` start this binary for one notebook
@@ -162,6 +168,7 @@ fn obey(command: Command) -> Result<ExitCode> {
         Command::Test(options) => return testing::test(&options),
         Command::Repl(installation) => repl::run(&installation.layout()?)?,
         Command::Kernel { connection_file, installation } => kernel::run(&connection_file, &installation.layout()?)?,
+        Command::Notebooks { folder, installation } => installation.layout()?.copy_notebooks(&folder)?,
         Command::Doctor(installation) => return doctor::doctor(&installation.layout()?),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -112,9 +112,9 @@ pub struct Ending {
 impl Session {
     /// Starts evcxr for cells that run in `working_dir`. `api` is the index of the layout's library.
     pub fn start(layout: &Layout, api: Arc<Api>, working_dir: &Path) -> Result<Session> {
-        layout.check()?;
+        let toolchain = layout.check()?;
         let (folder, claim) = folder(&std::env::temp_dir()).context("cannot make a folder in /tmp")?;
-        prepare_environment(layout, folder.path())?;
+        prepare_environment(layout, &toolchain, folder.path())?;
         std::env::set_current_dir(working_dir)
             .with_context(|| format!("cannot work in the notebook's folder {}", working_dir.display()))?;
         let engine = engine::start(folder.path(), api)?;
