@@ -1,7 +1,7 @@
 # JupyterLab on the notebooks, the kernel ready: for Docker, for Binder (which takes this file) and for .devcontainer.
 #   docker build -t qlora-nb .
 #   docker run --rm -p 8888:8888 qlora-nb      # and open the address that it prints
-# The build compiles about 600 crates: half an hour on two cores, and 8 GB of memory or more.
+# The build compiles about 400 crates: half an hour on two cores, and 8 GB of memory or more.
 #
 # This file was written and read with care, but no Docker daemon was at hand to build it. Its commands are those of
 # scripts/setup, which the tests run on Debian. On Binder the build may take longer than its operators allow.

@@ -96,7 +96,9 @@ fn json_of_another_form() {
 /// Of a column without values no byte is in the file: what numbers its rows would need 32 EiB.
 #[test]
 fn more_rows_than_the_file_can_hold() {
-    use arrow::{array, datatypes, ipc::writer::StreamWriter};
+    use arrow_array as array;
+    use arrow_ipc::writer::StreamWriter;
+    use arrow_schema as datatypes;
     let folder = copy(&fixture("alpaca_tiny/train"));
     let write = |rows: usize| {
         let schema = datatypes::Schema::new(vec![datatypes::Field::new("n", datatypes::DataType::Null, true)]);

@@ -96,7 +96,7 @@ fn csv_with_quotes_numbers_and_gaps() {
 
 /// A Parquet file with the columns `text` and `n`, made by the parquet crate.
 fn parquet_file(folder: &tempfile::TempDir) -> PathBuf {
-    use arrow::array::{ArrayRef, Int32Array, RecordBatch, StringViewArray};
+    use arrow_array::{ArrayRef, Int32Array, RecordBatch, StringViewArray};
     let text: ArrayRef =
         Arc::new(StringViewArray::from_iter_values((0..2500).map(|i| format!("第{i}行 of the table"))));
     let n: ArrayRef = Arc::new(Int32Array::from_iter_values(0..2500));

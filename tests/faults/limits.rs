@@ -8,10 +8,8 @@ use std::{
     sync::Arc,
 };
 
-use arrow::{
-    array::{ArrayRef, RecordBatch, StringArray, new_null_array},
-    datatypes::DataType,
-};
+use arrow_array::{ArrayRef, RecordBatch, StringArray, new_null_array};
+use arrow_schema::DataType;
 use candle_core::Device;
 use parquet::arrow::ArrowWriter;
 use qlora_nb::{

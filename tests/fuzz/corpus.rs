@@ -2,10 +2,10 @@
 
 use std::{fs, path::Path, sync::Arc};
 
-use arrow::{
-    array::{ArrayRef, DictionaryArray, Int32Array, RecordBatch, StringArray, StructArray, new_null_array},
-    datatypes::{DataType, Field, Int32Type},
+use arrow_array::{
+    ArrayRef, DictionaryArray, Int32Array, RecordBatch, StringArray, StructArray, new_null_array, types::Int32Type,
 };
+use arrow_schema::{DataType, Field};
 use candle_core::{DType, Device, Tensor};
 use parquet::{arrow::ArrowWriter, file::properties::WriterProperties};
 use qlora_nb::{peft::PeftModel, prelude::*};

@@ -2,10 +2,8 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use arrow::{
-    array::{RecordBatch, new_null_array},
-    datatypes::{DataType, Field},
-};
+use arrow_array::{RecordBatch, new_null_array};
+use arrow_schema::{DataType, Field};
 use candle_core::{DType, Device, Tensor};
 use parquet::arrow::ArrowWriter;
 use qlora_nb::{error::Error, peft::PeftModel, prelude::*, quant::QuantizedTensor};

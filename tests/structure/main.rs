@@ -1,5 +1,7 @@
 //! What lies beneath never imports what lies above: the order of modules that `lib.rs` and `main.rs` write down, held
-//! against the imports, and no circle of files.
+//! against the imports, and no circle of files. Also what the profile says of packages.
+
+mod profile;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -8,11 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use arrow::{
-    array::RecordBatch,
-    datatypes::{DataType, Field, FieldRef, Schema, SchemaRef},
-    error::ArrowError,
-};
+use arrow_array::RecordBatch;
+use arrow_schema::{ArrowError, DataType, Field, FieldRef, Schema, SchemaRef};
 use serde_json::json;
 
 use super::{

@@ -2,11 +2,9 @@
 
 use std::{fmt, sync::Arc};
 
-use arrow::{
-    array::{Array, ArrayRef, AsArray},
-    compute::cast,
-    datatypes::{DataType, Int64Type},
-};
+use arrow_array::{Array, ArrayRef, cast::AsArray, types::Int64Type};
+use arrow_cast::cast;
+use arrow_schema::DataType;
 
 use super::{
     table::Table,

@@ -2,11 +2,11 @@
 
 use std::{collections::HashSet, fmt, sync::Arc};
 
-use arrow::{
-    array::{ArrayRef, ArrowPrimitiveType, ListArray, RecordBatch},
-    datatypes::{DataType, Field, Int8Type, Int32Type, Int64Type, Schema},
-    error::ArrowError,
+use arrow_array::{
+    ArrayRef, ArrowPrimitiveType, ListArray, RecordBatch,
+    types::{Int8Type, Int32Type, Int64Type},
 };
+use arrow_schema::{ArrowError, DataType, Field, Schema};
 
 use super::{
     table::{BATCH_ROWS, Table},

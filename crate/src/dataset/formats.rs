@@ -7,10 +7,8 @@ use std::{
     sync::Arc,
 };
 
-use arrow::{
-    csv::{ReaderBuilder, reader::Format},
-    datatypes::{DataType, Field, Schema},
-};
+use arrow_csv::{ReaderBuilder, reader::Format};
+use arrow_schema::{DataType, Field, Schema};
 use candle_core::Device;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::de::{Deserializer, SeqAccess, Visitor};

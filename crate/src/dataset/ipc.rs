@@ -6,13 +6,10 @@ use std::{
     path::Path,
 };
 
-use arrow::{
-    array::RecordBatch,
-    buffer::Buffer,
-    datatypes::SchemaRef,
-    error::ArrowError,
-    ipc::{self, MessageHeader, reader::StreamDecoder, writer::StreamWriter},
-};
+use arrow_array::RecordBatch;
+use arrow_buffer::Buffer;
+use arrow_ipc::{self as ipc, MessageHeader, reader::StreamDecoder, writer::StreamWriter};
+use arrow_schema::{ArrowError, SchemaRef};
 
 use crate::{
     error::{Error, Result, catch},

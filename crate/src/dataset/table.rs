@@ -7,12 +7,10 @@ use std::{
     sync::Arc,
 };
 
-use arrow::{
-    array::{ArrayRef, RecordBatch},
-    compute::{cast, interleave_record_batch},
-    datatypes::{DataType, Field, Schema, SchemaRef},
-    error::ArrowError,
-};
+use arrow_array::{ArrayRef, RecordBatch, RecordBatchOptions};
+use arrow_cast::cast;
+use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
+use arrow_select::interleave::interleave_record_batch;
 
 use super::value::{self, Value};
 
@@ -127,7 +125,7 @@ impl Table {
         let rename = |(i, name): &(usize, String)| self.schema.field(*i).clone().with_name(name);
         let schema = Arc::new(Schema::new(columns.iter().map(rename).collect::<Vec<_>>()));
         let project = |batch: &RecordBatch| {
-            let options = arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+            let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
             RecordBatch::try_new_with_options(schema.clone(), batch.project(&indices)?.columns().to_vec(), &options)
         };
         let batches = self.batches.iter().map(project).collect::<Result<_, _>>()?;

@@ -2,16 +2,14 @@
 
 use std::{fmt, sync::Arc};
 
-use arrow::{
-    array::{
-        Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, ListArray, NullArray, StringArray,
-        StructArray,
-    },
-    buffer::{NullBuffer, OffsetBuffer},
-    compute::cast,
-    datatypes::{DataType, Field, Fields, Float64Type, Int64Type, UInt64Type},
-    util::display::array_value_to_string,
+use arrow_array::{
+    Array, ArrayRef, BooleanArray, Float64Array, Int64Array, ListArray, NullArray, StringArray, StructArray,
+    cast::AsArray,
+    types::{Float64Type, Int64Type, UInt64Type},
 };
+use arrow_buffer::{NullBuffer, OffsetBuffer};
+use arrow_cast::{cast, display::array_value_to_string};
+use arrow_schema::{DataType, Field, Fields};
 
 use crate::py_repr::{commas, py_bool, py_dict, py_float, py_str};
 
