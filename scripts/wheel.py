@@ -45,8 +45,6 @@ def said(*command):
 def glibc(program):
     """The minor version of the newest glibc 2 of which a program or a library needs a symbol."""
     needed = set(re.findall(r"Shared library: \[(.*?)\]", said("readelf", "-dW", program)))
-    if "cuda" in program.parts:
-        needed.discard("libcuda.so.1")  # the driver's: without one, the other library is taken
     foreign = sorted(name for name in needed if not SYSTEM.fullmatch(name))
     if foreign:
         sys.exit(f"{program} needs {', '.join(foreign)}, which not every Linux has\nremedy: link it statically")
@@ -79,7 +77,7 @@ def as_json(value):
 def content(stage, version):
     """{path in the wheel: bytes} but for the metadata, and the minor version of glibc that it needs."""
     layout, share = stage / "share/qlora-nb", f"qlora_nb-{version}.data/data/share"
-    binary, libraries = layout / "bin/qlora-nb", sorted([*layout.glob("**/lib/*.so"), *layout.glob("**/deps/*")])
+    binary, libraries = layout / "bin/qlora-nb", sorted([*layout.glob("lib/*.so"), *layout.glob("deps/*")])
     files = {f"qlora_nb-{version}.data/scripts/qlora-nb": stripped(binary)}
     for path in [*libraries, layout / "rustc"]:
         files[f"{share}/qlora-nb/{path.relative_to(layout)}"] = path.read_bytes()

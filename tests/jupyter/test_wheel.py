@@ -1,6 +1,5 @@
 """The wheel: a kernel from `pip install`, which compiles nothing but cells, by a rustc that it finds itself."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -118,30 +117,6 @@ def test_the_notebooks_come_along(environment, tmp_path):
     run(environment / "bin/qlora-nb", "notebooks", tmp_path / "book", env=env)
     assert (tmp_path / "book/en/qlora_walkthrough.ipynb").is_file()
     assert (tmp_path / "book/models/poet-bloom-zh/model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(("driver_library", "taken"), [("libm.so.6", "cuda/lib"), ("no-driver.so", "lib")])
-def test_the_library_for_gpus_is_taken_where_there_is_a_driver(prefix, tmp_path, driver_library, taken):
-    """Another library stands for the driver, and the one for the CPU for that with CUDA."""
-    layout = tmp_path / "share/qlora-nb"
-    layout.mkdir(parents=True)
-    for entry in prefix.iterdir():
-        (layout / entry.name).symlink_to(entry)
-    (layout / "cuda").mkdir()
-    (layout / "cuda/lib").symlink_to(prefix / "lib")
-    (layout / "cuda/deps").mkdir()
-    share = tmp_path / "kernels"
-    shutil.copytree(prefix / "share/jupyter/kernels", share)
-    env = {"QLORA_NB_GPU_DRIVER": driver_library}
-    argv = json.loads((share / "qlora-nb/kernel.json").read_text())
-    argv["env"] = {"QLORA_NB_PREFIX": str(layout)}
-    (share / "qlora-nb/kernel.json").write_text(json.dumps(argv))
-    with driver.started("qlora-nb", cwd=tmp_path, env=env, kernel_dirs=[share]) as kernel:
-        of = "NVIDIA GPUs" if taken == "cuda/lib" else "the CPU"
-        assert f"for {of}" in kernel.ask("kernel_info_request")["banner"]
-        libraries = kernel.run('println!("{}", std::env::var("LD_LIBRARY_PATH")?);').ok().stdout
-        assert str(layout / taken) in libraries.strip().split(os.pathsep)
-        kernel.run("qlora_nb::prelude::DType::F32").ok()
 
 
 def test_pip_alone_removes_it(environment):

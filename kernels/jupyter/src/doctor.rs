@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::api::Api;
 use crate::kernelspec;
-use crate::layout::{API, Layout, first_line, sysroot};
+use crate::layout::{API, DYLIB, Layout, first_line, sysroot};
 
 pub fn doctor(layout: &Layout) -> Result<ExitCode> {
     let mut healthy = true;
@@ -21,8 +21,7 @@ pub fn doctor(layout: &Layout) -> Result<ExitCode> {
     report("sysroot", std_of(&bin.join("rustc")));
     let linker = says(Path::new("cc"), &["--version"]);
     report("linker", linker.context("cc is missing\nremedy: apt-get install build-essential"));
-    let of = layout.made_for();
-    report("library for notebooks", toolchain.map(|_| format!("{}, for {of}", layout.dylib().display())));
+    report("library for notebooks", toolchain.map(|_| layout.at(DYLIB).display().to_string()));
     let spec = layout.kernelspec();
     report("kernelspec", kernelspec_of(layout, spec.as_deref()));
     // What notebooks do without, if need be.

@@ -88,8 +88,7 @@ pub fn prepare_environment(layout: &Layout, toolchain: &Path, folder: &Path) -> 
         let rest = std::env::var_os(name);
         std::env::join_paths([first].into_iter().chain(rest.iter().flat_map(std::env::split_paths)))
     };
-    let dylib = layout.dylib();
-    let libraries = before(dylib.parent().unwrap_or(&dylib).to_owned(), "LD_LIBRARY_PATH")?;
+    let libraries = before(layout.prefix.join("lib"), "LD_LIBRARY_PATH")?;
     // Past rustup's proxies, which cost more time than compiling a small cell.
     let path = before(toolchain.join("bin"), "PATH")?;
     // The installation may have come here since it was made, or be one that must not be written.

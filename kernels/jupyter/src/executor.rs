@@ -32,21 +32,15 @@ pub struct Shared {
     /// Those of the session, once there is one.
     pub session: Mutex<Option<(Controls, Arc<Mutex<Names>>)>>,
     pub assistance: Assistance,
-    /// What clients are told of the kernel.
-    pub info: Value,
+    /// The release of the rustc that builds the cells.
+    pub rust: String,
     /// Whether the session has started, or has failed to.
     started: Mutex<bool>,
     on_start: Condvar,
 }
 
 impl Shared {
-    pub fn new(
-        iopub: UnboundedSender<JupyterMessage>,
-        shell: &Channel,
-        stdin: &Channel,
-        layout: &Layout,
-        info: Value,
-    ) -> Shared {
+    pub fn new(iopub: UnboundedSender<JupyterMessage>, shell: &Channel, stdin: &Channel, layout: &Layout) -> Shared {
         Shared {
             iopub,
             shell: shell.answers.clone(),
@@ -54,7 +48,7 @@ impl Shared {
             history: Mutex::default(),
             session: Mutex::default(),
             assistance: Assistance::new(layout),
-            info,
+            rust: layout.release(),
             started: Mutex::new(false),
             on_start: Condvar::new(),
         }

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::{Artifact, Message, Metadata, Node, Package, PackageId};
 
 use crate::layout::{
-    API, BINARY, BINARY_ENTRY, BUILT, CUDA, DYLIB, INIT, LIBRARY_ENTRIES, Layout, Place, RUSTC, Staging, Target,
+    API, BINARY, BINARY_ENTRY, BUILT, DYLIB, INIT, LIBRARY_ENTRIES, Layout, Place, RUSTC, Staging, Target,
 };
 use crate::layout::{cannot, create_folder, first_line, remedy_for_linker, rustc_version, write_if_changed};
 use crate::{api, kernelspec};
@@ -36,9 +36,6 @@ pub struct Options {
     /// The qlora-nb sources [default: where this binary was built]
     #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
-    /// Also the library for NVIDIA GPUs, taken where there is a driver: needs nvcc
-    #[arg(long)]
-    cuda: bool,
 }
 
 pub fn install(options: &Options) -> Result<()> {
@@ -53,11 +50,10 @@ pub fn install(options: &Options) -> Result<()> {
     let _claim = layout.claim(&kernelspec)?;
 
     println!("building the library in {} with {}", source.display(), first_line(&rustc));
-    let built = build(&source, false)?;
+    let built = build(&source)?;
     println!("  built or fresh after {:.1} s", begin.elapsed().as_secs_f64());
     let parts = [
         install_library(&layout, &built, &rustc)?,
-        options.cuda && install_cuda(&layout, &build(&source, true)?)?,
         install_binary(&layout, &own)?,
         install_api(&layout, &built)?,
         kernelspec::write(&kernelspec, &layout)?,
@@ -97,33 +93,8 @@ fn install_library(layout: &Layout, built: &Built, rustc: &str) -> Result<bool> 
     write_if_changed(&staging.path("built"), built.stamp()?.as_bytes())?;
     write_if_changed(&staging.path("rustc"), rustc.as_bytes())?;
     staging.commit(&LIBRARY_ENTRIES)?;
-    // Of another build, perhaps of another rustc.
-    let _ = fs::remove_dir_all(layout.at(CUDA));
     let size = fs::metadata(layout.at(DYLIB))?.len() >> 20;
     println!("  linked {} ({size} MiB) in {:.1} s", layout.at(DYLIB).display(), begin.elapsed().as_secs_f64());
-    Ok(true)
-}
-
-/// The library with the feature `cuda`, and what of its metadata is not that of the other library, too.
-fn install_cuda(layout: &Layout, built: &Built) -> Result<bool> {
-    let stamp = built.stamp()?;
-    if fs::read_to_string(layout.at(CUDA).join(BUILT)).is_ok_and(|text| text == stamp) {
-        return Ok(false);
-    }
-    let staging = Staging::new(layout)?;
-    let own = Layout::new(&staging.path(CUDA));
-    link_dylib(&own.at("lib"), built)?;
-    copy_metadata(&own.at("deps"), built, &own.at(DYLIB))?;
-    for entry in fs::read_dir(own.at("deps"))? {
-        let file = entry?.path();
-        let other = layout.at("deps").join(file.file_name().unwrap_or_default());
-        if fs::read(other).is_ok_and(|other| fs::read(&file).is_ok_and(|file| file == other)) {
-            fs::remove_file(&file)?;
-        }
-    }
-    write_if_changed(&own.at(BUILT), stamp.as_bytes())?;
-    staging.commit(&[CUDA])?;
-    println!("  linked {}", layout.at(CUDA).join(DYLIB).display());
     Ok(true)
 }
 
@@ -184,15 +155,12 @@ impl Built {
 }
 
 /// Builds the whole workspace, and not the library alone: cargo unites the features of dependencies over what is
-/// built together, and would compile dozens of crates a second time for another set. The library for NVIDIA GPUs has
-/// another set, and a folder of its own.
-fn build(source: &Path, cuda: bool) -> Result<Built> {
+/// built together, and would compile dozens of crates a second time for another set.
+fn build(source: &Path) -> Result<Built> {
+    let build = ["build", "--release", "--workspace", "--message-format=json-render-diagnostics"];
+    let messages = cargo(source, &build)?;
     let metadata = cargo(source, &["metadata", "--format-version=1"])?;
     let metadata: Metadata = serde_json::from_slice(&metadata).context("cargo's metadata is not understood")?;
-    let folder = format!("--target-dir={}", metadata.target_directory.join(CUDA));
-    let what: &[&str] = if cuda { &["--package=qlora-nb", "--features=cuda", &folder] } else { &["--workspace"] };
-    let build = [&["build", "--release", "--message-format=json-render-diagnostics"], what].concat();
-    let messages = cargo(source, &build)?;
     let mut built = Built::default();
     let mut artifacts = HashMap::new();
     for message in Message::parse_stream(&messages[..]) {

@@ -49,7 +49,7 @@ async fn serve(info: &ConnectionInfo, layout: &Layout) -> Result<()> {
     let published = tokio::spawn(messages::send_all(iopub, queue));
     tokio::spawn(beat(heartbeat));
 
-    let shared = Arc::new(Shared::new(publish, &shell, &stdin, layout, kernel_info(layout)));
+    let shared = Arc::new(Shared::new(publish, &shell, &stdin, layout));
     let (jobs, queue) = channel();
     let executor = Executor::new(shared.clone(), layout.clone());
     let executor = std::thread::spawn(move || executor.run(&queue));
@@ -127,7 +127,7 @@ fn on_shell(shared: &Arc<Shared>, jobs: &Sender<Job>, request: JupyterMessage) {
             let shared = shared.clone();
             std::thread::spawn(move || {
                 shared.wait_until_started();
-                shared.answer(&request, || shared.info.clone());
+                shared.answer(&request, || kernel_info(&shared.rust));
             });
             return;
         }
@@ -162,7 +162,7 @@ fn on_control(
             is_end = true;
             json!({ "status": "ok", "restart": content(&request)["restart"] == json!(true) })
         }
-        "kernel_info_request" => shared.info.clone(),
+        "kernel_info_request" => kernel_info(&shared.rust),
         // Clients that do not know better execute here too.
         "execute_request" => {
             let _ = jobs.send(Job::Execute(Box::new(request)));
@@ -182,18 +182,17 @@ fn on_control(
     is_end
 }
 
-fn kernel_info(layout: &Layout) -> Value {
-    let of = layout.made_for();
+fn kernel_info(rust: &str) -> Value {
     let version = env!("CARGO_PKG_VERSION");
     json!({
         "status": "ok",
         "protocol_version": "5.3",
         "implementation": "qlora-nb",
         "implementation_version": version,
-        "banner": format!("qlora-nb {version}, for {of}: QLoRA fine-tuning in Rust. First cell: use qlora_nb::prelude::*;"),
+        "banner": format!("qlora-nb {version}: QLoRA fine-tuning in Rust. First cell: use qlora_nb::prelude::*;"),
         "language_info": {
             "name": "rust",
-            "version": layout.release(),
+            "version": rust,
             "mimetype": "text/rust",
             "file_extension": ".rs",
             "pygments_lexer": "rust",

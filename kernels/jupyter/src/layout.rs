@@ -6,7 +6,6 @@
 //! LAYOUT/built             which build of the library it was linked from
 //! LAYOUT/lib/              libqlora_nb.so
 //! LAYOUT/deps/             metadata of qlora_nb and all that it depends on
-//! LAYOUT/cuda/             built, lib/ and, as far as it differs, deps/ of the library for NVIDIA GPUs, if it was asked for
 //! LAYOUT/evcxr/            init.evcxr: how another evcxr compiles cells
 //! LAYOUT/bin/qlora-nb      the kernel that Jupyter starts
 //! LAYOUT/api.json          what completion and inspection know of the library
@@ -46,7 +45,6 @@ pub const BUILT: &str = "built";
 const NEW: &str = ".new-";
 /// Files in entries.
 pub const DYLIB: &str = "lib/libqlora_nb.so";
-pub const CUDA: &str = "cuda";
 pub const INIT: &str = "evcxr/init.evcxr";
 pub const BINARY: &str = "bin/qlora-nb";
 
@@ -64,23 +62,6 @@ impl Layout {
     /// The place of an entry, or of a file in one.
     pub fn at(&self, entry: &str) -> PathBuf {
         self.prefix.join(entry)
-    }
-
-    /// Whether the library for NVIDIA GPUs is the one to take: it does not start without a driver.
-    pub fn is_for_gpus(&self) -> bool {
-        let driver = variable("QLORA_NB_GPU_DRIVER").unwrap_or("libcuda.so.1".into());
-        // SAFETY: to load the driver runs what it runs in every program that uses it.
-        self.at(CUDA).exists() && unsafe { libloading::Library::new(driver) }.is_ok()
-    }
-
-    /// In words for people.
-    pub fn made_for(&self) -> &'static str {
-        if self.is_for_gpus() { "NVIDIA GPUs" } else { "the CPU" }
-    }
-
-    /// The library that cells are linked to.
-    pub fn dylib(&self) -> PathBuf {
-        if self.is_for_gpus() { self.at(CUDA).join(DYLIB) } else { self.at(DYLIB) }
     }
 
     /// Whether an installation of ours lies there, whole or not.
@@ -119,7 +100,7 @@ impl Layout {
         let Ok(built_by) = fs::read_to_string(self.at(RUSTC)) else {
             bail!("no library for notebooks in {prefix}\nremedy: qlora-nb install (or --prefix DIR, where it is)");
         };
-        for needed in [self.dylib(), self.at("deps")] {
+        for needed in [self.at(DYLIB), self.at("deps")] {
             if !needed.exists() {
                 bail!("{} is missing\nremedy: qlora-nb install", needed.display());
             }
@@ -164,10 +145,11 @@ impl Layout {
     /// How evcxr, ours or another, compiles cells: against the dylib, and with std from rustc's own dylib, which the
     /// library shares. The separator is the one that cargo wants where paths may contain spaces.
     pub fn init_evcxr(&self) -> String {
-        let mut flags = vec!["-Cprefer-dynamic".to_owned(), format!("--extern=qlora_nb={}", self.dylib().display())];
-        let own = self.is_for_gpus().then(|| self.at(CUDA).join("deps"));
-        let folders = own.into_iter().chain([self.at("deps")]);
-        flags.extend(folders.map(|folder| format!("-Ldependency={}", folder.display())));
+        let flags = [
+            "-Cprefer-dynamic".to_owned(),
+            format!("--extern=qlora_nb={}", self.at(DYLIB).display()),
+            format!("-Ldependency={}", self.at("deps").display()),
+        ];
         format!(":build_env CARGO_ENCODED_RUSTFLAGS={}\n", flags.join("\u{1f}"))
     }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::kernelspec;
-use crate::layout::{API, BINARY_ENTRY, CUDA, LIBRARY_ENTRIES, Layout, Place, STAMP, Target, cannot};
+use crate::layout::{API, BINARY_ENTRY, LIBRARY_ENTRIES, Layout, Place, STAMP, Target, cannot};
 
 pub fn uninstall(target: &Target) -> Result<()> {
     let Place { mut layout, mut kernelspec } = target.place()?;
@@ -48,7 +48,7 @@ pub fn uninstall(target: &Target) -> Result<()> {
 fn remove(layout: &Layout) -> Result<()> {
     // The stamp goes last: what an uninstall leaves when it is cut short is still ours to remove.
     let stamp = layout.at(STAMP);
-    let entries = LIBRARY_ENTRIES.into_iter().rev().chain([BINARY_ENTRY, API, CUDA]);
+    let entries = LIBRARY_ENTRIES.into_iter().rev().chain([BINARY_ENTRY, API]);
     for path in entries.map(|entry| layout.prefix.join(entry)).chain(left_behind(layout)).chain([stamp]) {
         let removed = match path.is_dir() {
             true => fs::remove_dir_all(&path),
