@@ -6,10 +6,10 @@
 use super::simd::simd;
 
 /// Partial sums that a reduction keeps, so that it needs no reordering to be vectorized.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 #[inline(always)]
-fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+pub(super) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
     // Pairwise: the error grows with log2 of the count, and the order is fixed.
     let mut width = LANES / 2;
     let mut lanes = lanes;

@@ -6,65 +6,20 @@
 //! number of threads: the same product gives the same bits with any number of them. (Between kinds
 //! of processor the last bits differ: `gemm` has kernels for AVX-512, for FMA and for neither.)
 
-use candle_core::DType;
 use gemm::{Parallelism, gemm};
-use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 use super::{
-    super::{internal, operands::Weight},
     SharedMut,
-    dequantize::dequantize_range,
-    math,
-};
-use crate::{
-    error::Result,
-    quantized::{QuantizedCpu, with_slice},
+    dots::{FEW_ROWS, FewRows},
+    math, simd,
+    weight::WeightView,
 };
 
 /// Elements of a weight that are widened at once (256 KiB of f32).
 const TILE: usize = 1 << 16;
 /// Below this many multiplications a second thread costs more than it brings.
 const WORTH_A_THREAD: usize = 1 << 17;
-/// Up to this many rows of x, a product is limited by reading the weight: dot products.
-const FEW_ROWS: usize = 4;
-
-/// A weight `[n, k]` in row-major order, as it is stored.
-pub enum WeightView<'a> {
-    F32(&'a [f32]),
-    F16(&'a [f16]),
-    Bf16(&'a [bf16]),
-    Quantized(QuantizedCpu<'a>),
-}
-
-impl WeightView<'_> {
-    /// Elements `start .. start + out.len()` of the flattened weight, widened to f32.
-    pub fn widen(&self, start: usize, out: &mut [f32]) {
-        let range = start..start + out.len();
-        match self {
-            Self::F32(w) => out.copy_from_slice(&w[range]),
-            Self::F16(w) => w[range].convert_to_f32_slice(out),
-            Self::Bf16(w) => w[range].convert_to_f32_slice(out),
-            Self::Quantized(w) => dequantize_range(w, start, out),
-        }
-    }
-}
-
-impl Weight {
-    /// Runs `f` on the weight as the CPU's products read it.
-    pub(super) fn with_view<R>(&self, f: impl FnOnce(&WeightView) -> R) -> Result<R> {
-        let tensor = match self {
-            Self::Quantized(q) => return q.with_cpu(|view| f(&WeightView::Quantized(*view))),
-            Self::Dense(t) => t,
-        };
-        match tensor.dtype() {
-            DType::F32 => with_slice(tensor, |w| f(&WeightView::F32(w))),
-            DType::F16 => with_slice(tensor, |w| f(&WeightView::F16(w))),
-            DType::BF16 => with_slice(tensor, |w| f(&WeightView::Bf16(w))),
-            other => Err(internal(format!("weight: {other:?} is not computed with"))),
-        }
-    }
-}
 
 /// A matrix for [`gemm_f32`]: where it starts, and the distance between rows and columns.
 #[derive(Clone, Copy)]
@@ -210,6 +165,17 @@ pub fn matmul_nn((m, n, k): (usize, usize, usize), dy: &[f32], w: &WeightView, d
 fn dot_rows((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, out: &mut [f32]) {
     let rows = (TILE / 4 / k).max(1);
     let shared = SharedMut::new(out);
+    if let Some(few) = FewRows::new(simd::level(), (m, k), x, w) {
+        let tile = |_: &mut Vec<f32>, start: usize| {
+            for row in start..n.min(start + rows) {
+                for (j, sum) in few.dots(w, row)[..m].iter().enumerate() {
+                    // SAFETY: column `row` of the output belongs to this tile.
+                    unsafe { *shared.at(j * n + row) += sum };
+                }
+            }
+        };
+        return for_tiles(n, rows, m * n * k, tile);
+    }
     let tile = |scratch: &mut Vec<f32>, start: usize| {
         let rows = rows.min(n - start);
         let tile: &[f32] = match w {
@@ -243,6 +209,8 @@ fn for_tiles(n: usize, step: usize, work: usize, tile: impl Fn(&mut Vec<f32>, us
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
 
     fn random(n: usize, seed: u64) -> Vec<f32> {

@@ -8,6 +8,7 @@ mod activation;
 mod attention;
 mod dequantize;
 mod dora;
+mod dots;
 mod linear;
 mod loss;
 pub(crate) mod math;
@@ -18,6 +19,7 @@ mod quantize;
 mod rope;
 mod saved_modules;
 pub(crate) mod simd;
+mod weight;
 
 use candle_core::{DType, Device, Tensor};
 use parking_lot::{ReentrantMutex, ReentrantMutexGuard};

@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 use super::{
     Cpu, dequantize,
-    matmul::WeightView,
     simd::{self, simd},
+    weight::WeightView,
 };
 use crate::{
     backend::{Quantizes, operands::Weight},

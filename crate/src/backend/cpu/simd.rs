@@ -125,7 +125,7 @@ pub(crate) mod x86 {
 
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn round512(dtype: DType, x: __m512) -> __m512 {
+    pub(crate) fn round512(dtype: DType, x: __m512) -> __m512 {
         match dtype {
             DType::F16 => _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(x)),
             DType::BF16 => {
@@ -172,7 +172,7 @@ pub(crate) mod x86 {
 
     #[target_feature(enable = "avx2,f16c")]
     #[inline]
-    fn round256(dtype: DType, x: __m256) -> __m256 {
+    pub(crate) fn round256(dtype: DType, x: __m256) -> __m256 {
         match dtype {
             DType::F16 => _mm256_cvtph_ps(_mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(x)),
             DType::BF16 => {
