@@ -12,7 +12,6 @@ fn main() {
         return;
     }
     println!("cargo::rerun-if-env-changed=CUDA_COMPUTE_CAP");
-    println!("cargo::rerun-if-env-changed=QLORA_NB_CUDA_CAPS");
     println!("cargo::rerun-if-env-changed=CUDA_HOME");
     if let Err(message) = compile() {
         println!("cargo::error={message}");
@@ -24,7 +23,7 @@ fn compile() -> Result<(), String> {
     let folder = here.join("src/backend/cuda/kernels");
     println!("cargo::rerun-if-changed={}", folder.display());
     let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
-    let capabilities = capabilities()?;
+    let capability = capability()?;
     println!("cargo::rustc-env=QLORA_NB_CUDA_TOOLKIT={}", toolkit()?);
     let mut sources: Vec<PathBuf> = fs::read_dir(&folder)
         .map_err(|e| format!("{}: {e}", folder.display()))?
@@ -34,7 +33,7 @@ fn compile() -> Result<(), String> {
     sources.sort();
     let (mut modules, mut early, mut told) = (String::new(), Vec::new(), String::new());
     let compiled = std::thread::scope(|scope| {
-        let jobs: Vec<_> = (sources.iter()).map(|source| scope.spawn(|| nvcc(source, &out, &capabilities))).collect();
+        let jobs: Vec<_> = (sources.iter()).map(|source| scope.spawn(|| nvcc(source, &out, &capability))).collect();
         jobs.into_iter().map(|job| job.join().unwrap_or(Err("nvcc: the thread died".into()))).collect::<Vec<_>>()
     });
     for (source, file) in sources.iter().zip(compiled) {
@@ -68,20 +67,16 @@ fn numbers_told(ptx: &str) -> String {
     declared.map(|(name, value)| format!("        pub const {name}: usize = {value};\n")).collect()
 }
 
-/// One source to a fat binary: machine code for each capability, and PTX of the last for later cards, which is kept beside
-/// it. (Only there are kernels that begin early; the numbers that it tells are the same for all.)
-fn nvcc(source: &Path, out: &Path, capabilities: &[String]) -> Result<(PathBuf, PathBuf), String> {
+/// One source to a fat binary: machine code for the capability and PTX for later cards, which is kept beside it.
+fn nvcc(source: &Path, out: &Path, capability: &str) -> Result<(PathBuf, PathBuf), String> {
     let nvcc = nvcc_path();
     let name = source.file_stem().unwrap_or_default().to_string_lossy();
     let file = out.join(format!("{name}.fatbin"));
     let kept = out.join(&*name);
     fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
-    let machine_code = |capability: &String| format!("-gencode=arch=compute_{capability},code=sm_{capability}");
-    let last = capabilities.last().map_or("", String::as_str);
     let output = Command::new(&nvcc)
-        .args(["-fatbin", "-O3", "-std=c++17", "-Xptxas", "-v"])
-        .args(capabilities.iter().map(machine_code))
-        .arg(format!("-gencode=arch=compute_{last},code=compute_{last}"))
+        .args(["-fatbin", "-O3", "-std=c++17", "-Xptxas", "-v", "-gencode"])
+        .arg(format!("arch=compute_{capability},code=[sm_{capability},compute_{capability}]"))
         .arg("--keep")
         .arg("--keep-dir")
         .arg(&kept)
@@ -93,11 +88,7 @@ fn nvcc(source: &Path, out: &Path, capabilities: &[String]) -> Result<(PathBuf, 
     let said = String::from_utf8_lossy(&output.stderr);
     // Registers, spills and shared memory of each kernel, for those who tune them.
     let _ = fs::write(out.join(format!("{name}.ptxas.txt")), said.as_bytes());
-    // nvcc names the capability where there are several.
-    let ptx = match capabilities {
-        [_] => kept.join(format!("{name}.ptx")),
-        _ => kept.join(format!("{name}.compute_{last}.ptx")),
-    };
+    let ptx = kept.join(format!("{name}.ptx"));
     if output.status.success() { Ok((file, ptx)) } else { Err(format!("nvcc {name}: {}", said.replace('\n', " | "))) }
 }
 
@@ -119,15 +110,6 @@ fn toolkit() -> Result<String, String> {
     let said = String::from_utf8_lossy(&output.stdout);
     let version = said.split("release ").nth(1).and_then(|rest| rest.split(',').next());
     version.map(str::to_string).ok_or_else(|| format!("{} --version names no release: {said}", nvcc.display()))
-}
-
-/// What machine code is made for, the lowest first: QLORA_NB_CUDA_CAPS (`80 86 89 90`, where CUDA_COMPUTE_CAP, by which
-/// candle's kernels are built, is the lowest); or else one.
-fn capabilities() -> Result<Vec<String>, String> {
-    match env::var("QLORA_NB_CUDA_CAPS") {
-        Ok(list) if !list.trim().is_empty() => Ok(list.split_whitespace().map(str::to_string).collect()),
-        _ => Ok(vec![capability()?]),
-    }
 }
 
 /// `90` for a card of compute capability 9.0: CUDA_COMPUTE_CAP, or what nvidia-smi says.
