@@ -24,11 +24,11 @@ README = {"en": "README.md", "zh": "README.zh.md"}
 BOOK = "notebooks/README.md"
 
 # Where the commands of the first page stand: the first line of the first code of these sections.
-START = {"en": ["Two commands", "In Jupyter"], "zh": ["两条命令", "在 Jupyter 里"]}
+START = {"en": ["From a wheel", "From a clone"], "zh": ["用 wheel", "从克隆开始"]}
 # The sections of a README that are not about installing and running.
 NUMBERS = {
-    "en": ["What is exact", "What it survives", "Speed on two CPU cores", "Limits today"],
-    "zh": ["精确到什么程度", "经得起什么", "两个 CPU 核上的速度", "目前的限制"],
+    "en": ["What it does", "What is exact", "What it survives", "Speed on two CPU cores", "Limits today"],
+    "zh": ["它做什么", "精确到什么程度", "经得起什么", "两个 CPU 核上的速度", "目前的限制"],
 }
 LEFT_OUT = {"en": ["Layout"], "zh": []}
 
@@ -135,11 +135,12 @@ class Site:
 
     def index(self, lang, readme):
         markdown = self.markdown(readme.file, lang)
-        lead = markdown.render(readme.lead())
         starts = [readme.first_command(section) for section in START[lang]]
         picture = re.search(r"^!\[.*\]\(.*\)$", readme.text, re.M)
         if not picture:
             raise BrokenSource(f"{readme.file} has no picture")
+        # It stands beside the rest.
+        lead = markdown.render(readme.lead().replace(picture[0], ""))
         body = self.part("index.html", lang, lead=lead, picture=markdown.render(picture[0]),
             starts=[(coloured(command, "bash"), what) for command, what in starts])
         self.add(Page(lang, "index", "qlora-nb", body))
