@@ -124,3 +124,15 @@ fn a_quantization_state_of_another_dtype() {
         assert!(refused(load(dtype)).contains(name));
     }
 }
+
+/// `tojson` writes text that exists twice while it grows: 100 MB of it took 150 at a time, from a template of 263 bytes.
+#[test]
+fn json_of_a_template_is_bounded() {
+    let tokenizer = corpus::tokenizer();
+    let render = |n: usize| {
+        let template = format!("{{{{ range({n})|tojson(indent=1000) }}}}");
+        tokenizer.with_chat_template(&template)?.apply_chat_template(&[Message::user("a")], true)
+    };
+    assert!(render(1000).unwrap().len() > 1_000_000);
+    assert!(refused(render(20_000)).contains("makes more text"));
+}

@@ -146,8 +146,10 @@ fn bad_template(e: &minijinja::Error) -> Error {
 /// What a template from anywhere may cost: so many instructions, or bytes made, [`BYTES_A_FUEL`] for one. Less than a
 /// second's work, and more text than any model reads.
 const FUEL: u64 = 1_000_000;
-/// minijinja's rate.
+/// minijinja's rate for the text that a template prints.
 const BYTES_A_FUEL: usize = 64;
+/// The rate of `tojson`: its text exists twice while it grows, and a third time where it goes on.
+const JSON_BYTES_A_FUEL: usize = BYTES_A_FUEL / 4;
 
 /// Enough for values inside values, as many as the fuel makes; memory only where it is used.
 const STACK: usize = 512 << 20;
@@ -226,7 +228,7 @@ fn to_json(
     }
     options.assert_all_used()?;
     let mut out = Paid { state, text: Vec::new() };
-    state.consume_fuel((indent.unwrap_or(0) / BYTES_A_FUEL) as u64)?;
+    state.consume_fuel((indent.unwrap_or(0) / JSON_BYTES_A_FUEL) as u64)?;
     let spaces = " ".repeat(indent.unwrap_or(0));
     let pretty = PrettyFormatter::with_indent(spaces.as_bytes());
     let written = match indent {
@@ -245,8 +247,8 @@ struct Paid<'a, 't, 'e> {
 
 impl io::Write for Paid<'_, '_, '_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let paid = self.text.len() / BYTES_A_FUEL;
-        let due = (self.text.len() + bytes.len()) / BYTES_A_FUEL;
+        let paid = self.text.len() / JSON_BYTES_A_FUEL;
+        let due = (self.text.len() + bytes.len()) / JSON_BYTES_A_FUEL;
         self.state.consume_fuel((due - paid) as u64).map_err(io::Error::other)?;
         self.text.extend_from_slice(bytes);
         Ok(bytes.len())
