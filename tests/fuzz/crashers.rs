@@ -134,5 +134,5 @@ fn json_of_a_template_is_bounded() {
         tokenizer.with_chat_template(&template)?.apply_chat_template(&[Message::user("a")], true)
     };
     assert!(render(1000).unwrap().len() > 1_000_000);
-    assert!(refused(render(20_000)).contains("makes more text"));
+    assert!(refused(render(20_000)).contains("ran out of fuel"));
 }
