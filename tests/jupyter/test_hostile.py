@@ -189,6 +189,14 @@ def test_an_unfinished_cell_is_told_in_its_own_lines(kernel, code):
     assert "catch_unwind" not in cell.complaint and "Ok(())" not in cell.complaint, cell.complaint
 
 
+@pytest.mark.parametrize("code", ["[" * 5000, "-" * 5000 + "1", "let x: " + "Box<" * 5000])
+def test_a_cell_that_nests_without_end(kernel, code):
+    """Parsing it used up the stack, and with it the kernel."""
+    kernel.run("let kept = 7;").ok()
+    assert "nests too deep" in kernel.run(code).complaint
+    assert kernel.run("kept").ok().result == "7"
+
+
 def test_a_byte_order_mark_is_no_code(kernel):
     assert kernel.run("\ufeff1 + 1").ok().result == "2"
 

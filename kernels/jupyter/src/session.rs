@@ -142,6 +142,13 @@ impl Session {
     pub fn execute(&self, code: &str, timeout: Option<Duration>, client: &mut dyn Client) -> Ending {
         // A mark that some editors put before a text.
         let code = code.trim_start_matches('\u{feff}');
+        if syntax::is_too_deep(code) {
+            let message = "the cell nests too deep".to_owned();
+            let details = format!("{message}\nremedy: give parts of it names, by `let`");
+            let failure = Failure { kind: FailureKind::Compile, message, details };
+            client.show(Update::Add(outputs::error(&failure)));
+            return Ending { failure: Some(failure), ..Ending::default() };
+        }
         let mut outputs = Outputs::new(client, syntax::ends_in_expression(code));
         if syntax::has_changing_static(code) {
             outputs.hint("a static begins anew in each cell: keep what changes in a variable\n");

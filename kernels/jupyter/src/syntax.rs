@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
+use ra_ap_rustc_lexer::{FrontmatterAllowed, TokenKind, tokenize};
 use ra_ap_syntax::ast::{self, AstNode, HasName};
-use ra_ap_syntax::{Edition, SourceFile, SyntaxKind, SyntaxNode, SyntaxToken, TextSize};
+use ra_ap_syntax::{Edition, Parse, SourceFile, SyntaxKind, SyntaxNode, SyntaxToken, TextSize};
 use serde::Serialize;
 
 const BEFORE: &str = "fn cell() {";
@@ -25,7 +26,42 @@ pub fn place_in_function(at: usize) -> Option<TextSize> {
 }
 
 pub fn parse(text: &str) -> SyntaxNode {
-    SourceFile::parse(text, Edition::Edition2024).syntax_node()
+    parsed(text).syntax_node()
+}
+
+/// A text that [`is_too_deep`] counts as blanks, as many.
+fn parsed(text: &str) -> Parse<SourceFile> {
+    match is_too_deep(text) {
+        true => SourceFile::parse(&" ".repeat(text.len()), Edition::Edition2024),
+        false => SourceFile::parse(text, Edition::Edition2024),
+    }
+}
+
+/// How deep a text may nest: the parser calls itself for each level, and would use up the stack. Nobody writes so deep.
+const DEEPEST: usize = 200;
+
+/// Whether brackets, type arguments or signs before an expression nest deeper than the parser can follow.
+pub fn is_too_deep(text: &str) -> bool {
+    use TokenKind::{
+        And, Bang, BlockComment, CloseBrace, CloseBracket, CloseParen, Comma, Gt, LineComment, Lt, Minus, OpenBrace,
+        OpenBracket, OpenParen, Or, Semi, Star, Whitespace,
+    };
+    let (mut brackets, mut arguments, mut signs) = (0usize, 0usize, 0usize);
+    tokenize(text, FrontmatterAllowed::No).any(|token| {
+        match token.kind {
+            Whitespace | LineComment { .. } | BlockComment { .. } => return false,
+            OpenParen | OpenBracket | OpenBrace => brackets += 1,
+            CloseParen | CloseBracket | CloseBrace => brackets = brackets.saturating_sub(1),
+            Lt => arguments += 1,
+            Gt => arguments = arguments.saturating_sub(1),
+            _ => {}
+        }
+        if matches!(token.kind, Semi | Comma | OpenBrace | CloseBrace) {
+            arguments = 0;
+        }
+        signs = if matches!(token.kind, Minus | Bang | And | Star | Or) { signs + 1 } else { 0 };
+        brackets.max(arguments).max(signs) > DEEPEST
+    })
 }
 
 /// The statements in a parsed text of [`as_function`].
@@ -112,7 +148,7 @@ pub fn mentions(text: &str, names: &[String]) -> bool {
 
 /// What the parser says of a cell that is no Rust, and where in the cell; None if it is.
 pub fn error(code: &str) -> Option<(String, usize)> {
-    let parsed = SourceFile::parse(&as_function(code), Edition::Edition2024);
+    let parsed = parsed(&as_function(code));
     let error = parsed.errors().into_iter().next()?;
     Some((error.to_string(), place_in_cell(error.range().start()).min(code.trim_end().len())))
 }
@@ -207,6 +243,9 @@ pub enum Completeness {
 /// Judges a cell, for clients that decide by it what the Enter key does, by its brackets and its last token, and by what
 /// rust-analyzer's parser says of the rest.
 pub fn is_complete(code: &str) -> Completeness {
+    if is_too_deep(code) {
+        return Completeness::Invalid;
+    }
     let file = parse(&code[rust_begins(code)..]);
     let tokens = file.descendants_with_tokens().filter_map(|element| element.into_token());
     let tokens: Vec<SyntaxToken> = tokens.filter(|token| !token.kind().is_trivia()).collect();
@@ -214,7 +253,7 @@ pub fn is_complete(code: &str) -> Completeness {
     if open > 0 {
         return Completeness::Incomplete { indent: "    ".repeat(open) };
     }
-    let parsed = SourceFile::parse(&as_function(code), Edition::Edition2024);
+    let parsed = parsed(&as_function(code));
     let errors: Vec<String> = parsed.errors().iter().map(|error| error.to_string()).collect();
     // What the parser says of a string and of a block comment without an end.
     const OPEN: [&str; 3] = ["Missing trailing `\"`", "Missing trailing `*/`", "Invalid raw string literal"];
@@ -250,6 +289,31 @@ fn ends_in_the_middle(tokens: &[SyntaxToken]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_nests_too_deep_is_not_parsed() {
+        for (begin, part, end) in [
+            ("", "[", ""),
+            ("", "(", ")"),
+            ("f(", "-", "1)"),
+            ("&", "& ", "x"),
+            ("let x: ", "Box<", ""),
+            ("", "{ /* */ ", "}"),
+        ] {
+            let deep = |times: usize| format!("{begin}{}{end}", part.repeat(times));
+            assert!(!is_too_deep(&deep(DEEPEST - 2)) && is_too_deep(&deep(100_000)), "{part}");
+            let _ = (is_complete(&deep(100_000)), error(&deep(100_000)), bindings(&deep(100_000)));
+            let _ = (is_complete(&deep(DEEPEST - 2)), error(&deep(DEEPEST - 2)), bindings(&deep(DEEPEST - 2)));
+        }
+        let long = format!(
+            "{}let x = [{}];\n// {}\nprintln!(\"{}\");",
+            "f(1 << 3);\n".repeat(999),
+            "1 << 2, ".repeat(999),
+            "-".repeat(999),
+            "(".repeat(999)
+        );
+        assert!(!is_too_deep(&long));
+    }
 
     #[test]
     fn tells_whole_code_from_code_that_goes_on() {
