@@ -139,9 +139,11 @@ impl Optimizer for Stepper {
         }
         let step = match tensors["step"].to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?[..] {
             [step] if step >= 0 => step as u64,
-            _ => {
+            ref steps => {
                 let remedy = "the checkpoint is damaged: resume from an earlier one";
-                return Err(Error::argument("step of the optimizer's state", &tensors["step"], "one count", remedy));
+                // Not the tensor itself: of a shape like [2^40, 0] candle prints each empty row.
+                let got = steps.first().map_or("an empty tensor".into(), |step| format!("{step}, of {}", steps.len()));
+                return Err(Error::argument("step of the optimizer's state", got, "one count", remedy));
             }
         };
         self.rule.set(&self.params, each(&self.parts, |part| checked(part, &tensors[&part.name]))?)?;

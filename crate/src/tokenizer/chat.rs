@@ -145,7 +145,7 @@ fn bad_template(e: &minijinja::Error) -> Error {
 
 /// What a template from anywhere may cost: so many instructions, or bytes made, [`BYTES_A_FUEL`] for one. Less than a
 /// second's work, and more text than any model reads.
-const FUEL: u64 = 1_000_000;
+const FUEL: u64 = 500_000;
 /// minijinja's rate for the text that a template prints.
 const BYTES_A_FUEL: usize = 64;
 /// The rate of `tojson`: its text exists twice while it grows, and a third time where it goes on.
