@@ -283,6 +283,11 @@ pub fn near_names(name: &str, known: &[String]) -> Vec<String> {
 /// Runs what reads files of others by another crate, which may promise no freedom from panics: a damaged file must not
 /// end a notebook, nor print a panic beside the error that says the same.
 pub(crate) fn catch<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_as("its contents contradict each other", read)
+}
+
+/// [`catch`], where it is known what a panic means.
+pub(crate) fn catch_as<T>(meaning: &str, read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     static SILENCE: Once = Once::new();
     SILENCE.call_once(|| {
         let others = panic::take_hook();
@@ -295,7 +300,7 @@ pub(crate) fn catch<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, St
     let outer = CATCHES.replace(true);
     let read = catch_unwind(AssertUnwindSafe(read));
     CATCHES.set(outer);
-    read.unwrap_or_else(|_| Err("its contents contradict each other".into()))
+    read.unwrap_or_else(|_| Err(meaning.into()))
 }
 
 thread_local! {

@@ -78,11 +78,11 @@ fn a_template_that_asks_for_too_much_is_stopped() {
         (format!("{loops}{{% endfor %}}{{% endfor %}}"), "does not end"),
         ("{{ messages | tojson(indent=1000000000000000) }}".into(), "does not end"),
         ("{{ messages | tojson(indent=10000000000000000000) }}".into(), "does not end"),
-        ("{{ messages | tojson(indent=30000000) }}".into(), "fuel"),
+        ("{{ messages | tojson(indent=6000000) }}".into(), "fuel"),
         ("{{ 'a\nb' | indent(1000000000000000) }}".into(), "does not end"),
         ("{{ 'x' * 1000000000000 }}".into(), "does not end"),
         ("{{ messages[0].content.replace('', 'x' * 9999999).replace('x', 'y' * 9999999) }}".into(), "does not end"),
-        (format!("{}{{{{ v | tojson(indent=1) }}}}", "{% set v=[v] %}".repeat(180_000)), "fuel"),
+        (format!("{}{{{{ v | tojson(indent=1) }}}}", "{% set v=[v] %}".repeat(90_000)), "fuel"),
     ] {
         let tokenizer = tokenizer.with_chat_template(&template).unwrap();
         let begin = std::time::Instant::now();

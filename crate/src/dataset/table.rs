@@ -1,11 +1,6 @@
 //! The columns beneath a dataset: Arrow record batches of one schema, shared and never changed.
 
-use std::{
-    collections::HashSet,
-    ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-};
+use std::{collections::HashSet, ops::Range, sync::Arc};
 
 use arrow_array::{ArrayRef, RecordBatch, RecordBatchOptions};
 use arrow_cast::cast;
@@ -13,6 +8,7 @@ use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use arrow_select::interleave::interleave_record_batch;
 
 use super::value::{self, Value};
+use crate::error::catch_as;
 
 /// Rows a batch, when we make the batches: what `datasets` writes.
 pub(super) const BATCH_ROWS: usize = 1000;
@@ -68,14 +64,12 @@ impl Table {
             };
             RecordBatch::try_new(schema.clone(), schema.fields().iter().zip(columns).map(build).collect())
         };
-        let table = || {
-            let batches = (0..rows).step_by(BATCH_ROWS).map(batch).collect::<Result<_, _>>()?;
-            Self::new(&schema, batches)
-        };
         // Arrow's offsets have 32 bits, and beyond them it panics.
-        let table = catch_unwind(AssertUnwindSafe(table));
-        let table = table.map_err(|_| format!("{BATCH_ROWS} rows have more than 2 GiB of text"));
-        table.and_then(|table| table.map_err(|e| e.to_string())).map_err(|why| (0, names.join(", "), why))
+        let table = catch_as(&format!("{BATCH_ROWS} rows have more than 2 GiB of text"), || {
+            let batches = (0..rows).step_by(BATCH_ROWS).map(batch).collect::<Result<_, _>>();
+            batches.and_then(|batches| Self::new(&schema, batches)).map_err(|e| e.to_string())
+        });
+        table.map_err(|why| (0, names.join(", "), why))
     }
 
     pub fn num_rows(&self) -> usize {

@@ -1,129 +1,67 @@
 //! Results as JUnit XML, which every CI shows: a suite a notebook, a case a code cell.
 
-use std::fmt::Write as _;
-use std::sync::LazyLock;
+use std::time::Duration;
 
-use regex::Regex;
-
-/// One notebook.
-pub struct Suite {
-    pub name: String,
-    pub seconds: f64,
-    pub cases: Vec<Case>,
-}
+use anyhow::{Context, Result};
+use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 
 /// One cell's outcome; or the process's, as if it were a cell.
 pub struct Case {
     pub name: String,
     pub seconds: f64,
-    pub status: Status,
+    pub status: TestCaseStatus,
 }
 
-pub enum Status {
-    Passed,
-    /// Not run, and why.
-    Skipped(&'static str),
-    /// The cell did not do what the notebook promises: what kind of failure, in one line, in full.
-    Failed {
-        kind: String,
-        message: String,
-        details: String,
-    },
-    /// The notebook's process broke down, and why.
-    Broken(String),
-}
-
-pub fn xml(suites: &[Suite]) -> String {
-    let seconds: f64 = suites.iter().map(|suite| suite.seconds).sum();
-    let cases = || suites.iter().flat_map(|suite| &suite.cases);
-    let count = |is: fn(&Status) -> bool| cases().filter(|case| is(&case.status)).count();
-    let mut out = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
-    let _ = writeln!(
-        out,
-        "<testsuites name=\"qlora-nb test\" tests=\"{}\" failures=\"{}\" errors=\"{}\" time=\"{seconds:.3}\">",
-        cases().count(),
-        count(is_failed),
-        count(is_broken)
-    );
-    for suite in suites {
-        write_suite(&mut out, suite);
+pub fn suite(name: &str, seconds: f64, cases: Vec<Case>) -> TestSuite {
+    let mut suite = TestSuite::new(text(name));
+    suite.set_time(duration(seconds));
+    for Case { name: case, seconds, status } in cases {
+        let mut case = TestCase::new(line(&case), status);
+        case.set_classname(text(name)).set_time(duration(seconds));
+        suite.add_test_case(case);
     }
-    out.push_str("</testsuites>\n");
-    out
+    suite
 }
 
-fn write_suite(out: &mut String, suite: &Suite) {
-    let count = |is: fn(&Status) -> bool| suite.cases.iter().filter(|case| is(&case.status)).count();
-    let name = attribute(&suite.name);
-    let _ = writeln!(
-        out,
-        "  <testsuite name=\"{name}\" tests=\"{}\" skipped=\"{}\" errors=\"{}\" failures=\"{}\" time=\"{:.3}\">",
-        suite.cases.len(),
-        count(|status| matches!(status, Status::Skipped(_))),
-        count(is_broken),
-        count(is_failed),
-        suite.seconds
-    );
-    for case in &suite.cases {
-        let (case_name, seconds) = (attribute(&case.name), case.seconds);
-        let _ = write!(out, "    <testcase name=\"{case_name}\" classname=\"{name}\" time=\"{seconds:.3}\"");
-        let outcome = outcome(&case.status);
-        let end = if outcome.is_empty() { "/>".into() } else { format!(">\n      {outcome}\n    </testcase>") };
-        let _ = writeln!(out, "{end}");
-    }
-    out.push_str("  </testsuite>\n");
+pub fn skipped(why: &str) -> TestCaseStatus {
+    let mut status = TestCaseStatus::skipped();
+    status.set_message(why);
+    status
 }
 
-/// The element within a case; nothing for one that passed.
-fn outcome(status: &Status) -> String {
-    match status {
-        Status::Passed => String::new(),
-        Status::Skipped(why) => format!("<skipped message=\"{}\"/>", attribute(why)),
-        Status::Failed { kind, message, details } => {
-            let (kind, message) = (attribute(kind), attribute(message));
-            format!("<failure message=\"{message}\" type=\"{kind}\">{}</failure>", text(details))
-        }
-        Status::Broken(why) => {
-            let message = attribute(why.lines().next().unwrap_or_default());
-            format!("<error message=\"{message}\">{}</error>", text(why))
-        }
-    }
+/// The cell did not do what the notebook promises: what kind of failure, in one line, in full.
+pub fn failed(kind: &str, message: &str, details: &str) -> TestCaseStatus {
+    let mut status = TestCaseStatus::non_success(NonSuccessKind::Failure);
+    status.set_type(line(kind)).set_message(line(message)).set_description(text(details));
+    status
 }
 
-fn is_failed(status: &Status) -> bool {
-    matches!(status, Status::Failed { .. })
+/// The notebook's process broke down.
+pub fn broken(why: &str) -> TestCaseStatus {
+    let mut status = TestCaseStatus::non_success(NonSuccessKind::Error);
+    status.set_message(text(why.lines().next().unwrap_or_default())).set_description(text(why));
+    status
 }
 
-fn is_broken(status: &Status) -> bool {
-    matches!(status, Status::Broken(_))
+pub fn xml(suites: Vec<TestSuite>) -> Result<String> {
+    let mut report = Report::new("qlora-nb test");
+    report.set_time(suites.iter().filter_map(|suite| suite.time).sum());
+    report.add_test_suites(suites);
+    report.to_string().context("the results cannot be written as JUnit XML")
 }
 
-/// In an attribute a reader takes a line's end for a space.
-fn attribute(of: &str) -> String {
+fn duration(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or_default()
+}
+
+/// Text for an attribute, in which a reader takes a line's end for a space.
+fn line(of: &str) -> String {
     text(of).replace('\n', " ")
 }
 
-/// Without colours and the like, and without the characters for which XML has no place.
+/// XML has no place for two characters that quick-junit lets pass.
 fn text(of: &str) -> String {
-    static TERMINAL: LazyLock<Regex> = LazyLock::new(|| {
-        let (control, title) = (r"\[[0-?]*[ -/]*[@-~]", r"\][^\x07\x1b]*(\x07|\x1b\\)?");
-        Regex::new(&format!(r"\x1b({control}|{title}|[ -/]*[0-~])?")).expect("a correct pattern")
-    });
-    let mut out = String::new();
-    for c in TERMINAL.replace_all(of, "").chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&apos;"),
-            '\n' | '\t' => out.push(c),
-            '\u{fffe}' | '\u{ffff}' => {}
-            c if c.is_control() => {}
-            c => out.push(c),
-        }
-    }
-    out
+    of.replace(['\u{fffe}', '\u{ffff}'], "")
 }
 
 #[cfg(test)]
@@ -132,12 +70,10 @@ mod tests {
 
     #[test]
     fn no_text_breaks_the_xml() {
-        let message = "a \"b\" <c>\nd".into();
-        let details = "\u{1b}[1;31m]]> & \u{0}\u{8}诗\u{ffff}\u{1b}]8;;a\u{7}\u{1b}".into();
-        let bad = Status::Failed { kind: "Panic".into(), message, details };
+        let bad = failed("Panic", "a \"b\" <c>\nd", "\u{1b}[31m]]> & \u{0}\u{8}诗\u{ffff}\u{1b}");
         let case = |status| Case { name: "cell 1: x && y".into(), seconds: 0.25, status };
-        let cases = vec![case(bad), case(Status::Passed), case(Status::Skipped("tag"))];
-        let xml = xml(&[Suite { name: "a.ipynb".into(), seconds: 1.5, cases }]);
+        let cases = vec![case(bad), case(TestCaseStatus::success()), case(skipped("tag"))];
+        let xml = xml(vec![suite("a.ipynb", 1.5, cases)]).expect("XML");
         for expected in [
             "<testsuite name=\"a.ipynb\" tests=\"3\" skipped=\"1\" errors=\"0\" failures=\"1\" time=\"1.500\">",
             "<testcase name=\"cell 1: x &amp;&amp; y\" classname=\"a.ipynb\" time=\"0.250\"/>",

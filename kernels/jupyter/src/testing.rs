@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use quick_junit::{TestCaseStatus, TestSuite};
 use serde_json::Value;
 
 use crate::batch::{self, Job, Progress, Said};
 use crate::check::{self, Terms};
 use crate::diagnostics::Failure;
 use crate::files;
-use crate::junit::{self, Case, Status, Suite};
+use crate::junit::{self, Case};
 use crate::runner::{CellRun, Report};
 
 #[derive(clap::Args)]
@@ -93,8 +94,7 @@ pub fn test(test: &TestOptions) -> Result<ExitCode> {
         }
     })?;
     if let Some(path) = &test.junit {
-        let suites: Vec<Suite> = tested.iter().zip(&jobs).map(|(tested, job)| tested.suite(job)).collect();
-        let xml = junit::xml(&suites);
+        let xml = junit::xml(tested.iter().zip(&jobs).map(|(tested, job)| tested.suite(job)).collect())?;
         files::write(path, xml.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if !wrong.is_empty() {
@@ -207,20 +207,16 @@ impl Tested {
         Ok(rewritten)
     }
 
-    fn suite(&self, job: &Job) -> Suite {
+    fn suite(&self, job: &Job) -> TestSuite {
         let mut cases: Vec<Case> = Vec::new();
         for (n, (cell, position)) in self.cells.iter().zip(&job.cells).enumerate() {
             let name = format!("cell {}: {}", n + 1, batch::first_line(&job.notebook.source(*position)));
             cases.push(Case { name, seconds: cell.seconds, status: cell.state.status() });
         }
         if let Some(why) = &self.broken {
-            cases.push(Case {
-                name: "the notebook's process".into(),
-                seconds: 0.0,
-                status: Status::Broken(why.clone()),
-            });
+            cases.push(Case { name: "the notebook's process".into(), seconds: 0.0, status: junit::broken(why) });
         }
-        Suite { name: job.path.display().to_string(), seconds: self.seconds, cases }
+        junit::suite(&job.path.display().to_string(), self.seconds, cases)
     }
 }
 
@@ -235,19 +231,13 @@ impl State {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&self) -> TestCaseStatus {
         match self {
-            State::Passed => Status::Passed,
-            State::Skipped => Status::Skipped("tagged skip"),
-            State::NotReached => Status::Skipped("not reached"),
-            State::Differs(lines) => Status::Failed {
-                kind: "Difference".into(),
-                message: "not what is stored".into(),
-                details: lines.join("\n"),
-            },
-            State::Failed(Failure { kind, message, details }) => {
-                Status::Failed { kind: kind.name().into(), message: message.clone(), details: details.clone() }
-            }
+            State::Passed => TestCaseStatus::success(),
+            State::Skipped => junit::skipped("tagged skip"),
+            State::NotReached => junit::skipped("not reached"),
+            State::Differs(lines) => junit::failed("Difference", "not what is stored", &lines.join("\n")),
+            State::Failed(Failure { kind, message, details }) => junit::failed(kind.name(), message, details),
         }
     }
 }
