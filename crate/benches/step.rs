@@ -4,7 +4,7 @@
 //! (`scripts/setup smollm2`), also a step on 4 x 128 tokens with adapters on q_proj, k_proj and v_proj, and
 //! generation, of that model.
 //!
-//! cargo bench -p qlora-nb --bench step [-- --repeats 7]
+//! cargo bench -p qlora-nb --bench step [-- --repeats 7] [-- --only smollm2_train]
 //!
 //! Seen on 2 cores of an AMD EPYC (Zen 5), tokens/s, programs in turn, each change on top of the one before:
 //! - `gemm` with its AVX-512 kernels: training in NF4 9,400 to 10,600 became 12,800 to 15,000; SmolLM2 checkpointed
@@ -36,7 +36,9 @@ const NEW_TOKENS: usize = 120;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().collect();
-    let repeats = args.iter().position(|a| a == "--repeats").and_then(|i| args.get(i + 1)?.parse().ok()).unwrap_or(7);
+    let value = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1)).map(String::as_str);
+    let repeats = value("--repeats").and_then(|n| n.parse().ok()).unwrap_or(7);
+    let bench = Bench { repeats, only: value("--only").unwrap_or("").to_owned() };
     let notebooks = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../notebooks");
     let folder = notebooks.join("models/poet-bloom-zh");
     let tokenizer = AutoTokenizer::from_pretrained(&folder)?;
@@ -45,18 +47,18 @@ fn main() -> Result<()> {
     for (name, nf4, checkpointing) in
         [("train_nf4_f32", true, false), ("train_nf4_f32_checkpointing", true, true), ("train_f32", false, false)]
     {
-        train(name, &load(&folder, nf4)?, &batches, checkpointing, repeats)?;
+        train(name, &load(&folder, nf4)?, &batches, checkpointing, &bench)?;
     }
     let prompt = tokenizer.encode("Human: 写一首七言律诗。\n题目：江上对月\n\nAssistant: ")?.input_ids;
     for (name, nf4) in [("generate_f32_lora", false), ("generate_nf4_lora", true)] {
         let model = load(&folder, nf4)?;
-        measure(name, repeats, || generate(&model, &prompt))?;
+        bench.measure(name, || generate(&model, &prompt))?;
     }
     let smollm2 = notebooks.join("models/SmolLM2-135M-Instruct");
-    if smollm2.exists() { real(&smollm2, repeats) } else { Ok(()) }
+    if smollm2.exists() { real(&smollm2, &bench) } else { Ok(()) }
 }
 
-fn real(folder: &PathBuf, repeats: usize) -> Result<()> {
+fn real(folder: &PathBuf, bench: &Bench) -> Result<()> {
     let ids: Vec<u32> = (0..4 * 128).map(|i| 17 + i * 7919 % 49_000).collect();
     let ids = Tensor::from_vec(ids, (4, 128), &Device::Cpu)?;
     let batch = Batch::new(ids.clone(), ids.ones_like()?, ids.to_dtype(DType::I64)?)?;
@@ -70,9 +72,9 @@ fn real(folder: &PathBuf, repeats: usize) -> Result<()> {
         let targets = ["q_proj", "k_proj", "v_proj"].into();
         let model = get_peft_model(&base, &LoraConfig { target_modules: targets, ..Default::default() })?;
         for (checkpointing, how) in [(false, ""), (true, "_checkpointing")] {
-            train(&format!("smollm2_train_{name}{how}"), &model, std::slice::from_ref(&batch), checkpointing, repeats)?;
+            train(&format!("smollm2_train_{name}{how}"), &model, std::slice::from_ref(&batch), checkpointing, bench)?;
         }
-        measure(&format!("smollm2_generate_{name}_lora"), repeats, || generate(&model, &prompt))?;
+        bench.measure(&format!("smollm2_generate_{name}_lora"), || generate(&model, &prompt))?;
     }
     Ok(())
 }
@@ -100,14 +102,14 @@ fn batches(tokenizer: &Tokenizer, dataset: &Dataset) -> Result<Vec<Batch>> {
     rows.chunks(4).map(|rows| collator.collate(&rows.iter().collect::<Vec<_>>())).collect()
 }
 
-fn train(name: &str, model: &PeftModel, batches: &[Batch], gradient_checkpointing: bool, repeats: usize) -> Result<()> {
+fn train(name: &str, model: &PeftModel, batches: &[Batch], gradient_checkpointing: bool, bench: &Bench) -> Result<()> {
     let params = model.trainable_parameters();
     let mut optimizer = AdamW::new(Optim::AdamWTorch, &params, (0.9, 0.999), 1e-8, 0.0)?;
     let mut tokens = 0f64;
     for batch in batches {
         tokens += f64::from(batch.attention_mask.sum_all()?.to_scalar::<u32>()?);
     }
-    measure(name, repeats, || {
+    bench.measure(name, || {
         for batch in batches {
             params.iter().try_for_each(|p| p.zero_grad())?;
             let num_items = batch.num_label_tokens() as f64;
@@ -131,18 +133,29 @@ fn generate(model: &PeftModel, prompt: &[u32]) -> Result<f64> {
     Ok(NEW_TOKENS as f64)
 }
 
-/// Prints the median tokens/s of `repeats` calls, after one that warms up.
-fn measure(name: &str, repeats: usize, mut call: impl FnMut() -> Result<f64>) -> Result<()> {
-    call()?;
-    let mut rates = Vec::new();
-    for _ in 0..repeats {
-        let start = Instant::now();
-        let tokens = call()?;
-        rates.push(tokens / start.elapsed().as_secs_f64());
+struct Bench {
+    repeats: usize,
+    /// Names that begin so.
+    only: String,
+}
+
+impl Bench {
+    /// Prints the median tokens/s of so many calls, after one that warms up.
+    fn measure(&self, name: &str, mut call: impl FnMut() -> Result<f64>) -> Result<()> {
+        if !name.starts_with(&self.only) {
+            return Ok(());
+        }
+        call()?;
+        let mut rates = Vec::new();
+        for _ in 0..self.repeats {
+            let start = Instant::now();
+            let tokens = call()?;
+            rates.push(tokens / start.elapsed().as_secs_f64());
+        }
+        rates.sort_by(f64::total_cmp);
+        let middle = rates[rates.len() / 2];
+        let spread = (rates[rates.len() - 1] - rates[0]) / middle;
+        println!("{{\"name\": \"{name}\", \"tokens_per_s\": {middle:.1}, \"spread\": {spread:.3}}}");
+        Ok(())
     }
-    rates.sort_by(f64::total_cmp);
-    let middle = rates[rates.len() / 2];
-    let spread = (rates[rates.len() - 1] - rates[0]) / middle;
-    println!("{{\"name\": \"{name}\", \"tokens_per_s\": {middle:.1}, \"spread\": {spread:.3}}}");
-    Ok(())
 }

@@ -56,6 +56,14 @@ impl SharedMut {
         Self(data.as_mut_ptr())
     }
 
+    /// A pointer to elements that are the caller's for as long as this is used.
+    ///
+    /// # Safety
+    /// As [`SharedMut::at`], of all elements that are reached through it.
+    pub unsafe fn from_ptr(data: *mut f32) -> Self {
+        Self(data)
+    }
+
     /// The pointer `offset` elements in.
     ///
     /// # Safety
@@ -63,6 +71,16 @@ impl SharedMut {
     /// the elements that the caller goes on to touch.
     pub unsafe fn at(self, offset: usize) -> *mut f32 {
         unsafe { self.0.add(offset) }
+    }
+}
+
+impl<'a> SharedMut {
+    /// Elements `range`.
+    ///
+    /// # Safety
+    /// As [`SharedMut::at`], of these elements, for as long as the slice is used.
+    pub unsafe fn slice(self, range: Range<usize>) -> &'a mut [f32] {
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start), range.len()) }
     }
 }
 

@@ -209,8 +209,9 @@ impl LlamaBlock {
     }
 }
 
-impl BlockKind for LlamaBlock {
-    fn forward(&self, parts: &Parts, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+impl LlamaBlock {
+    /// What `down_proj` reads, and the residual that it adds to.
+    fn up_to_last(&self, parts: &Parts, x: &Tensor, run: &mut Run) -> Result<(Tensor, Tensor)> {
         // What is not needed any more goes at once: each is as large as the batch.
         let normed = parts.norm("input_layernorm")?.of(x); // (M, C)
         let mut q = parts.linear("q_proj")?.forward(&normed, run)?; // (M, heads * head_dim)
@@ -233,8 +234,19 @@ impl BlockKind for LlamaBlock {
         let up = parts.linear("up_proj")?.forward(&normed, run)?; // (M, I)
         drop(normed);
         let wide = run.backend.swiglu(&gate, &up, run)?; // (M, I)
-        drop((gate, up));
+        Ok((wide, x))
+    }
+}
+
+impl BlockKind for LlamaBlock {
+    fn forward(&self, parts: &Parts, x: &Tensor, run: &mut Run) -> Result<Tensor> {
+        let (wide, x) = self.up_to_last(parts, x, run)?;
         parts.linear("down_proj")?.forward_onto(&wide, &x, run) // (M, C)
+    }
+
+    fn recompute(&self, parts: &Parts, x: &Tensor, run: &mut Run) -> Result<()> {
+        let (wide, _) = self.up_to_last(parts, x, run)?;
+        parts.linear("down_proj")?.remember(&wide, run)
     }
 
     fn backward(&self, parts: &Parts, dy: &Tensor, need_dx: bool, run: &mut Run) -> Result<Option<Tensor>> {

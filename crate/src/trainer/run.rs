@@ -9,7 +9,7 @@ use super::{
     view::{End, View},
 };
 use crate::{
-    backend::dropout::mix,
+    backend::{self, dropout::mix},
     display::{self, format::rate},
     error::{Error, Result},
     interrupt,
@@ -51,6 +51,7 @@ impl Trainer {
             Err(Error::Interrupted { .. }) => Ok(End::Interrupted),
             other => other,
         };
+        backend::of(self.params[0].value().device())?.give_back();
         view.end(*end.as_ref().unwrap_or(&End::Failed), &self.state);
         let mut output = self.conclude(end?, limit.is_none(), &begin)?;
         output.curve_is_above = view.has_curve();

@@ -6,7 +6,6 @@
 //! their gradients are written to the same places.
 
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 
 use super::{
     super::{
@@ -17,9 +16,9 @@ use super::{
         run::Run,
     },
     Cpu, F32View, SharedMut,
-    math::{scale_alibi, softmax, softmax_backward},
+    math::{self, scale_alibi, softmax, softmax_backward},
     matmul::{Mat, gemm_into},
-    rope,
+    rope, team,
 };
 use crate::error::Result;
 
@@ -104,6 +103,10 @@ impl Head<'_> {
     /// # Safety
     /// No other thread may touch those elements.
     unsafe fn forward(&self, out: SharedMut, row: usize) {
+        if self.queries == 1 {
+            // SAFETY: the caller's promise.
+            return self.one_query(unsafe { out.slice(self.place..self.place + self.head_dim) });
+        }
         let mut p = Vec::new();
         for block in self.blocks() {
             self.probabilities(&block, &mut p);
@@ -115,6 +118,20 @@ impl Head<'_> {
                 gemm_into(dims, 1.0, Mat::rows(&p, block.keys), v, out, row, false, false);
             }
         }
+    }
+
+    /// A new token's: nothing is packed for a single row.
+    fn one_query(&self, out: &mut [f32]) {
+        let first = self.keys.saturating_sub(self.window);
+        let rows = |of: &Operand<'_>| (of.offset + first * of.row, of.row);
+        let q = &self.q.data[self.q.offset..][..self.head_dim];
+        let mut p = vec![0f32; self.keys - first];
+        let (start, row) = rows(&self.k);
+        math::dots(q, &self.k.data[start..], row, &mut p);
+        scale_alibi(&mut p, self.scale, self.slope);
+        softmax(&mut p);
+        let (start, row) = rows(&self.v);
+        math::weighted_sum(&p, &self.v.data[start..], row, out);
     }
 
     /// Adds the gradients of q, k and v at the operands' own places in `grad`; `dout` has rows as the output.
@@ -160,9 +177,9 @@ fn for_heads(heads: &[Head], group: usize, (len, row): (usize, usize), work: imp
         let end = head.place + head.queries.saturating_sub(1) * row + head.head_dim;
         assert!(head.queries == 0 || end <= len, "attention: output");
     }
-    // A single query against a short cache is over before a thread has woken up.
-    if heads.iter().map(|h| h.queries * h.keys * h.head_dim).sum::<usize>() > 1 << 17 {
-        heads.par_chunks(group).for_each(|group| group.iter().for_each(&work));
+    // What is less is over before another thread has seen it.
+    if heads.iter().map(|h| h.queries * h.keys * h.head_dim).sum::<usize>() > 1 << 15 {
+        team::run(heads.len().div_ceil(group), |i| heads.chunks(group).nth(i).into_iter().flatten().for_each(&work));
     } else {
         heads.iter().for_each(work);
     }

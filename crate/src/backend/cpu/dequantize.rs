@@ -37,6 +37,31 @@ pub(crate) fn dequantize_at(level: Level, view: &QuantizedCpu<'_>, start: usize,
     }
 }
 
+/// Rows of 4-bit codes: `columns` elements at `start`, then at `step` behind it, and so on, each at the head of a row of
+/// `out`, `width` apart.
+pub(super) fn dequantize_rows_at(
+    level: Level,
+    view: &QuantizedCpu<'_>,
+    (start, step): (usize, usize),
+    columns: usize,
+    width: usize,
+    out: &mut [f32],
+) {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level was detected on this processor.
+        Level::Avx512 => unsafe { simd::x86::dequantize_rows_avx512(view, (start, step), columns, width, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { simd::x86::dequantize_rows_avx2(view, (start, step), columns, width, out) },
+        Level::Scalar => {
+            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                dequantize_scalar(view, start + i * step, &mut out[..columns]);
+            }
+        }
+    }
+}
+
 /// The same without SIMD: for processors without AVX2, and the reference for those with it.
 fn dequantize_scalar(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
     for_each_block(view.blocksize, start, out, |block, start, out| {

@@ -11,8 +11,11 @@ use super::{
         param::modify_f32,
         run::Run,
     },
-    Cpu, F32View, math,
-    matmul::{Mat, gemm_f32, matmul_nn, matmul_nt},
+    Cpu, F32View,
+    dots::FEW_ROWS,
+    math,
+    matmul::{Mat, gemm_f32, product_nn, product_nt},
+    tile::Onto,
 };
 use crate::error::Result;
 
@@ -31,26 +34,28 @@ impl Linears for Cpu {
         let x = input.tensor(run)?;
         let (m, _) = x.dims2()?;
         let (n, k) = frozen.weight.dims2()?;
-        let mut out = match around.residual {
-            Some(r) => F32View::new(r)?.to_vec(),
-            None => vec![0f32; m * n],
-        };
-        if let Some(bias) = &frozen.bias {
-            let bias = bias.to_dtype(DType::F32)?;
-            let bias = F32View::new(&bias)?;
-            out.chunks_exact_mut(n).for_each(|row| math::axpy(1.0, &bias, row));
-        }
-        {
+        let bias = frozen.bias.as_ref().map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+        let mut out = {
+            let residual = around.residual.map(F32View::new).transpose()?;
+            let bias = bias.as_ref().map(F32View::new).transpose()?;
+            let (residual, bias) = (residual.as_deref(), bias.as_deref());
+            let onto = Onto::Around { residual, bias };
+            let onto = if residual.is_none() && bias.is_none() { Onto::Nothing } else { onto };
             let x = F32View::new(x)?;
-            frozen.weight.with_view(|w| matmul_nt((m, n, k), &x, w, &mut out))?;
-        }
+            frozen.weight.with_view(|w| product_nt((m, n, k), &x, w, onto))?
+        };
         if let Some(lora) = lora {
             run.save(LORA_INPUT, x);
             let x = lora.dropped(x, run)?;
-            let u = lora.down(&x)?;
+            let (u, r, scale) = (lora.down(&x)?, lora.rank(), lora.scaling as f32);
             let b = F32View::new(lora.b.value())?;
-            let r = lora.rank();
-            gemm_f32((m, n, r), lora.scaling as f32, Mat::rows(&u, r), Mat::rows(&b, r).t(), &mut out, n, true, true);
+            if m <= FEW_ROWS {
+                for (u, out) in u.chunks_exact(r).zip(out.chunks_exact_mut(n)) {
+                    math::add_products(scale, &b, u, out);
+                }
+            } else {
+                gemm_f32((m, n, r), scale, Mat::rows(&u, r), Mat::rows(&b, r).t(), &mut out, n, true, true);
+            }
         }
         let y = Tensor::from_vec(out, (m, n), &Device::Cpu)?;
         if around.gelu { self.gelu(&y, run) } else { Ok(y) }
@@ -74,8 +79,7 @@ impl Linears for Cpu {
         let dyv = F32View::new(dy)?;
         let mut dx = Vec::new();
         if need_dx {
-            dx.resize(m * k, 0f32);
-            frozen.weight.with_view(|w| matmul_nn((m, n, k), &dyv, w, &mut dx))?;
+            dx = frozen.weight.with_view(|w| product_nn((m, n, k), &dyv, w))?;
         }
         if let Some(lora) = lora {
             let x = run.take(LORA_INPUT)?;
@@ -129,6 +133,12 @@ impl Lora {
         let m = x.len() / k;
         let a = F32View::new(self.a.value())?;
         let mut u = vec![0f32; m * r];
+        if m <= FEW_ROWS {
+            for (u, x) in u.chunks_exact_mut(r).zip(x.chunks_exact(k)) {
+                u.iter_mut().zip(a.chunks_exact(k)).for_each(|(u, a)| *u = math::dot(x, a));
+            }
+            return Ok(u);
+        }
         gemm_f32((m, r, k), 1.0, Mat::rows(x, k), Mat::rows(&a, k).t(), &mut u, r, false, true);
         Ok(u)
     }

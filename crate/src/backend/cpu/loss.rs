@@ -1,18 +1,20 @@
 //! The rows with a label, and the cross-entropy of their logits.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 
 use super::{
     super::{Losses, run::Run, sequences::IGNORE_INDEX, slices},
-    Cpu, F32View, math,
+    Cpu, F32View, math, team,
 };
 use crate::error::Result;
 
-/// Logits that exist at a time: 16 MiB of f32.
-const CHUNK: usize = 1 << 22;
+/// Logits that exist at a time: 32 MiB of f32.
+const CHUNK: usize = 1 << 23;
 
 /// The rows with a label.
 fn labelled<'a>(run: &Run<'a>) -> impl Iterator<Item = usize> + 'a {
@@ -51,20 +53,22 @@ impl Losses for Cpu {
     ) -> Result<Option<Tensor>> {
         let rows = rows_of(&range, run);
         let (targets, scale) = (run.targets, run.grad_scale);
-        let mut losses = vec![0f64; rows.len()];
+        let losses: Vec<AtomicU64> = rows.iter().map(|_| AtomicU64::new(0)).collect();
         slices::modify_f32(&logits, &mut |logits| {
-            logits.par_chunks_exact_mut(vocab).zip(&mut losses).zip(&rows).for_each(|((row, loss), &i)| {
-                let target = targets[i] as usize;
+            team::chunks(logits, vocab, |range, row| {
+                let (i, loss) = (range.start / vocab, &losses[range.start / vocab]);
+                let target = targets[rows[i]] as usize;
                 let logit = row[target];
                 let (max, sum) = math::softmax(row);
-                *loss = f64::from(max) - f64::from(logit) + f64::from(sum).ln();
+                let value = f64::from(max) - f64::from(logit) + f64::from(sum).ln();
+                loss.store(value.to_bits(), Ordering::Relaxed);
                 if learn {
                     row[target] -= 1.0;
                     row.iter_mut().for_each(|p| *p *= scale as f32);
                 }
             });
         })?;
-        run.loss_sum += losses.iter().sum::<f64>();
+        run.loss_sum += losses.into_iter().map(|loss| f64::from_bits(loss.into_inner())).sum::<f64>();
         Ok(learn.then_some(logits))
     }
 

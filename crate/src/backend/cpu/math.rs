@@ -98,10 +98,72 @@ simd! {
 }
 
 simd! {
+    /// `out[i] += scale * <row i of b, x>`: rows as short as LoRA's rank.
+    pub fn add_products(scale: f32, b: &[f32], x: &[f32], out: &mut [f32]) {
+        if let Some(x) = x.as_array::<8>() {
+            // The usual rank, whose loop is then one vector.
+            for (out, b) in out.iter_mut().zip(b.as_chunks::<8>().0) {
+                let mut sum = 0.0;
+                for i in 0..8 {
+                    sum += b[i] * x[i];
+                }
+                *out += scale * sum;
+            }
+            return;
+        }
+        for (out, b) in out.iter_mut().zip(b.chunks_exact(x.len())) {
+            *out += scale * b.iter().zip(x).map(|(b, x)| b * x).sum::<f32>();
+        }
+    }
+}
+
+simd! {
+    /// `out[j] = <x, row j>`, rows `row` apart.
+    pub fn dots(x: &[f32], rows: &[f32], row: usize, out: &mut [f32]) {
+        for (j, out) in out.iter_mut().enumerate() {
+            *out = reduce([x, &rows[j * row..][..x.len()]], |[a, b]| a * b);
+        }
+    }
+}
+
+simd! {
+    /// out = the sum of `p[j]` times row j, rows `row` apart.
+    pub fn weighted_sum(p: &[f32], rows: &[f32], row: usize, out: &mut [f32]) {
+        const WIDE: usize = 64;
+        let whole = out.len() / WIDE * WIDE;
+        for first in (0..whole).step_by(WIDE) {
+            // In registers, where the whole of `out` would be read and written for each row.
+            let mut sums = [0f32; WIDE];
+            for (j, p) in p.iter().enumerate() {
+                if let Some(values) = rows[j * row + first..].first_chunk::<WIDE>() {
+                    sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += p * v);
+                }
+            }
+            out[first..first + WIDE].copy_from_slice(&sums);
+        }
+        let rest = &mut out[whole..];
+        rest.fill(0.0);
+        for (j, p) in p.iter().enumerate() {
+            let values = &rows[j * row + whole..][..rest.len()];
+            rest.iter_mut().zip(values).for_each(|(sum, v)| *sum += p * v);
+        }
+    }
+}
+
+simd! {
     /// y += scale * x.
     pub fn axpy(scale: f32, x: &[f32], y: &mut [f32]) {
         for (y, x) in y.iter_mut().zip(x) {
             *y += scale * x;
+        }
+    }
+}
+
+simd! {
+    /// z = x + y.
+    pub fn add(x: &[f32], y: &[f32], z: &mut [f32]) {
+        for ((z, x), y) in z.iter_mut().zip(x).zip(y) {
+            *z = x + y;
         }
     }
 }

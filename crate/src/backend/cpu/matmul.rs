@@ -1,25 +1,26 @@
 //! Matrix products with a weight that may be stored in fewer bits than it is computed in.
 //!
-//! A tile of the weight (at most `TILE` elements, half of a core's L2 cache) is widened
-//! to f32 and multiplied at once, so a quantized weight never exists whole in f32 and the
-//! widening costs no trip to memory. The tiles depend on the shapes alone, never on the
-//! number of threads: the same product gives the same bits with any number of them. (Between kinds
-//! of processor the last bits differ: `gemm` has kernels for AVX-512, for FMA and for neither.)
+//! A strip of the weight (at most [`DEPTH`] times [`STRIP`] elements) is widened to f32 into the order in which
+//! [`tile::multiply`] reads it, and used for all rows at once: a quantized weight never exists whole in f32, and the
+//! widening costs no trip to memory. The same product gives the same bits with any number of threads.
 
-use gemm::{Parallelism, gemm};
-use rayon::prelude::*;
+use std::cell::RefCell;
 
 use super::{
     SharedMut,
     dots::{FEW_ROWS, FewRows},
-    math, simd,
+    math, pack, simd,
+    team,
+    tile::{self, NARROW, Onto, STRIP, Target},
     weight::WeightView,
 };
 
-/// Elements of a weight that are widened at once (256 KiB of f32).
-const TILE: usize = 1 << 16;
+/// Rows of a strip that are packed at once: 128 KiB of f32, which stay in a core's L2 cache.
+const DEPTH: usize = 1024;
+/// Elements of a weight that a thread takes at a time for a few rows.
+const FEW_ROWS_TILE: usize = 1 << 14;
 /// Below this many multiplications a second thread costs more than it brings.
-const WORTH_A_THREAD: usize = 1 << 17;
+const WORTH_A_THREAD: usize = 1 << 15;
 
 /// A matrix for [`gemm_f32`]: where it starts, and the distance between rows and columns.
 #[derive(Clone, Copy)]
@@ -39,7 +40,13 @@ impl<'a> Mat<'a> {
         Self { row: self.col, col: self.row, ..self }
     }
 
-    fn reaches(&self, rows: usize, cols: usize) -> usize {
+    /// Without the rows and columns before these.
+    pub fn from(self, row: usize, column: usize) -> Self {
+        Self { data: &self.data[(row * self.row + column * self.col).min(self.data.len())..], ..self }
+    }
+
+    /// Elements that so many rows and columns reach over.
+    pub fn reaches(&self, rows: usize, cols: usize) -> usize {
         if rows == 0 || cols == 0 { 0 } else { (rows - 1) * self.row + (cols - 1) * self.col + 1 }
     }
 }
@@ -77,134 +84,176 @@ pub unsafe fn gemm_into(
     accumulate: bool,
     threads: bool,
 ) {
-    if m == 0 || n == 0 {
-        return;
-    }
     assert!(a.reaches(m, k) <= a.data.len() && b.reaches(k, n) <= b.data.len(), "gemm: an operand is too small");
-    let parallelism = if threads && m * n * k >= WORTH_A_THREAD { Parallelism::Rayon(0) } else { Parallelism::None };
-    // SAFETY: the operands' extents are checked above, the output's by the caller.
-    unsafe {
-        gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            out_row as isize,
-            accumulate,
-            a.data.as_ptr(),
-            a.col as isize,
-            a.row as isize,
-            b.data.as_ptr(),
-            b.col as isize,
-            b.row as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
-}
-
-/// out[m, n] += x[m, k] w[n, k]^T.
-pub fn matmul_nt((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, out: &mut [f32]) {
-    assert!(x.len() >= m * k && out.len() >= m * n, "matmul_nt: a buffer is too small");
-    if m <= FEW_ROWS {
-        return dot_rows((m, n, k), x, w, out);
-    }
-    if let WeightView::F32(w) = w {
-        return gemm_f32((m, n, k), 1.0, Mat::rows(x, k), Mat::rows(w, k).t(), out, n, true, true);
-    }
-    // Four tiles at least, so that a few threads share evenly; sixteen rows at least, so that
-    // the product of a tile is worth its call.
-    let rows = (TILE / k).min(n.div_ceil(4)).max(16).min(n);
-    let shared = SharedMut::new(out);
-    let tile = |scratch: &mut Vec<f32>, start: usize| {
-        let rows = rows.min(n - start);
-        scratch.resize(rows * k, 0.0);
-        w.widen(start * k, scratch);
-        // SAFETY: columns start .. start + rows of the output belong to this tile.
-        unsafe {
-            gemm_into((m, rows, k), 1.0, Mat::rows(x, k), Mat::rows(scratch, k).t(), shared.at(start), n, true, false);
-        }
-    };
-    for_tiles(n, rows, m * n * k, tile);
-}
-
-/// dx[m, k] += dy[m, n] w[n, k].
-pub fn matmul_nn((m, n, k): (usize, usize, usize), dy: &[f32], w: &WeightView, dx: &mut [f32]) {
-    assert!(dy.len() >= m * n && dx.len() >= m * k, "matmul_nn: a buffer is too small");
-    if let WeightView::F32(w) = w {
-        return gemm_f32((m, k, n), 1.0, Mat::rows(dy, n), Mat::rows(w, k), dx, k, true, true);
-    }
-    // A tile is `cols` columns of w, whole quantization blocks where k allows it.
-    let cols = k.div_ceil(4).next_multiple_of(64).clamp(64, 512).min(k);
-    let depth = (TILE / cols).max(1);
-    let shared = SharedMut::new(dx);
-    let tile = |scratch: &mut Vec<f32>, start: usize| {
-        let cols = cols.min(k - start);
-        for first in (0..n).step_by(depth) {
-            let depth = depth.min(n - first);
-            scratch.resize(depth * cols, 0.0);
-            for (i, row) in scratch.chunks_exact_mut(cols).enumerate() {
-                w.widen((first + i) * k + start, row);
-            }
-            let a = Mat::rows(&dy[first..], n);
-            // SAFETY: columns start .. start + cols of dx belong to this tile.
+    // SAFETY: nothing but this function's own tasks writes through it.
+    let out = unsafe { SharedMut::from_ptr(out) };
+    let onto = if accumulate { Onto::Output } else { Onto::Nothing };
+    let strip = |i: usize, rows: std::ops::Range<usize>| {
+        let start = i * STRIP;
+        let columns = STRIP.min(n - start);
+        let width = if columns <= NARROW { NARROW } else { STRIP };
+        for_depth(k, width, onto, |depth, onto, scratch| {
+            let (a, b) = (a.from(rows.start, depth.start), b.from(depth.start, start));
+            pack::matrix(simd::level(), b, (depth.len(), columns), width, scratch);
+            // SAFETY: rows and columns of the output belong to this task.
             unsafe {
-                gemm_into((m, cols, depth), 1.0, a, Mat::rows(scratch, cols), shared.at(start), k, true, false);
+                let target = Target { ptr: out.at(rows.start * out_row + start), row: out_row, columns, scale, onto };
+                tile::multiply(simd::level(), (rows.len(), depth.len()), a, scratch, width, target);
             }
-        }
+        });
     };
-    for_tiles(k, cols, m * n * k, tile);
+    let strips = n.div_ceil(STRIP);
+    if !threads || m * n * k < WORTH_A_THREAD {
+        return (0..strips).for_each(|i| strip(i, 0..m));
+    }
+    // Rows are shared out where there are too few strips for the threads; it changes no bits.
+    let parts = (2 * team::threads()).div_ceil(strips.max(1));
+    let rows = m.div_ceil(parts).next_multiple_of(12);
+    let parts = m.div_ceil(rows.max(1));
+    team::run(strips * parts, |task| {
+        let first = task % parts * rows;
+        strip(task / parts, first..m.min(first + rows));
+    });
 }
 
-/// [`matmul_nt`] for a few rows of x (decoding): each row of w is read once and dotted with each x.
-fn dot_rows((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, out: &mut [f32]) {
-    let rows = (TILE / 4 / k).max(1);
-    let shared = SharedMut::new(out);
-    if let Some(few) = FewRows::new(simd::level(), (m, k), x, w) {
-        let tile = |_: &mut Vec<f32>, start: usize| {
-            for row in start..n.min(start + rows) {
-                for (j, sum) in few.dots(w, row)[..m].iter().enumerate() {
-                    // SAFETY: column `row` of the output belongs to this tile.
-                    unsafe { *shared.at(j * n + row) += sum };
+thread_local! {
+    /// A strip that is being used, for each thread.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `part(depth range, onto, scratch of that depth)` over a depth of k: the first is added to `onto`, the others to
+/// what the output holds then.
+fn for_depth<'a>(
+    k: usize,
+    width: usize,
+    mut onto: Onto<'a>,
+    mut part: impl FnMut(std::ops::Range<usize>, Onto<'a>, &mut [f32]),
+) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.resize(scratch.len().max(k.min(DEPTH) * width), 0.0);
+        let mut first = 0;
+        loop {
+            let end = k.min(first + DEPTH);
+            part(first..end, onto, &mut scratch[..(end - first) * width]);
+            (first, onto) = (end, Onto::Output);
+            if first == k {
+                break;
+            }
+        }
+    });
+}
+
+/// x[m, k] w[n, k]^T, `[m, n]`, added to `onto` (not [`Onto::Output`]: there is none yet).
+pub fn product_nt((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, onto: Onto) -> Vec<f32> {
+    assert!(!matches!(onto, Onto::Output));
+    // SAFETY: the product writes each element.
+    unsafe { written(m * n, |out| nt_into((m, n, k), x, w, onto, out)) }
+}
+
+/// dy[m, n] w[n, k], `[m, k]`.
+pub fn product_nn((m, n, k): (usize, usize, usize), dy: &[f32], w: &WeightView) -> Vec<f32> {
+    // SAFETY: the product writes each element.
+    unsafe { written(m * k, |out| nn_into((m, n, k), dy, w, Onto::Nothing, out)) }
+}
+
+/// `len` elements that `write` writes: nobody need fill them with zeros before.
+///
+/// # Safety
+/// `write` writes each of them.
+unsafe fn written(len: usize, write: impl FnOnce(SharedMut)) -> Vec<f32> {
+    let mut out = Vec::with_capacity(len);
+    // SAFETY: the memory is this function's; the caller's promise.
+    unsafe {
+        write(SharedMut::from_ptr(out.as_mut_ptr()));
+        out.set_len(len);
+    }
+    out
+}
+
+/// # Safety
+/// `out` has m × n elements, which nobody else touches.
+unsafe fn nt_into((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, onto: Onto, out: SharedMut) {
+    assert!(x.len() >= m * k, "a product's operand is too small");
+    if m <= FEW_ROWS {
+        // SAFETY: the caller's promise.
+        return unsafe { dot_rows((m, n, k), x, w, onto, out) };
+    }
+    for_tasks(n.div_ceil(STRIP), m * n * k, |i| {
+        let start = i * STRIP;
+        let columns = STRIP.min(n - start);
+        for_depth(k, STRIP, onto.from(start), |depth, onto, strip| {
+            pack::transposed(simd::level(), w, k, start..start + columns, depth.clone(), strip);
+            // SAFETY: these columns of the output belong to this task.
+            unsafe {
+                let target = Target { ptr: out.at(start), row: n, columns, scale: 1.0, onto };
+                let x = Mat::rows(&x[depth.start..], k);
+                tile::multiply(simd::level(), (m, depth.len()), x, strip, STRIP, target);
+            }
+        });
+    });
+}
+
+/// # Safety
+/// `dx` has m × k elements, which nobody else touches.
+unsafe fn nn_into((m, n, k): (usize, usize, usize), dy: &[f32], w: &WeightView, onto: Onto, dx: SharedMut) {
+    assert!(dy.len() >= m * n, "a product's operand is too small");
+    for_tasks(k.div_ceil(STRIP), m * n * k, |i| {
+        let start = i * STRIP;
+        let columns = STRIP.min(k - start);
+        for_depth(n, STRIP, onto.from(start), |depth, onto, strip| {
+            pack::rows(simd::level(), w, k, depth.clone(), start..start + columns, strip);
+            // SAFETY: these columns of dx belong to this task.
+            unsafe {
+                let target = Target { ptr: dx.at(start), row: k, columns, scale: 1.0, onto };
+                let dy = Mat::rows(&dy[depth.start..], n);
+                tile::multiply(simd::level(), (m, depth.len()), dy, strip, STRIP, target);
+            }
+        });
+    });
+}
+
+/// [`nt_into`] for a few rows of x (decoding): each row of w is read once and dotted with each x.
+///
+/// # Safety
+/// As [`nt_into`].
+unsafe fn dot_rows((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, onto: Onto, out: SharedMut) {
+    let rows = (FEW_ROWS_TILE / k.max(1)).max(1);
+    let few = FewRows::new(simd::level(), (m, k), x, w);
+    for_tasks(n.div_ceil(rows), m * n * k, |i| {
+        let mut wide = vec![0f32; if few.is_some() || matches!(w, WeightView::F32(_)) { 0 } else { k }];
+        for row in i * rows..n.min((i + 1) * rows) {
+            let sums = match (&few, w) {
+                (Some(few), w) => few.dots(w, row),
+                (None, WeightView::F32(w)) => dots(m, x, &w[row * k..][..k]),
+                (None, w) => {
+                    w.widen(row * k, &mut wide);
+                    dots(m, x, &wide)
                 }
-            }
-        };
-        return for_tiles(n, rows, m * n * k, tile);
-    }
-    let tile = |scratch: &mut Vec<f32>, start: usize| {
-        let rows = rows.min(n - start);
-        let tile: &[f32] = match w {
-            WeightView::F32(w) => &w[start * k..(start + rows) * k],
-            _ => {
-                scratch.resize(rows * k, 0.0);
-                w.widen(start * k, scratch);
-                scratch
-            }
-        };
-        for (i, w) in tile.chunks_exact(k).enumerate() {
-            for (j, x) in x.chunks_exact(k).take(m).enumerate() {
-                // SAFETY: column start + i of the output belongs to this tile.
-                unsafe { *shared.at(j * n + start + i) += math::dot(x, w) };
+            };
+            for (j, sum) in sums[..m].iter().enumerate() {
+                let at = j * n + row;
+                // SAFETY: column `row` of the output belongs to this task.
+                let out = unsafe { &mut *out.at(at) };
+                *out = match onto {
+                    Onto::Nothing => *sum,
+                    Onto::Output => *out + sum,
+                    Onto::Around { residual, bias } => {
+                        residual.map_or(0.0, |residual| residual[at]) + bias.map_or(0.0, |bias| bias[row]) + sum
+                    }
+                };
             }
         }
-    };
-    for_tiles(n, rows, m * n * k, tile);
+    });
 }
 
-/// Runs `tile(scratch, start)` for start = 0, step, 2 step, ... < n, on all threads if `work` is worth it.
-fn for_tiles(n: usize, step: usize, work: usize, tile: impl Fn(&mut Vec<f32>, usize) + Sync) {
-    let count = n.div_ceil(step.max(1));
-    if count > 1 && work >= WORTH_A_THREAD {
-        (0..count).into_par_iter().for_each_init(Vec::new, |scratch, i| tile(scratch, i * step));
-    } else {
-        let mut scratch = Vec::new();
-        (0..count).for_each(|i| tile(&mut scratch, i * step));
-    }
+/// Each of m rows of x times w.
+fn dots(m: usize, x: &[f32], w: &[f32]) -> [f32; FEW_ROWS] {
+    std::array::from_fn(|j| if j < m { math::dot(&x[j * w.len()..][..w.len()], w) } else { 0.0 })
+}
+
+/// Runs every task, on all threads if `work` multiplications are worth it.
+fn for_tasks(tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
+    if work >= WORTH_A_THREAD { team::run(tasks, task) } else { (0..tasks).for_each(task) }
 }
 
 #[cfg(test)]
@@ -235,7 +284,7 @@ mod tests {
 
     #[test]
     fn products_equal_three_loops() {
-        for (m, n, k) in [(1, 5, 7), (3, 33, 65), (17, 130, 96), (40, 300, 192), (5, 1, 1)] {
+        for (m, n, k) in [(1, 5, 7), (3, 33, 65), (17, 130, 96), (40, 300, 192), (5, 1, 1), (6, 70, 1100), (7, 1100, 40)] {
             let (x, dy) = (random(m * k, 1), random(m * n, 2));
             let half: Vec<f16> = random(n * k, 3).into_iter().map(f16::from_f32).collect();
             let brain: Vec<bf16> = random(n * k, 4).into_iter().map(bf16::from_f32).collect();
@@ -243,15 +292,15 @@ mod tests {
             for w in [WeightView::F16(&half), WeightView::Bf16(&brain), WeightView::F32(&single)] {
                 let mut wide = vec![0.0; n * k];
                 w.widen(0, &mut wide);
-                let mut out = vec![1.0; m * n];
-                matmul_nt((m, n, k), &x, &w, &mut out);
+                let (residual, bias) = (vec![0.75; m * n], vec![0.25; n]);
+                let onto = Onto::Around { residual: Some(&residual), bias: Some(&bias) };
+                let out = product_nt((m, n, k), &x, &w, onto);
                 for (got, want) in out.iter().zip(naive((m, n, k), |i, l| x[i * k + l], |l, j| wide[j * k + l])) {
                     assert!((got - 1.0 - want).abs() < 1e-4, "nt {m} {n} {k}: {got} {want}");
                 }
-                let mut dx = vec![1.0; m * k];
-                matmul_nn((m, n, k), &dy, &w, &mut dx);
+                let dx = product_nn((m, n, k), &dy, &w);
                 for (got, want) in dx.iter().zip(naive((m, k, n), |i, l| dy[i * n + l], |l, j| wide[l * k + j])) {
-                    assert!((got - 1.0 - want).abs() < 1e-4, "nn {m} {n} {k}: {got} {want}");
+                    assert!((got - want).abs() < 1e-4, "nn {m} {n} {k}: {got} {want}");
                 }
             }
         }

@@ -15,11 +15,16 @@ pub(crate) mod math;
 pub mod matmul;
 mod memory;
 mod norm;
+mod pack;
 mod quantize;
 mod rope;
 mod saved_modules;
 pub(crate) mod simd;
+pub(crate) mod team;
+mod tile;
 mod weight;
+
+use std::sync::Once;
 
 use candle_core::{DType, Device, Tensor};
 use parking_lot::{ReentrantMutex, ReentrantMutexGuard};
@@ -45,14 +50,8 @@ pub(crate) use quantize::quantize_4bit_read;
 /// The CPU: its activations are f32 whatever the model is stored in.
 pub struct Cpu;
 
-/// A pass reads parameters while it waits for rayon's threads, which may run anybody's work meanwhile: nobody may change
-/// them then.
+/// A pass reads parameters: nobody may change them meanwhile.
 static ONE_AT_A_TIME: ReentrantMutex<()> = ReentrantMutex::new(());
-
-/// Tokens of a pass with a cache that runs as one of rayon's threads. Its products take some ten microseconds each: a
-/// thread of another kind would go to sleep at each, and be woken when it is done. A larger pass stays on the caller's
-/// thread, because a thread's heap keeps what was freed, and rayon's choice of a thread may differ each time.
-const SHORT_PASS: usize = 16;
 
 impl Passes for Cpu {
     fn name(&self) -> String {
@@ -79,6 +78,8 @@ impl Passes for Cpu {
     }
 
     fn learn(&self, learning: &Learning, work: Work) -> Result<f64> {
+        static KEEP: Once = Once::new();
+        KEEP.call_once(memory::keep_freed);
         let _one = self.lock();
         let mut run = Run::new(&Cpu, &learning.tokens);
         (run.saved, run.dropout_key) = (Some(Saved::default()), Some(learning.dropout_key));
@@ -96,12 +97,9 @@ impl Passes for Cpu {
         logits: &mut (dyn FnMut(&mut Run) -> Result<Tensor> + Send),
     ) -> Result<Next> {
         let _one = self.lock();
-        let mut pass = || {
-            let mut run = Run::new(&Cpu, tokens);
-            run.cache = Some(cache);
-            logits(&mut run).map(Next::Logits)
-        };
-        if tokens.ids.len() <= SHORT_PASS { rayon::scope(|_| pass()) } else { pass() }
+        let mut run = Run::new(&Cpu, tokens);
+        run.cache = Some(cache);
+        logits(&mut run).map(Next::Logits)
     }
 }
 
@@ -123,7 +121,10 @@ impl Rows for Cpu {
     }
 
     fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-        Ok((a + b)?)
+        let (x, y) = (F32View::new(a)?, F32View::new(b)?);
+        let mut out = vec![0f32; x.len()];
+        team::chunks(&mut out, 1 << 13, |range, out| math::add(&x[range.clone()], &y[range], out));
+        Ok(Tensor::from_vec(out, a.dims(), &Device::Cpu)?)
     }
 }
 
@@ -163,6 +164,10 @@ impl Memory for Cpu {
 
     fn num_bytes(&self, tensor: &Tensor) -> usize {
         tensor.elem_count() * tensor.dtype().size_in_bytes()
+    }
+
+    fn give_back(&self) {
+        memory::give_back();
     }
 
     fn available_bytes(&self) -> Result<Option<usize>> {

@@ -3,19 +3,18 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 
 use super::{
     super::{
         operands::{HeadLayout, Rope},
         run::Run,
     },
-    F32View, math,
+    F32View, SharedMut, math, team,
 };
 use crate::error::Result;
 
 /// Rows a thread takes at a time.
-const ROWS: usize = 64;
+const ROWS: usize = 16;
 
 /// q `[M, heads * head_dim]`, k and v `[M, kv_heads * head_dim]` side by side in rows of
 /// `layout`, q and k turned to their positions.
@@ -25,9 +24,8 @@ pub(super) fn join(rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Ru
     let (wide, narrow) = (layout.width(), layout.kv_width());
     let step = 2 * rope.inv_freq.len();
     let mut out = vec![0f32; positions.len() * layout.row];
-    let turn = |chunk: usize, out: &mut [f32]| {
-        for (i, out) in out.chunks_exact_mut(layout.row).enumerate() {
-            let i = chunk * ROWS + i;
+    team::chunks(&mut out, ROWS * layout.row, |range, out| {
+        for (i, out) in (range.start / layout.row..).zip(out.chunks_exact_mut(layout.row)) {
             let angles = &table[positions[i] * step..][..step];
             let (to_q, rest) = out.split_at_mut(wide);
             let (to_k, to_v) = rest.split_at_mut(narrow);
@@ -35,8 +33,7 @@ pub(super) fn join(rope: &Rope, qkv: [&Tensor; 3], layout: &HeadLayout, run: &Ru
             math::rotate(&k[i * narrow..][..narrow], angles, 1.0, to_k);
             to_v.copy_from_slice(&v[i * narrow..][..narrow]);
         }
-    };
-    out.par_chunks_mut(ROWS * layout.row).enumerate().for_each(|(chunk, out)| turn(chunk, out));
+    });
     Ok(Tensor::from_vec(out, (positions.len(), layout.row), &Device::Cpu)?)
 }
 
@@ -47,14 +44,18 @@ pub(super) fn split(rope: &Rope, d: &Tensor, layout: &HeadLayout, run: &Run) -> 
     let (m, wide, narrow) = (positions.len(), layout.width(), layout.kv_width());
     let step = 2 * rope.inv_freq.len();
     let (mut dq, mut dk, mut dv) = (vec![0f32; m * wide], vec![0f32; m * narrow], vec![0f32; m * narrow]);
-    let rows = dq.par_chunks_exact_mut(wide).zip(dk.par_chunks_exact_mut(narrow));
-    let rows = rows.zip(dv.par_chunks_exact_mut(narrow)).zip(d.par_chunks_exact(layout.row)).zip(&positions);
-    rows.with_min_len(ROWS).for_each(|((((dq, dk), dv), d), position)| {
-        let angles = &table[position * step..][..step];
-        // A rotation's transpose is its inverse: the sines change their sign.
-        math::rotate(&d[..wide], angles, -1.0, dq);
-        math::rotate(&d[wide..wide + narrow], angles, -1.0, dk);
-        dv.copy_from_slice(&d[wide + narrow..]);
+    let (to_q, to_k, to_v) = (SharedMut::new(&mut dq), SharedMut::new(&mut dk), SharedMut::new(&mut dv));
+    team::ranges(m, ROWS, |rows| {
+        for i in rows {
+            let (angles, d) = (&table[positions[i] * step..][..step], &d[i * layout.row..][..layout.row]);
+            let (own, own_narrow) = (i * wide..(i + 1) * wide, i * narrow..(i + 1) * narrow);
+            // SAFETY: these rows belong to this share.
+            let (dq, dk, dv) = unsafe { (to_q.slice(own), to_k.slice(own_narrow.clone()), to_v.slice(own_narrow)) };
+            // A rotation's transpose is its inverse: the sines change their sign.
+            math::rotate(&d[..wide], angles, -1.0, dq);
+            math::rotate(&d[wide..wide + narrow], angles, -1.0, dk);
+            dv.copy_from_slice(&d[wide + narrow..]);
+        }
     });
     let tensor = |data, width| Tensor::from_vec(data, (m, width), &Device::Cpu);
     Ok([tensor(dq, wide)?, tensor(dk, narrow)?, tensor(dv, narrow)?])

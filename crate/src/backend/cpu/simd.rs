@@ -89,15 +89,17 @@ pub(crate) mod x86 {
     use std::arch::x86_64::*;
 
     use candle_core::DType;
+    use half::f16;
 
     use super::super::dequantize::{for_each_block, lookup_scalar};
     use crate::quantized::QuantizedCpu;
 
     /// Right shifts that bring nibble 0..8 of a little-endian u32 to the bottom, in the order
     /// of the elements (high nibble of byte 0 first).
-    const NIBBLE_SHIFTS: [i32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
+    pub(crate) const NIBBLE_SHIFTS: [i32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
 
     #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
     pub(crate) fn dequantize_avx512(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
         let values = view.quant_type.values();
         assert_eq!(values.len(), 16);
@@ -123,6 +125,46 @@ pub(crate) mod x86 {
         });
     }
 
+    /// `columns` elements at `start`, then at `step` behind it, and so on, in rows of `out`.
+    #[target_feature(enable = "avx512f,avx2")]
+    pub(crate) fn dequantize_rows_avx512(
+        view: &QuantizedCpu<'_>,
+        (start, step): (usize, usize),
+        columns: usize,
+        width: usize,
+        out: &mut [f32],
+    ) {
+        for (i, out) in out.chunks_exact_mut(width).enumerate() {
+            dequantize_avx512(view, start + i * step, &mut out[..columns]);
+        }
+    }
+
+    /// See [`dequantize_rows_avx512`].
+    #[target_feature(enable = "avx2,f16c")]
+    pub(crate) fn dequantize_rows_avx2(
+        view: &QuantizedCpu<'_>,
+        (start, step): (usize, usize),
+        columns: usize,
+        width: usize,
+        out: &mut [f32],
+    ) {
+        for (i, out) in out.chunks_exact_mut(width).enumerate() {
+            dequantize_avx2(view, start + i * step, &mut out[..columns]);
+        }
+    }
+
+    #[target_feature(enable = "f16c,avx")]
+    pub(crate) fn widen_f16(from: &[f16], to: &mut [f32]) {
+        let ((from, rest), (to, last)) = (from.as_chunks::<8>(), to.as_chunks_mut::<8>());
+        for (from, to) in from.iter().zip(to) {
+            // SAFETY: 8 numbers of 2 bytes and of 4.
+            unsafe { _mm256_storeu_ps(to.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast()))) };
+        }
+        for (from, to) in rest.iter().zip(last) {
+            *to = from.to_f32();
+        }
+    }
+
     #[target_feature(enable = "avx512f")]
     #[inline]
     pub(crate) fn round512(dtype: DType, x: __m512) -> __m512 {
@@ -139,6 +181,7 @@ pub(crate) mod x86 {
     }
 
     #[target_feature(enable = "avx2,f16c")]
+    #[inline]
     pub(crate) fn dequantize_avx2(view: &QuantizedCpu<'_>, start: usize, out: &mut [f32]) {
         let values = view.quant_type.values();
         assert_eq!(values.len(), 16);

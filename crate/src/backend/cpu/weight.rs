@@ -6,6 +6,7 @@ use half::{bf16, f16, slice::HalfFloatSliceExt};
 use super::{
     super::{internal, operands::Weight},
     dequantize::dequantize_range,
+    simd::{self, Level, simd},
 };
 use crate::{
     error::Result,
@@ -26,10 +27,25 @@ impl WeightView<'_> {
         let range = start..start + out.len();
         match self {
             Self::F32(w) => out.copy_from_slice(&w[range]),
-            Self::F16(w) => w[range].convert_to_f32_slice(out),
-            Self::Bf16(w) => w[range].convert_to_f32_slice(out),
+            Self::F16(w) => widen_f16(&w[range], out),
+            Self::Bf16(w) => widen_bf16(&w[range], out),
             Self::Quantized(w) => dequantize_range(w, start, out),
         }
+    }
+}
+
+fn widen_f16(from: &[f16], to: &mut [f32]) {
+    match simd::level() {
+        Level::Scalar => from.convert_to_f32_slice(to),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level was detected on this processor.
+        _ => unsafe { simd::x86::widen_f16(from, to) },
+    }
+}
+
+simd! {
+    fn widen_bf16(from: &[bf16], to: &mut [f32]) {
+        from.iter().zip(to).for_each(|(from, to)| *to = f32::from_bits(u32::from(from.to_bits()) << 16));
     }
 }
 

@@ -45,7 +45,8 @@ impl Ranged for Axis {
 
     fn map(&self, value: &f64, (low, high): (i32, i32)) -> i32 {
         let share = (value - self.range.start) / (self.range.end - self.range.start);
-        low + (f64::from(high - low) * share).round() as i32
+        // A value far outside the axis is far outside the picture.
+        low.saturating_add((f64::from(high - low) * share).round() as i32)
     }
 
     fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {

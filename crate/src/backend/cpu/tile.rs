@@ -1,0 +1,245 @@
+//! The inner loop of the products of matrices: rows of one times a strip of another, which lies packed.
+//!
+//! An element of a product is one chain of fused multiply-adds in the order of the depth, so it has the same bits with any
+//! number of threads or rows, with AVX-512 and with AVX2. (Without either, products and sums are rounded apart.)
+
+use super::{matmul::Mat, simd::Level};
+
+/// Columns of a strip.
+pub const STRIP: usize = 32;
+/// Columns of a narrow strip, for products with as few columns as LoRA's.
+pub const NARROW: usize = 16;
+
+/// Where a product goes: `scale` times it, in rows `row` apart of `columns` elements.
+#[derive(Clone, Copy)]
+pub struct Target<'a> {
+    pub ptr: *mut f32,
+    pub row: usize,
+    pub columns: usize,
+    pub scale: f32,
+    pub onto: Onto<'a>,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub enum Onto<'a> {
+    /// Nothing: the output is only written.
+    Nothing,
+    /// What the output holds.
+    Output,
+    /// A residual, in rows as far apart as the output's, and a bias, the same in each row.
+    Around { residual: Option<&'a [f32]>, bias: Option<&'a [f32]> },
+}
+
+impl<'a> Onto<'a> {
+    /// From a column on.
+    pub fn from(self, column: usize) -> Self {
+        let from = |values: Option<&'a [f32]>| values.map(|values| &values[column..]);
+        match self {
+            Self::Around { residual, bias } => Self::Around { residual: from(residual), bias: from(bias) },
+            other => other,
+        }
+    }
+}
+
+impl Target<'_> {
+    /// What row `i` of the product is added to, in columns `first ..`.
+    ///
+    /// # Safety
+    /// The row must lie in the output.
+    #[inline(always)]
+    unsafe fn before<const N: usize>(&self, i: usize, first: usize) -> [f32; N] {
+        let columns = self.columns.saturating_sub(first).min(N);
+        let mut before = [0f32; N];
+        let mut copy = |from: &[f32]| match from.first_chunk::<N>().filter(|_| columns == N) {
+            Some(whole) => before = *whole,
+            None => before[..columns].copy_from_slice(&from[..columns]),
+        };
+        match self.onto {
+            Onto::Nothing => {}
+            // SAFETY: the caller's promise.
+            Onto::Output => copy(unsafe { std::slice::from_raw_parts(self.ptr.add(i * self.row + first), columns) }),
+            Onto::Around { residual, bias } => {
+                if let Some(residual) = residual {
+                    copy(&residual[i * self.row + first..]);
+                }
+                if let Some(bias) = bias {
+                    before.iter_mut().zip(&bias[first..][..columns]).for_each(|(before, bias)| *before += bias);
+                }
+            }
+        }
+        before
+    }
+
+    /// Row `i` of the output, in columns `first ..`.
+    ///
+    /// # Safety
+    /// As [`Target::before`].
+    #[inline(always)]
+    unsafe fn write<const N: usize>(&self, i: usize, first: usize, row: &[f32; N]) {
+        let columns = self.columns.saturating_sub(first).min(N);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let out = self.ptr.add(i * self.row + first);
+            if columns == N {
+                out.cast::<[f32; N]>().write_unaligned(*row);
+            } else {
+                std::ptr::copy_nonoverlapping(row.as_ptr(), out, columns);
+            }
+        }
+    }
+}
+
+/// `to` = a `[m, depth]` times a strip `[depth, width]`, width [`STRIP`] or [`NARROW`].
+///
+/// # Safety
+/// The output has the m rows, and no other thread touches them meanwhile.
+pub unsafe fn multiply(level: Level, (m, depth): (usize, usize), a: Mat, strip: &[f32], width: usize, to: Target) {
+    assert!(width == STRIP || width == NARROW);
+    assert!(to.columns <= width && strip.len() >= depth * width && a.data.len() >= a.reaches(m, depth));
+    // SAFETY: the level was detected on this processor; the extents are checked, the output's by the caller.
+    unsafe {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => avx512::multiply((m, depth), a, strip, width, to),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => avx2::multiply((m, depth), a, strip, width, to),
+            Level::Scalar => scalar::multiply((m, depth), a, strip, width, to),
+        }
+    }
+}
+
+/// A kernel for vectors of `$lanes`: `$all` and `$some` of them side by side (the widths of a strip, or a part of it),
+/// times as many rows at once as registers hold.
+macro_rules! kernel {
+    ($(#[$features:meta])? $lanes:literal, [$($vectors:literal)+], [$($rows:literal)+]) => {
+        /// # Safety
+        /// See [`super::multiply`].
+        $(#[$features])?
+        pub unsafe fn multiply((m, depth): (usize, usize), a: Mat, strip: &[f32], width: usize, to: Target) {
+            let mut first = 0;
+            $(while width - first >= $lanes * $vectors {
+                // SAFETY: the extents were checked.
+                unsafe { columns::<$vectors, { $lanes * $vectors }>((m, depth), a, strip, width, first, to) };
+                first += $lanes * $vectors;
+            })+
+        }
+
+        /// Columns `first .. first + N` of all rows.
+        $(#[$features])?
+        unsafe fn columns<const V: usize, const N: usize>(
+            (m, depth): (usize, usize),
+            a: Mat,
+            strip: &[f32],
+            width: usize,
+            first: usize,
+            to: Target,
+        ) {
+            let mut i = 0;
+            $(while m - i >= $rows {
+                // SAFETY: the extents were checked.
+                unsafe { block::<$rows, V, N>(depth, a, i, &strip[first..], width, first, to) };
+                i += $rows;
+            })+
+        }
+
+        /// Rows `i .. i + R`, columns `first .. first + N`.
+        $(#[$features])?
+        #[inline]
+        unsafe fn block<const R: usize, const V: usize, const N: usize>(
+            depth: usize,
+            a: Mat,
+            i: usize,
+            strip: &[f32],
+            width: usize,
+            first: usize,
+            to: Target,
+        ) {
+            let mut sums = [[zero(); V]; R];
+            let (mut a, rows, column) = (a.data[i * a.row..].as_ptr(), a.row, a.col);
+            let mut b = strip.as_ptr();
+            for _ in 0..depth {
+                // SAFETY: the extents were checked.
+                let b_now: [_; V] = std::array::from_fn(|v| unsafe { load(b.add(v * $lanes)) });
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: as above.
+                    let x = broadcast(unsafe { *a.add(r * rows) });
+                    for (sum, b) in sums.iter_mut().zip(b_now) {
+                        *sum = multiply_add(x, b, *sum);
+                    }
+                }
+                // The last step leaves the pointers behind the end.
+                (a, b) = (a.wrapping_add(column), b.wrapping_add(width));
+            }
+            let scale = broadcast(to.scale);
+            for (r, sums) in sums.iter().enumerate() {
+                // SAFETY: the caller's promise.
+                let mut row = unsafe { to.before::<N>(i + r, first) };
+                for (sum, part) in sums.iter().zip(row.as_chunks_mut::<$lanes>().0) {
+                    // SAFETY: `part` holds a vector.
+                    unsafe { store(part.as_mut_ptr(), multiply_add(scale, *sum, load(part.as_ptr()))) };
+                }
+                // SAFETY: the caller's promise.
+                unsafe { to.write(i + r, first, &row) };
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        _mm512_fmadd_ps as multiply_add, _mm512_loadu_ps as load, _mm512_set1_ps as broadcast,
+        _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
+    };
+
+    use super::{Mat, Target};
+
+    kernel!(#[target_feature(enable = "avx512f")] 16, [2 1], [12 8 4 2 1]);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::{
+        _mm256_fmadd_ps as multiply_add, _mm256_loadu_ps as load, _mm256_set1_ps as broadcast,
+        _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
+    };
+
+    use super::{Mat, Target};
+
+    kernel!(#[target_feature(enable = "avx2,fma")] 8, [2], [6 4 2 1]);
+}
+
+mod scalar {
+    use super::{Mat, Target};
+
+    /// Four lanes: what SSE and NEON have.
+    type Lanes = [f32; 4];
+
+    fn zero() -> Lanes {
+        [0.0; 4]
+    }
+
+    fn broadcast(x: f32) -> Lanes {
+        [x; 4]
+    }
+
+    unsafe fn load(from: *const f32) -> Lanes {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<Lanes>().read_unaligned() }
+    }
+
+    unsafe fn store(to: *mut f32, v: Lanes) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<Lanes>().write_unaligned(v) }
+    }
+
+    #[inline(always)]
+    fn multiply_add(x: Lanes, b: Lanes, sum: Lanes) -> Lanes {
+        // Every Arm processor of 64 bits fuses them; without an instruction it would be a call.
+        let fused = cfg!(target_arch = "aarch64");
+        std::array::from_fn(|i| if fused { x[i].mul_add(b[i], sum[i]) } else { x[i] * b[i] + sum[i] })
+    }
+
+    kernel!(4, [2], [4 2 1]);
+}
