@@ -4,13 +4,12 @@
 //! The bits are those of widening the row and [`math::dot`]: as many partial sums, in the same order, products and sums
 //! apart.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, ops::Range};
 
-use super::{
-    math::{self, LANES},
-    simd::Level,
-    weight::WeightView,
-};
+#[cfg(target_arch = "x86_64")]
+use candle_core::DType;
+
+use super::{math::LANES, simd::Level, weight::WeightView};
 use crate::quantized::QuantType;
 
 /// Up to this many rows of x, a product is limited by reading the weight.
@@ -41,56 +40,45 @@ impl<'a> FewRows<'a> {
         Some(Self { m, k, x, level })
     }
 
-    /// Row `row` of the weight times each row of x.
-    pub fn dots(&self, w: &WeightView, row: usize) -> [f32; FEW_ROWS] {
-        let mut sums = [0f32; FEW_ROWS];
+    /// Rows `rows` of the weight times each row of x: of each the products.
+    pub fn dots(&self, w: &WeightView, rows: Range<usize>, out: &mut [[f32; FEW_ROWS]]) {
+        // Rows of codes are taken some at a time, as many as there are registers for.
         match self.m {
-            1 => sums[..1].copy_from_slice(&self.sums::<1>(w, row)),
-            2 => sums[..2].copy_from_slice(&self.sums::<2>(w, row)),
-            3 => sums[..3].copy_from_slice(&self.sums::<3>(w, row)),
-            _ => sums.copy_from_slice(&self.sums::<4>(w, row)),
+            1 => self.rows::<1, 4>(w, rows, out),
+            2 => self.rows::<2, 2>(w, rows, out),
+            3 => self.rows::<3, 1>(w, rows, out),
+            _ => self.rows::<4, 1>(w, rows, out),
         }
-        sums
     }
 
-    fn sums<const M: usize>(&self, w: &WeightView, row: usize) -> [f32; M] {
-        let (start, k) = (row * self.k, self.k);
+    fn rows<const M: usize, const R: usize>(&self, w: &WeightView, rows: Range<usize>, out: &mut [[f32; FEW_ROWS]]) {
+        let (k, start) = (self.k, rows.start * self.k);
+        let range = start..rows.end * k;
         let x: [&[f32]; M] = std::array::from_fn(|j| &self.x[j * k..][..k]);
-        let mut sums = self.lanes(w, start, x).map(math::sum_lanes);
+        // SAFETY: the level was detected on this processor.
+        #[cfg(target_arch = "x86_64")]
+        match (self.level, w) {
+            (Level::Avx512, WeightView::Quantized(w)) => unsafe { avx512::quantized::<M, R>(w, start, x, out) },
+            (Level::Avx512, WeightView::F16(w)) => unsafe { avx512::f16(&w[range], x, out) },
+            (Level::Avx512, WeightView::Bf16(w)) => unsafe { avx512::bf16(&w[range], x, out) },
+            (Level::Avx2, WeightView::Quantized(w)) => unsafe { avx2::quantized::<M, R>(w, start, x, out) },
+            (Level::Avx2, WeightView::F16(w)) => unsafe { avx2::f16(&w[range], x, out) },
+            (Level::Avx2, WeightView::Bf16(w)) => unsafe { avx2::bf16(&w[range], x, out) },
+            _ => {}
+        }
         // What is no whole group of lanes.
         let rest = k - k % LANES;
-        let mut add = |i: usize, w: f32| {
-            for (sum, x) in sums.iter_mut().zip(x) {
-                *sum += w * x[i];
+        let mut add = |i: usize, widened: &dyn Fn(usize) -> f32| {
+            for (row, out) in out.iter_mut().enumerate() {
+                let w = widened(start + row * k + i);
+                out.iter_mut().zip(x).for_each(|(out, x)| *out += w * x[i]);
             }
         };
         match w {
-            WeightView::F16(w) => (rest..k).for_each(|i| add(i, w[start + i].to_f32())),
-            WeightView::Bf16(w) => (rest..k).for_each(|i| add(i, w[start + i].to_f32())),
+            WeightView::F16(w) => (rest..k).for_each(|i| add(i, &|at| w[at].to_f32())),
+            WeightView::Bf16(w) => (rest..k).for_each(|i| add(i, &|at| w[at].to_f32())),
             _ => {}
         }
-        sums
-    }
-
-    /// Partial sums of elements `start .. start + k` of the weight, but for the rest beyond whole groups.
-    #[cfg(target_arch = "x86_64")]
-    fn lanes<const M: usize>(&self, w: &WeightView, start: usize, x: [&[f32]; M]) -> [[f32; LANES]; M] {
-        let range = start..start + self.k;
-        // SAFETY: the level was detected on this processor.
-        match (self.level, w) {
-            (Level::Avx512, WeightView::Quantized(w)) => unsafe { avx512::quantized(w, start, x) },
-            (Level::Avx512, WeightView::F16(w)) => unsafe { avx512::f16(&w[range], x) },
-            (Level::Avx512, WeightView::Bf16(w)) => unsafe { avx512::bf16(&w[range], x) },
-            (Level::Avx2, WeightView::Quantized(w)) => unsafe { avx2::quantized(w, start, x) },
-            (Level::Avx2, WeightView::F16(w)) => unsafe { avx2::f16(&w[range], x) },
-            (Level::Avx2, WeightView::Bf16(w)) => unsafe { avx2::bf16(&w[range], x) },
-            _ => [[0.0; LANES]; M],
-        }
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn lanes<const M: usize>(&self, _: &WeightView, _: usize, _: [&[f32]; M]) -> [[f32; LANES]; M] {
-        [[0.0; LANES]; M]
     }
 }
 
@@ -105,58 +93,254 @@ fn evens_first(x: &[f32]) -> Vec<f32> {
     out
 }
 
-/// Puts the sums of elements that lay as [`evens_first`] has them back into their order.
-fn in_order(sums: [f32; LANES]) -> [f32; LANES] {
-    std::array::from_fn(|i| sums[i / 2 + LANES / 2 * (i % 2)])
+/// Block maxima that are made at a time, apart from the products that take all registers.
+#[cfg(target_arch = "x86_64")]
+const MAXIMA: usize = 32;
+
+/// What values are rounded to.
+#[cfg(target_arch = "x86_64")]
+const F32: u8 = 0;
+#[cfg(target_arch = "x86_64")]
+const F16: u8 = 1;
+#[cfg(target_arch = "x86_64")]
+const BF16: u8 = 2;
+
+#[cfg(target_arch = "x86_64")]
+const fn rounded_to(round: u8) -> DType {
+    match round {
+        F16 => DType::F16,
+        BF16 => DType::BF16,
+        _ => DType::F32,
+    }
+}
+
+/// Asks for the `bytes` that come [`AHEAD`] of where `now` begins: a processor follows one row, but not from one to the next.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch<T>(now: &[T], bytes: usize) {
+    let first = now.as_ptr().cast::<i8>().wrapping_add(AHEAD);
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a hint, of any address.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(first.wrapping_add(line)) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// The sums of products, for [`LANES`] lanes in `$count` vectors. [`math::sum_lanes`] adds the upper half of the lanes to
+/// the lower, again and again: of lanes in their order first vectors, then parts of one (`lanes`). Loops with indices, since
+/// a closure that is handed to a function of the standard library is not inlined with these instructions.
+#[cfg(target_arch = "x86_64")]
+macro_rules! sums {
+    ($features:literal, $count:literal) => {
+        /// Rows of 4-bit codes, `R` at a time; x as [`super::evens_first`] has it, so that the even lanes and the odd ones
+        /// are apart until the last addition.
+        #[target_feature(enable = $features)]
+        pub fn quantized<const M: usize, const R: usize>(
+            w: &QuantizedCpu,
+            start: usize,
+            x: [&[f32]; M],
+            out: &mut [[f32; FEW_ROWS]],
+        ) {
+            match w.dtype {
+                DType::F16 => rows::<M, R, F16>(w, start, x, out),
+                DType::BF16 => rows::<M, R, BF16>(w, start, x, out),
+                _ => rows::<M, R, F32>(w, start, x, out),
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn rows<const M: usize, const R: usize, const ROUND: u8>(
+            w: &QuantizedCpu,
+            start: usize,
+            x: [&[f32]; M],
+            out: &mut [[f32; FEW_ROWS]],
+        ) {
+            let k = x[0].len();
+            let x = x.map(|x| x[..k].as_chunks::<LANES>().0);
+            let (whole, rest) = out.as_chunks_mut::<R>();
+            let mut at = start;
+            for out in whole {
+                prefetch(&w.packed[at / 2..], R * k / 2);
+                codes::<M, R, ROUND>(w, at, k, &x, out);
+                at += R * k;
+            }
+            for out in rest {
+                codes::<M, 1, ROUND>(w, at, k, &x, std::array::from_mut(out));
+                at += k;
+            }
+        }
+
+        /// R rows of k codes from `start` on.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn codes<const M: usize, const R: usize, const ROUND: u8>(
+            w: &QuantizedCpu,
+            start: usize,
+            k: usize,
+            x: &[&[[f32; LANES]]; M],
+            out: &mut [[f32; FEW_ROWS]; R],
+        ) {
+            let packed = w.packed[start / 2..(start + R * k) / 2].as_chunks::<16>().0;
+            let (block_groups, values) = (w.blocksize / LANES, values(w));
+            let (first_block, blocks) = (start / w.blocksize, k / w.blocksize);
+            let mut sums = [[[zero(); $count]; M]; R];
+            let mut maxima = [[0f32; R]; MAXIMA];
+            for done in (0..blocks).step_by(MAXIMA) {
+                let maxima = &mut maxima[..MAXIMA.min(blocks - done)];
+                for (i, maxima) in maxima.iter_mut().enumerate() {
+                    for (row, max) in maxima.iter_mut().enumerate() {
+                        *max = w.absmax.get(first_block + row * blocks + done + i);
+                    }
+                }
+                for (i, maxima) in maxima.iter().enumerate() {
+                    let mut tables = [values_of_zero(); R];
+                    for (made, max) in tables.iter_mut().zip(maxima) {
+                        *made = table::<ROUND>(values, *max);
+                    }
+                    let at = (done + i) * block_groups;
+                    for group in at..at + block_groups {
+                        for (row, (sums, table)) in sums.iter_mut().zip(tables).enumerate() {
+                            add(lookup(&packed[row * (k / LANES) + group], table), group, x, sums);
+                        }
+                    }
+                }
+            }
+            for (out, sums) in out.iter_mut().zip(&sums) {
+                for (out, sums) in out.iter_mut().zip(sums) {
+                    let (even, odd) = sums.split_at($count / 2);
+                    *out = reduce(even) + reduce(odd);
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        pub fn f16<const M: usize>(w: &[f16], x: [&[f32]; M], out: &mut [[f32; FEW_ROWS]]) {
+            let k = x[0].len();
+            let x = x.map(|x| x[..k].as_chunks::<LANES>().0);
+            for (w, out) in w.chunks_exact(k).zip(out) {
+                prefetch(w, 2 * k);
+                let mut sums = [[zero(); $count]; M];
+                for (i, w) in w.as_chunks().0.iter().enumerate() {
+                    add(widen_f16(w), i, &x, &mut sums);
+                }
+                for (out, sums) in out.iter_mut().zip(&sums) {
+                    *out = reduce(sums);
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        pub fn bf16<const M: usize>(w: &[bf16], x: [&[f32]; M], out: &mut [[f32; FEW_ROWS]]) {
+            let k = x[0].len();
+            let x = x.map(|x| x[..k].as_chunks::<LANES>().0);
+            for (w, out) in w.chunks_exact(k).zip(out) {
+                prefetch(w, 2 * k);
+                let mut sums = [[zero(); $count]; M];
+                for (i, w) in w.as_chunks().0.iter().enumerate() {
+                    add(widen_bf16(w), i, &x, &mut sums);
+                }
+                for (out, sums) in out.iter_mut().zip(&sums) {
+                    *out = reduce(sums);
+                }
+            }
+        }
+
+        /// Adds 32 weights times the numbers of x there.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn add<const M: usize>(
+            w: [Vector; $count],
+            group: usize,
+            x: &[&[[f32; LANES]]; M],
+            sums: &mut [[Vector; $count]; M],
+        ) {
+            for (sums, x) in sums.iter_mut().zip(x) {
+                for ((sum, w), x) in sums.iter_mut().zip(w).zip(x[group].as_chunks().0) {
+                    *sum = plus(*sum, times(w, load(x)));
+                }
+            }
+        }
+
+        /// The upper half of the vectors is added to the lower, then the lanes of the last.
+        #[target_feature(enable = $features)]
+        #[inline]
+        fn reduce(sums: &[Vector]) -> f32 {
+            match *sums {
+                [a] => lanes(a),
+                [a, b] => lanes(plus(a, b)),
+                [a, b, c, d] => lanes(plus(plus(a, c), plus(b, d))),
+                _ => 0.0,
+            }
+        }
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        __m512 as Vector, _mm512_add_ps as plus, _mm512_mul_ps as times, _mm512_reduce_add_ps as lanes,
+        _mm512_setzero_ps as zero, *,
+    };
 
     use half::{bf16, f16};
 
-    use super::{super::simd::x86::round512, LANES, in_order};
+    use super::{super::simd::x86::round512, BF16, DType, F16, F32, FEW_ROWS, LANES, MAXIMA, prefetch, rounded_to};
     use crate::quantized::QuantizedCpu;
 
+    sums!("avx512f,avx2", 2);
+
     #[target_feature(enable = "avx512f,avx2")]
-    pub fn quantized<const M: usize>(w: &QuantizedCpu, start: usize, x: [&[f32]; M]) -> [[f32; LANES]; M] {
-        let k = x[0].len();
-        let packed = w.packed[start / 2..(start + k) / 2].as_chunks::<16>().0;
-        let values = load(w.quant_type.values().first_chunk().unwrap_or(&[0.0; 16]));
-        let (first, a_block) = (start / w.blocksize, w.blocksize / LANES);
-        let mut table = values;
-        let sums = accumulate(packed.len(), x, |i| {
-            if i % a_block == 0 {
-                let absmax = _mm512_set1_ps(w.absmax.get(first + i / a_block));
-                table = round512(w.dtype, _mm512_mul_ps(values, absmax));
-            }
-            // SAFETY: 16 readable bytes.
-            let codes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(packed[i].as_ptr().cast()) });
-            // Only the low four bits of each index count.
-            let high = _mm512_srli_epi32::<4>(codes);
-            [_mm512_permutexvar_ps(high, table), _mm512_permutexvar_ps(codes, table)]
-        });
-        sums.map(in_order)
+    #[inline]
+    fn values(w: &QuantizedCpu) -> __m512 {
+        load(w.quant_type.values().first_chunk().unwrap_or(&[0.0; 16]))
     }
 
     #[target_feature(enable = "avx512f,avx2")]
-    pub fn f16<const M: usize>(w: &[f16], x: [&[f32]; M]) -> [[f32; LANES]; M] {
-        let w = w.as_chunks::<16>().0;
-        // SAFETY: 16 numbers of 2 bytes.
-        let wide = |w: &[f16; 16]| _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(w.as_ptr().cast()) });
-        accumulate(w.len() / 2, x, |i| [wide(&w[2 * i]), wide(&w[2 * i + 1])])
+    #[inline]
+    fn values_of_zero() -> __m512 {
+        zero()
     }
 
     #[target_feature(enable = "avx512f,avx2")]
-    pub fn bf16<const M: usize>(w: &[bf16], x: [&[f32]; M]) -> [[f32; LANES]; M] {
-        let w = w.as_chunks::<16>().0;
-        let wide = |w: &[bf16; 16]| {
-            // SAFETY: 16 numbers of 2 bytes.
-            let bits = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(w.as_ptr().cast()) });
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
-        };
-        accumulate(w.len() / 2, x, |i| [wide(&w[2 * i]), wide(&w[2 * i + 1])])
+    #[inline]
+    fn table<const ROUND: u8>(values: __m512, absmax: f32) -> __m512 {
+        round512(const { rounded_to(ROUND) }, _mm512_mul_ps(values, _mm512_set1_ps(absmax)))
+    }
+
+    #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
+    fn lookup(codes: &[u8; 16], table: __m512) -> [__m512; 2] {
+        // SAFETY: 16 readable bytes.
+        let codes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
+        // Only the low four bits of each index count.
+        let high = _mm512_srli_epi32::<4>(codes);
+        [_mm512_permutexvar_ps(high, table), _mm512_permutexvar_ps(codes, table)]
+    }
+
+    #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
+    fn widen_f16(w: &[f16; LANES]) -> [__m512; 2] {
+        // SAFETY: 16 numbers of 2 bytes, twice.
+        let (low, high) =
+            unsafe { (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w[16..].as_ptr().cast())) };
+        [_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)]
+    }
+
+    #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
+    fn widen_bf16(w: &[bf16; LANES]) -> [__m512; 2] {
+        // SAFETY: as above.
+        let (low, high) =
+            unsafe { (_mm256_loadu_si256(w.as_ptr().cast()), _mm256_loadu_si256(w[16..].as_ptr().cast())) };
+        [wide(low), wide(high)]
+    }
+
+    #[target_feature(enable = "avx512f,avx2")]
+    #[inline]
+    fn wide(bf16: __m256i) -> __m512 {
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bf16)))
     }
 
     #[target_feature(enable = "avx512f")]
@@ -165,96 +349,81 @@ mod avx512 {
         // SAFETY: 64 readable bytes.
         unsafe { _mm512_loadu_ps(from.as_ptr()) }
     }
-
-    /// Adds up `weights(i)`, 32 of them, times the numbers of x there.
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn accumulate<const M: usize>(
-        groups: usize,
-        x: [&[f32]; M],
-        mut weights: impl FnMut(usize) -> [__m512; 2],
-    ) -> [[f32; LANES]; M] {
-        let x = x.map(|x| &x.as_chunks::<LANES>().0[..groups]);
-        let mut sums = [[_mm512_setzero_ps(); 2]; M];
-        for i in 0..groups {
-            let w = weights(i);
-            for (sums, x) in sums.iter_mut().zip(x) {
-                for ((sum, w), x) in sums.iter_mut().zip(w).zip(x[i].as_chunks().0) {
-                    *sum = _mm512_add_ps(*sum, _mm512_mul_ps(w, load(x)));
-                }
-            }
-        }
-        sums.map(|sums| {
-            let mut lanes = [0f32; LANES];
-            for (sum, lanes) in sums.iter().zip(lanes.as_chunks_mut::<16>().0) {
-                // SAFETY: 64 writable bytes.
-                unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), *sum) };
-            }
-            lanes
-        })
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        __m256 as Vector, _mm256_add_ps as plus, _mm256_mul_ps as times, _mm256_setzero_ps as zero, *,
+    };
 
     use half::{bf16, f16};
 
-    use super::{super::simd::x86::round256, LANES, in_order};
+    use super::{super::simd::x86::round256, BF16, DType, F16, F32, FEW_ROWS, LANES, MAXIMA, prefetch, rounded_to};
     use crate::quantized::QuantizedCpu;
 
+    sums!("avx2,f16c", 4);
+
     #[target_feature(enable = "avx2,f16c")]
-    pub fn quantized<const M: usize>(w: &QuantizedCpu, start: usize, x: [&[f32]; M]) -> [[f32; LANES]; M] {
-        let k = x[0].len();
-        let packed = w.packed[start / 2..(start + k) / 2].as_chunks::<16>().0;
+    #[inline]
+    fn values(w: &QuantizedCpu) -> [__m256; 2] {
         let values = w.quant_type.values().as_chunks::<8>().0;
-        let values = [load(&values[0]), load(&values[1])];
-        let (first, a_block) = (start / w.blocksize, w.blocksize / LANES);
-        let mut table = values;
-        let sums = accumulate(packed.len(), x, |i| {
-            if i % a_block == 0 {
-                let absmax = _mm256_set1_ps(w.absmax.get(first + i / a_block));
-                table = [
-                    round256(w.dtype, _mm256_mul_ps(values[0], absmax)),
-                    round256(w.dtype, _mm256_mul_ps(values[1], absmax)),
-                ];
-            }
-            // A look-up sees three bits; the fourth, moved to the sign, chooses the half.
-            let lookup = |index: __m256i| {
-                let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
-                let [low, high] = table.map(|half| _mm256_permutevar8x32_ps(half, index));
-                _mm256_blendv_ps(low, high, fourth)
-            };
-            let codes = |bytes: &[u8; 8]| {
-                // SAFETY: 8 readable bytes.
-                _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) })
-            };
-            let halves = packed[i].as_chunks::<8>().0;
-            let (first, second) = (codes(&halves[0]), codes(&halves[1]));
-            let high = |codes: __m256i| _mm256_srli_epi32::<4>(codes);
-            [lookup(high(first)), lookup(high(second)), lookup(first), lookup(second)]
-        });
-        sums.map(in_order)
+        [load(&values[0]), load(&values[1])]
     }
 
     #[target_feature(enable = "avx2,f16c")]
-    pub fn f16<const M: usize>(w: &[f16], x: [&[f32]; M]) -> [[f32; LANES]; M] {
-        let w = w.as_chunks::<8>().0;
-        // SAFETY: 8 numbers of 2 bytes.
-        let wide = |w: &[f16; 8]| _mm256_cvtph_ps(unsafe { _mm_loadu_si128(w.as_ptr().cast()) });
-        accumulate(w.len() / 4, x, |i| [0, 1, 2, 3].map(|part| wide(&w[4 * i + part])))
+    #[inline]
+    fn values_of_zero() -> [__m256; 2] {
+        [zero(); 2]
     }
 
     #[target_feature(enable = "avx2,f16c")]
-    pub fn bf16<const M: usize>(w: &[bf16], x: [&[f32]; M]) -> [[f32; LANES]; M] {
-        let w = w.as_chunks::<8>().0;
-        let wide = |w: &[bf16; 8]| {
+    #[inline]
+    fn table<const ROUND: u8>([low, high]: [__m256; 2], absmax: f32) -> [__m256; 2] {
+        let (dtype, absmax) = (const { rounded_to(ROUND) }, _mm256_set1_ps(absmax));
+        [round256(dtype, _mm256_mul_ps(low, absmax)), round256(dtype, _mm256_mul_ps(high, absmax))]
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    fn lookup(codes: &[u8; 16], table: [__m256; 2]) -> [__m256; 4] {
+        // SAFETY: 8 readable bytes, twice.
+        let (first, second) =
+            unsafe { (_mm_loadl_epi64(codes.as_ptr().cast()), _mm_loadl_epi64(codes[8..].as_ptr().cast())) };
+        let (first, second) = (_mm256_cvtepu8_epi32(first), _mm256_cvtepu8_epi32(second));
+        let (high1, high2) = (_mm256_srli_epi32::<4>(first), _mm256_srli_epi32::<4>(second));
+        [value(high1, table), value(high2, table), value(first, table), value(second, table)]
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    fn value(index: __m256i, [low, high]: [__m256; 2]) -> __m256 {
+        // A look-up sees three bits; the fourth, moved to the sign, chooses the half.
+        let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
+        _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), fourth)
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    fn widen_f16(w: &[f16; LANES]) -> [__m256; 4] {
+        let mut out = [zero(); 4];
+        for (out, w) in out.iter_mut().zip(w.as_chunks::<8>().0) {
+            // SAFETY: 8 numbers of 2 bytes.
+            *out = _mm256_cvtph_ps(unsafe { _mm_loadu_si128(w.as_ptr().cast()) });
+        }
+        out
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    #[inline]
+    fn widen_bf16(w: &[bf16; LANES]) -> [__m256; 4] {
+        let mut out = [zero(); 4];
+        for (out, w) in out.iter_mut().zip(w.as_chunks::<8>().0) {
             // SAFETY: 8 numbers of 2 bytes.
             let bits = _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(w.as_ptr().cast()) });
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
-        };
-        accumulate(w.len() / 4, x, |i| [0, 1, 2, 3].map(|part| wide(&w[4 * i + part])))
+            *out = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits));
+        }
+        out
     }
 
     #[target_feature(enable = "avx2")]
@@ -264,32 +433,13 @@ mod avx2 {
         unsafe { _mm256_loadu_ps(from.as_ptr()) }
     }
 
-    /// Adds up `weights(i)`, 32 of them, times the numbers of x there.
+    /// The upper half of the lanes is added to the lower, until one is left.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn accumulate<const M: usize>(
-        groups: usize,
-        x: [&[f32]; M],
-        mut weights: impl FnMut(usize) -> [__m256; 4],
-    ) -> [[f32; LANES]; M] {
-        let x = x.map(|x| &x.as_chunks::<LANES>().0[..groups]);
-        let mut sums = [[_mm256_setzero_ps(); 4]; M];
-        for i in 0..groups {
-            let w = weights(i);
-            for (sums, x) in sums.iter_mut().zip(x) {
-                for ((sum, w), x) in sums.iter_mut().zip(w).zip(x[i].as_chunks().0) {
-                    *sum = _mm256_add_ps(*sum, _mm256_mul_ps(w, load(x)));
-                }
-            }
-        }
-        sums.map(|sums| {
-            let mut lanes = [0f32; LANES];
-            for (sum, lanes) in sums.iter().zip(lanes.as_chunks_mut::<8>().0) {
-                // SAFETY: 32 writable bytes.
-                unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), *sum) };
-            }
-            lanes
-        })
+    fn lanes(sum: __m256) -> f32 {
+        let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+        let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
     }
 }
 
@@ -297,7 +447,10 @@ mod avx2 {
 mod tests {
     use half::{bf16, f16};
 
-    use super::{super::simd, *};
+    use super::{
+        super::{math, simd},
+        *,
+    };
     use crate::{
         quant::quantize_4bit,
         quantized::{QuantizedCpu, QuantizedTensor},
@@ -315,10 +468,10 @@ mod tests {
             for m in 1..=FEW_ROWS {
                 let x = random(m * k, 7 + m as u64);
                 let few = FewRows::new(level, (m, k), &x, w).expect("a product of its own");
-                let mut row = vec![0f32; k];
-                for r in 0..n {
+                let (mut row, mut all) = (vec![0f32; k], vec![[0f32; FEW_ROWS]; n]);
+                few.dots(w, 0..n, &mut all);
+                for (r, got) in all.iter().enumerate() {
                     w.widen(r * k, &mut row);
-                    let got = few.dots(w, r);
                     for (got, x) in got.iter().zip(x.chunks_exact(k)) {
                         let want = math::dot(x, &row);
                         assert_eq!(got.to_bits(), want.to_bits(), "{level:?}, {m} rows, row {r}: {got} {want}");

@@ -60,7 +60,8 @@ impl Norms for Cpu {
             if let Some(residual) = &residual {
                 dx.copy_from_slice(&residual[range.clone()]);
             }
-            let rows = dx.chunks_exact_mut(c).zip(x[range.clone()].chunks_exact(c)).zip(dy[range.clone()].chunks_exact(c));
+            let rows =
+                dx.chunks_exact_mut(c).zip(x[range.clone()].chunks_exact(c)).zip(dy[range.clone()].chunks_exact(c));
             for (((dx, x), dy), statistics) in rows.zip(statistics[range.start / c * per..].chunks_exact(per)) {
                 match *statistics {
                     [mean, rstd] => math::layer_norm_backward_row(x, &weight, dy, mean, rstd, dx),

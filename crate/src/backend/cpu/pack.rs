@@ -173,9 +173,8 @@ mod x86 {
                 let absmax = at.map(|at| w.absmax.get((at + block) / w.blocksize));
                 for column in (block..columns.end.min(block + w.blocksize)).step_by(8) {
                     // SAFETY: the codes of eight columns of a row that is there are four bytes.
-                    let codes = at.map(|at| unsafe {
-                        w.packed.as_ptr().add((at + column) / 2).cast::<u32>().read_unaligned()
-                    });
+                    let codes =
+                        at.map(|at| unsafe { w.packed.as_ptr().add((at + column) / 2).cast::<u32>().read_unaligned() });
                     let to = (column - columns.start) * STRIP + first - rows.start;
                     // SAFETY: eight rows from here on lie in the strip.
                     emit(&codes, &absmax, unsafe { strip.as_mut_ptr().add(to) });
