@@ -45,4 +45,23 @@ impl AbsmaxCpu<'_> {
             }
         }
     }
+
+    /// Those of `first` and the blocks after it.
+    #[inline(always)]
+    pub fn read(&self, first: usize, out: &mut [f32]) {
+        match self {
+            Self::Plain(absmax) => out.copy_from_slice(&absmax[first..][..out.len()]),
+            Self::Nested { codes, code, absmax, blocksize, offset } => {
+                let (mut codes, mut out, mut at) = (&codes[first..][..out.len()], out, first);
+                while !out.is_empty() {
+                    // Blocks that share a scale.
+                    let n = out.len().min(blocksize - (at & (blocksize - 1)));
+                    let scale = absmax[at >> blocksize.trailing_zeros()];
+                    let (now, rest) = out.split_at_mut(n);
+                    now.iter_mut().zip(codes).for_each(|(out, c)| *out = code[usize::from(*c)] * scale + offset);
+                    (codes, out, at) = (&codes[n..], rest, at + n);
+                }
+            }
+        }
+    }
 }

@@ -183,26 +183,29 @@ macro_rules! sums {
             out: &mut [[f32; FEW_ROWS]; R],
         ) {
             let packed = w.packed[start / 2..(start + R * k) / 2].as_chunks::<16>().0;
-            let (block_groups, values) = (w.blocksize / LANES, values(w));
-            let (first_block, blocks) = (start / w.blocksize, k / w.blocksize);
+            let (values, block_groups, blocks) = (values(w), w.blocksize / LANES, k / w.blocksize);
             let mut sums = [[[zero(); $count]; M]; R];
-            let mut maxima = [[0f32; R]; MAXIMA];
+            let mut maxima = [[0f32; MAXIMA]; R];
             for done in (0..blocks).step_by(MAXIMA) {
-                let maxima = &mut maxima[..MAXIMA.min(blocks - done)];
-                for (i, maxima) in maxima.iter_mut().enumerate() {
-                    for (row, max) in maxima.iter_mut().enumerate() {
-                        *max = w.absmax.get(first_block + row * blocks + done + i);
-                    }
+                let now = MAXIMA.min(blocks - done);
+                for (row, maxima) in maxima.iter_mut().enumerate() {
+                    w.absmax.read(start / w.blocksize + row * blocks + done, &mut maxima[..now]);
                 }
-                for (i, maxima) in maxima.iter().enumerate() {
+                for block in 0..now {
+                    let at = (done + block) * block_groups;
                     let mut tables = [values_of_zero(); R];
-                    for (made, max) in tables.iter_mut().zip(maxima) {
-                        *made = table::<ROUND>(values, *max);
+                    let mut codes: [&[[u8; 16]]; R] = [&[]; R];
+                    for row in 0..R {
+                        tables[row] = table::<ROUND>(values, maxima[row][block]);
+                        codes[row] = &packed[row * (k / LANES) + at..][..block_groups];
                     }
-                    let at = (done + i) * block_groups;
-                    for group in at..at + block_groups {
-                        for (row, (sums, table)) in sums.iter_mut().zip(tables).enumerate() {
-                            add(lookup(&packed[row * (k / LANES) + group], table), group, x, sums);
+                    let mut x_now: [&[[f32; LANES]]; M] = [&[]; M];
+                    for (now, x) in x_now.iter_mut().zip(x) {
+                        *now = &x[at..][..block_groups];
+                    }
+                    for group in 0..block_groups {
+                        for (sums, (codes, table)) in sums.iter_mut().zip(codes.iter().zip(tables)) {
+                            add(lookup(&codes[group], table), group, &x_now, sums);
                         }
                     }
                 }
