@@ -64,17 +64,23 @@ fn real(folder: &PathBuf, bench: &Bench) -> Result<()> {
     let batch = Batch::new(ids.clone(), ids.ones_like()?, ids.to_dtype(DType::I64)?)?;
     let prompt: Vec<u32> = (0..32).map(|i| 17 + i * 7919 % 49_000).collect();
     let quantization = BitsAndBytesConfig { load_in_4bit: true, bnb_4bit_use_double_quant: true, ..Default::default() };
-    for (name, quantization_config) in [("nf4", Some(quantization)), ("f16", None)] {
-        let base = AutoModelForCausalLM::from_pretrained(
-            folder,
-            ModelOptions { torch_dtype: DType::F16, quantization_config, ..Default::default() },
-        )?;
+    let in_bf16 = BitsAndBytesConfig { bnb_4bit_compute_dtype: DType::BF16, ..quantization.clone() };
+    for (name, torch_dtype, quantization_config) in
+        [("nf4", DType::F16, Some(quantization)), ("nf4_bf16", DType::BF16, Some(in_bf16)), ("f16", DType::F16, None)]
+    {
+        let options = ModelOptions { torch_dtype, quantization_config, ..Default::default() };
+        let base = AutoModelForCausalLM::from_pretrained(folder, options)?;
         let targets = ["q_proj", "k_proj", "v_proj"].into();
         let model = get_peft_model(&base, &LoraConfig { target_modules: targets, ..Default::default() })?;
         for (checkpointing, how) in [(false, ""), (true, "_checkpointing")] {
             train(&format!("smollm2_train_{name}{how}"), &model, std::slice::from_ref(&batch), checkpointing, bench)?;
         }
         bench.measure(&format!("smollm2_generate_{name}_lora"), || generate(&model, &prompt))?;
+        let long: Vec<u32> = (0..512).map(|i| 17 + i * 7919 % 49_000).collect();
+        bench.measure(&format!("smollm2_prefill_{name}_lora"), || {
+            model.next_token_logits(&[&long], &mut model.new_cache(1)?)?;
+            Ok(long.len() as f64)
+        })?;
     }
     Ok(())
 }

@@ -58,7 +58,7 @@ pub struct Frozen {
     /// `[out]`, in the checkpoint's dtype.
     pub bias: Option<Tensor>,
     /// The dtype of products with a quantized weight, bitsandbytes' `bnb_4bit_compute_dtype`; `None`: that of the
-    /// activations. A CPU computes in f32 whatever it says.
+    /// activations. A CPU computes in f32, or in BF16 if it is that.
     pub compute_dtype: Option<DType>,
 }
 

@@ -123,13 +123,15 @@ impl Decoder {
         let (name, kind) = &description.final_norm;
         let final_norm = kind.load(&format!("{model}.{name}"), c, weights, dtype)?;
         let (head, tied) = head(weights, &embedding, &description, dtype)?;
+        let mut head = Linear::new("lm_head", Weight::Dense(head), None);
+        head.frozen.compute_dtype = quantization.map(|q| q.bnb_4bit_compute_dtype);
         Ok(Self {
             backend: backend::of(embedding.device())?,
             embedding: Embedding::new(format!("{model}.{}", description.embedding), embedding, description.padding_idx),
             embedding_norm,
             blocks,
             final_norm,
-            head: Linear::new("lm_head", Weight::Dense(head), None),
+            head,
             tied,
             kept: Kept::default(),
             needs: Arc::default(),

@@ -23,6 +23,8 @@ impl Dora for Cpu {
         _dtype: DType,
         run: &mut Run,
     ) -> Result<Tensor> {
+        // Lengths are exact whatever the products of the layer are computed in.
+        let frozen = &Frozen { compute_dtype: None, ..frozen.clone() };
         let (a, b, scaling) = (lora.a.value(), lora.b.value(), lora.scaling);
         let wa = run.with_saved(None, |run| self.linear(frozen, None, &a.into(), &Around::default(), run))?; // (r, out)
         let mixed = (b * wa.t()?)?.sum(D::Minus1)?; // (out)

@@ -7,14 +7,14 @@ use candle_core::{DType, Device, Tensor};
 use super::{
     super::{
         Activations, Linears, dropout,
-        operands::{Around, Frozen, Input, Lora},
+        operands::{Around, Frozen, Input, Lora, Weight},
         param::modify_f32,
         run::Run,
     },
     Cpu, F32View,
     dots::FEW_ROWS,
     math,
-    matmul::{Mat, gemm_f32, product_nn, product_nt},
+    matmul::{Compute, Mat, gemm_f32, product_nn, product_nt},
     tile::Onto,
 };
 use crate::error::Result;
@@ -42,7 +42,7 @@ impl Linears for Cpu {
             let onto = Onto::Around { residual, bias };
             let onto = if residual.is_none() && bias.is_none() { Onto::Nothing } else { onto };
             let x = F32View::new(x)?;
-            frozen.weight.with_view(|w| product_nt((m, n, k), &x, w, onto))?
+            frozen.weight.with_view(|w| product_nt((m, n, k), &x, w, onto, compute(frozen)))?
         };
         if let Some(lora) = lora {
             run.save(LORA_INPUT, x);
@@ -79,7 +79,7 @@ impl Linears for Cpu {
         let dyv = F32View::new(dy)?;
         let mut dx = Vec::new();
         if need_dx {
-            dx = frozen.weight.with_view(|w| product_nn((m, n, k), &dyv, w))?;
+            dx = frozen.weight.with_view(|w| product_nn((m, n, k), &dyv, w, compute(frozen)))?;
         }
         if let Some(lora) = lora {
             let x = run.take(LORA_INPUT)?;
@@ -91,6 +91,15 @@ impl Linears for Cpu {
         }
         Ok(Some(Tensor::from_vec(dx, (m, k), &Device::Cpu)?))
     }
+}
+
+/// bf16 where `bnb_4bit_compute_dtype` says so: for quantized weights, and for others that are stored in it.
+fn compute(frozen: &Frozen) -> Compute {
+    let stored = match &frozen.weight {
+        Weight::Quantized(_) => DType::BF16,
+        Weight::Dense(weight) => weight.dtype(),
+    };
+    if (frozen.compute_dtype, stored) == (Some(DType::BF16), DType::BF16) { Compute::Bf16 } else { Compute::F32 }
 }
 
 /// x as the adapter sees it: itself, or a copy with elements dropped.

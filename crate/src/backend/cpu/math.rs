@@ -159,6 +159,48 @@ simd! {
     }
 }
 
+/// The upper half is x in bf16, to the nearest, ties to even; the lower half is anything.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    // A NaN stays one: it would become zero by the addition.
+    if x.is_nan() { bits | 0x0040_0000 } else { bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) }
+}
+
+simd! {
+    /// Each number rounded to bf16.
+    pub fn round_bf16(x: &mut [f32]) {
+        for x in x {
+            *x = f32::from_bits(bf16_bits(*x) & 0xffff_0000);
+        }
+    }
+}
+
+simd! {
+    /// Neighbours in bf16, the first in the lower half: `tile::Numbers::Bf16Pairs` of a row.
+    pub fn bf16_pairs(x: &[f32], pairs: &mut [f32]) {
+        let (whole, rest) = x.as_chunks::<2>();
+        for (pair, [a, b]) in pairs.iter_mut().zip(whole) {
+            *pair = f32::from_bits((bf16_bits(*a) >> 16) | (bf16_bits(*b) & 0xffff_0000));
+        }
+        if let (Some(a), Some(pair)) = (rest.first(), pairs.get_mut(whole.len())) {
+            *pair = f32::from_bits(bf16_bits(*a) >> 16);
+        }
+    }
+}
+
+simd! {
+    /// In place, the same of rows of `N` elements: neighbours are those above each other. An odd last row pairs with zeros.
+    pub fn bf16_row_pairs[const N: usize](level: Level, rows: &mut [[f32; N]]) {
+        for i in 0..rows.len().div_ceil(2) {
+            let (first, second) = (rows[2 * i], rows.get(2 * i + 1).copied().unwrap_or([0.0; N]));
+            for ((pair, a), b) in rows[i].iter_mut().zip(first).zip(second) {
+                *pair = f32::from_bits((bf16_bits(a) >> 16) | (bf16_bits(b) & 0xffff_0000));
+            }
+        }
+    }
+}
+
 simd! {
     /// z = x + y.
     pub fn add(x: &[f32], y: &[f32], z: &mut [f32]) {

@@ -4,13 +4,15 @@
 //! [`tile::multiply`] reads it, and used for all rows at once: a quantized weight never exists whole in f32, and the
 //! widening costs no trip to memory. The same product gives the same bits with any number of threads.
 
-use std::cell::RefCell;
+use std::{borrow::Cow, cell::RefCell};
 
 use super::{
     SharedMut,
     dots::{FEW_ROWS, FewRows},
-    math, pack, simd, team,
-    tile::{self, NARROW, Onto, STRIP, Target},
+    math, pack,
+    simd::{self, Level},
+    team,
+    tile::{self, NARROW, Numbers, Onto, STRIP, Target},
     weight::WeightView,
 };
 
@@ -18,6 +20,8 @@ use super::{
 const DEPTH: usize = 1024;
 /// Elements of a weight that a thread takes at a time for a few rows.
 const FEW_ROWS_TILE: usize = 1 << 14;
+/// Numbers that are rounded by a thread at a time.
+const PIECE: usize = 1 << 13;
 /// Below this many multiplications a second thread costs more than it brings.
 const WORTH_A_THREAD: usize = 1 << 15;
 
@@ -97,7 +101,7 @@ pub unsafe fn gemm_into(
             // SAFETY: rows and columns of the output belong to this task.
             unsafe {
                 let target = Target { ptr: out.at(rows.start * out_row + start), row: out_row, columns, scale, onto };
-                tile::multiply(simd::level(), (rows.len(), depth.len()), a, scratch, width, target);
+                tile::multiply(simd::level(), Numbers::F32, (rows.len(), depth.len()), a, scratch, width, target);
             }
         });
     };
@@ -142,17 +146,92 @@ fn for_depth<'a>(
     });
 }
 
+/// What a product with a frozen weight is computed in; sums are f32 always.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Compute {
+    F32,
+    /// Both operands are rounded to bf16 first, except for so few rows that reading the weight takes all the time.
+    Bf16,
+}
+
 /// x[m, k] w[n, k]^T, `[m, n]`, added to `onto` (not [`Onto::Output`]: there is none yet).
-pub fn product_nt((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, onto: Onto) -> Vec<f32> {
+pub fn product_nt(
+    (m, n, k): (usize, usize, usize),
+    x: &[f32],
+    w: &WeightView,
+    onto: Onto,
+    compute: Compute,
+) -> Vec<f32> {
     assert!(!matches!(onto, Onto::Output));
     // SAFETY: the product writes each element.
-    unsafe { written(m * n, |out| nt_into((m, n, k), x, w, onto, out)) }
+    unsafe {
+        written(m * n, |out| match m {
+            0..=FEW_ROWS => dot_rows((m, n, k), x, w, onto, out),
+            _ => nt_into((m, n, k), &Rows::new(simd::level(), x, (m, k), compute), w, onto, out),
+        })
+    }
 }
 
 /// dy[m, n] w[n, k], `[m, k]`.
-pub fn product_nn((m, n, k): (usize, usize, usize), dy: &[f32], w: &WeightView) -> Vec<f32> {
+pub fn product_nn((m, n, k): (usize, usize, usize), dy: &[f32], w: &WeightView, compute: Compute) -> Vec<f32> {
+    let dy = Rows::new(simd::level(), dy, (m, n), compute);
     // SAFETY: the product writes each element.
-    unsafe { written(m * k, |out| nn_into((m, n, k), dy, w, Onto::Nothing, out)) }
+    unsafe { written(m * k, |out| nn_into((m, n, k), &dy, w, out)) }
+}
+
+/// The rows `[m, depth]` of a product, as it is computed.
+struct Rows<'a> {
+    level: Level,
+    compute: Compute,
+    numbers: Numbers,
+    data: Cow<'a, [f32]>,
+    row: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn new(level: Level, x: &'a [f32], (m, depth): (usize, usize), compute: Compute) -> Self {
+        let x = &x[..m * depth];
+        if compute == Compute::F32 {
+            return Self { level, compute, numbers: Numbers::F32, data: x.into(), row: depth };
+        }
+        if !simd::has_bf16(level) {
+            let mut data = x.to_vec();
+            team::chunks(&mut data, PIECE, |_, x| math::round_bf16(x));
+            return Self { level, compute, numbers: Numbers::F32, data: data.into(), row: depth };
+        }
+        let row = depth.div_ceil(2);
+        let mut data = vec![0f32; m * row];
+        let rows = (PIECE / depth.max(1)).max(1);
+        team::chunks(&mut data, (rows * row).max(1), |range, pairs| {
+            for (i, pairs) in (range.start / row..).zip(pairs.chunks_exact_mut(row)) {
+                math::bf16_pairs(&x[i * depth..][..depth], pairs);
+            }
+        });
+        Self { level, compute, numbers: Numbers::Bf16Pairs, data: data.into(), row }
+    }
+
+    /// Times a strip that is packed in f32, in some of the depth.
+    ///
+    /// # Safety
+    /// As [`tile::multiply`].
+    unsafe fn times(&self, m: usize, depth: std::ops::Range<usize>, strip: &mut [f32], to: Target) {
+        let rows = strip.as_chunks_mut::<STRIP>().0;
+        // Parts of a depth begin with an even number.
+        let (first, count) = match self.numbers {
+            Numbers::F32 if self.compute == Compute::Bf16 => {
+                math::round_bf16(rows.as_flattened_mut());
+                (depth.start, depth.len())
+            }
+            Numbers::F32 => (depth.start, depth.len()),
+            Numbers::Bf16Pairs => {
+                math::bf16_row_pairs(self.level, rows);
+                (depth.start / 2, depth.len().div_ceil(2))
+            }
+        };
+        let x = Mat::rows(&self.data[first..], self.row);
+        // SAFETY: the caller's promise.
+        unsafe { tile::multiply(self.level, self.numbers, (m, count), x, strip, STRIP, to) };
+    }
 }
 
 /// `len` elements that `write` writes: nobody need fill them with zeros before.
@@ -171,42 +250,28 @@ unsafe fn written(len: usize, write: impl FnOnce(SharedMut)) -> Vec<f32> {
 
 /// # Safety
 /// `out` has m × n elements, which nobody else touches.
-unsafe fn nt_into((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, onto: Onto, out: SharedMut) {
-    assert!(x.len() >= m * k, "a product's operand is too small");
-    if m <= FEW_ROWS {
-        // SAFETY: the caller's promise.
-        return unsafe { dot_rows((m, n, k), x, w, onto, out) };
-    }
+unsafe fn nt_into((m, n, k): (usize, usize, usize), x: &Rows, w: &WeightView, onto: Onto, out: SharedMut) {
     for_tasks(n.div_ceil(STRIP), m * n * k, |i| {
         let start = i * STRIP;
         let columns = STRIP.min(n - start);
         for_depth(k, STRIP, onto.from(start), |depth, onto, strip| {
-            pack::transposed(simd::level(), w, k, start..start + columns, depth.clone(), strip);
+            pack::transposed(x.level, w, k, start..start + columns, depth.clone(), strip);
             // SAFETY: these columns of the output belong to this task.
-            unsafe {
-                let target = Target { ptr: out.at(start), row: n, columns, scale: 1.0, onto };
-                let x = Mat::rows(&x[depth.start..], k);
-                tile::multiply(simd::level(), (m, depth.len()), x, strip, STRIP, target);
-            }
+            unsafe { x.times(m, depth, strip, Target { ptr: out.at(start), row: n, columns, scale: 1.0, onto }) };
         });
     });
 }
 
 /// # Safety
 /// `dx` has m × k elements, which nobody else touches.
-unsafe fn nn_into((m, n, k): (usize, usize, usize), dy: &[f32], w: &WeightView, onto: Onto, dx: SharedMut) {
-    assert!(dy.len() >= m * n, "a product's operand is too small");
+unsafe fn nn_into((m, n, k): (usize, usize, usize), dy: &Rows, w: &WeightView, dx: SharedMut) {
     for_tasks(k.div_ceil(STRIP), m * n * k, |i| {
         let start = i * STRIP;
         let columns = STRIP.min(k - start);
-        for_depth(n, STRIP, onto.from(start), |depth, onto, strip| {
-            pack::rows(simd::level(), w, k, depth.clone(), start..start + columns, strip);
+        for_depth(n, STRIP, Onto::Nothing, |depth, onto, strip| {
+            pack::rows(dy.level, w, k, depth.clone(), start..start + columns, strip);
             // SAFETY: these columns of dx belong to this task.
-            unsafe {
-                let target = Target { ptr: dx.at(start), row: k, columns, scale: 1.0, onto };
-                let dy = Mat::rows(&dy[depth.start..], n);
-                tile::multiply(simd::level(), (m, depth.len()), dy, strip, STRIP, target);
-            }
+            unsafe { dy.times(m, depth, strip, Target { ptr: dx.at(start), row: k, columns, scale: 1.0, onto }) };
         });
     });
 }
@@ -265,9 +330,11 @@ fn for_tasks(tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device, Tensor};
     use half::{bf16, f16};
 
     use super::*;
+    use crate::quantized::{QuantType, QuantizedTensor};
 
     fn random(n: usize, seed: u64) -> Vec<f32> {
         let mut rng = rand_mt::Mt64::new(seed);
@@ -289,29 +356,84 @@ mod tests {
         out
     }
 
+    /// Each level of this processor, in f32 and with both operands rounded to bf16.
+    fn kinds() -> impl Iterator<Item = (Level, Compute)> {
+        simd::available().into_iter().flat_map(|level| [Compute::F32, Compute::Bf16].map(|compute| (level, compute)))
+    }
+
     #[test]
     fn products_equal_three_loops() {
-        for (m, n, k) in
-            [(1, 5, 7), (3, 33, 65), (17, 130, 96), (40, 300, 192), (5, 1, 1), (6, 70, 1100), (7, 1100, 40)]
-        {
+        let shapes = [(5, 1, 1), (17, 130, 96), (40, 300, 192), (6, 70, 1100), (7, 1100, 40), (13, 33, 65)];
+        for (m, n, k) in if cfg!(miri) { &shapes[..1] } else { &shapes[..] }.iter().copied() {
             let (x, dy) = (random(m * k, 1), random(m * n, 2));
+            let (residual, bias) = (random(m * n, 6), random(n, 7));
             let half: Vec<f16> = random(n * k, 3).into_iter().map(f16::from_f32).collect();
             let brain: Vec<bf16> = random(n * k, 4).into_iter().map(bf16::from_f32).collect();
             let single = random(n * k, 5);
             for w in [WeightView::F16(&half), WeightView::Bf16(&brain), WeightView::F32(&single)] {
                 let mut wide = vec![0.0; n * k];
                 w.widen(0, &mut wide);
-                let (residual, bias) = (vec![0.75; m * n], vec![0.25; n]);
-                let onto = Onto::Around { residual: Some(&residual), bias: Some(&bias) };
-                let out = product_nt((m, n, k), &x, &w, onto);
-                for (got, want) in out.iter().zip(naive((m, n, k), |i, l| x[i * k + l], |l, j| wide[j * k + l])) {
-                    assert!((got - 1.0 - want).abs() < 1e-4, "nt {m} {n} {k}: {got} {want}");
-                }
-                let dx = product_nn((m, n, k), &dy, &w);
-                for (got, want) in dx.iter().zip(naive((m, k, n), |i, l| dy[i * n + l], |l, j| wide[l * k + j])) {
-                    assert!((got - want).abs() < 1e-4, "nn {m} {n} {k}: {got} {want}");
+                for (level, compute) in kinds() {
+                    let rounded = |x: f32| if compute == Compute::Bf16 { bf16::from_f32(x).to_f32() } else { x };
+                    let onto = Onto::Around { residual: Some(&residual), bias: Some(&bias) };
+                    let rows = Rows::new(level, &x, (m, k), compute);
+                    let y = unsafe { written(m * n, |out| nt_into((m, n, k), &rows, &w, onto, out)) };
+                    let want = naive((m, n, k), |i, l| rounded(x[i * k + l]), |l, j| rounded(wide[j * k + l]));
+                    for (i, (got, want)) in y.iter().zip(want).enumerate() {
+                        let want = want + residual[i] + bias[i % n];
+                        assert!((got - want).abs() < 1e-4, "nt {level:?} {compute:?} {m} {n} {k}: {got} {want}");
+                    }
+                    let rows = Rows::new(level, &dy, (m, n), compute);
+                    let dx = unsafe { written(m * k, |out| nn_into((m, n, k), &rows, &w, out)) };
+                    let want = naive((m, k, n), |i, l| rounded(dy[i * n + l]), |l, j| rounded(wide[l * k + j]));
+                    for (got, want) in dx.iter().zip(want) {
+                        assert!((got - want).abs() < 1e-4, "nn {level:?} {compute:?} {m} {n} {k}: {got} {want}");
+                    }
                 }
             }
+        }
+    }
+
+    /// Codes packed for a product are the values that widening gives; AVX-512 and AVX2 sum them in one order.
+    #[test]
+    fn products_of_codes_have_the_bits_of_widened_ones() {
+        for (n, k, blocksize) in [(40, 192, 64), (33, 96, 64), (16, 4096, 4096), (35, 64, 32)] {
+            let w = Tensor::from_vec(random(n * k, 8), (n, k), &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
+            for quant_type in [QuantType::Nf4, QuantType::Fp4, QuantType::Int4] {
+                let w = QuantizedTensor::quantize(&w, quant_type, blocksize, true).unwrap();
+                let (m, mut wide) = (9, vec![0.0; n * k]);
+                let (x, dy) = (random(m * k, 1), random(m * n, 2));
+                w.with_cpu(|w| WeightView::Quantized(*w).widen(0, &mut wide)).unwrap();
+                for compute in [Compute::F32, Compute::Bf16] {
+                    let mut fused = None;
+                    for level in simd::available() {
+                        let products = |w: &WeightView| unsafe {
+                            let (x, dy) =
+                                (Rows::new(level, &x, (m, k), compute), Rows::new(level, &dy, (m, n), compute));
+                            let y = written(m * n, |out| nt_into((m, n, k), &x, w, Onto::Nothing, out));
+                            (y, written(m * k, |out| nn_into((m, n, k), &dy, w, out)))
+                        };
+                        let got = w.with_cpu(|w| products(&WeightView::Quantized(*w))).unwrap();
+                        assert_eq!(got, products(&WeightView::F32(&wide)), "{level:?} {compute:?} {n} {k}");
+                        if level != Level::Scalar && compute == Compute::F32 {
+                            assert_eq!(*fused.get_or_insert(got.clone()), got, "{level:?}, {n} {k}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A gradient that is not a number stays one in bf16.
+    #[test]
+    fn what_is_not_finite_is_seen_in_bf16() {
+        let w = random(32 * 32, 1);
+        for value in [f32::NAN, f32::from_bits(0x7fff_ffff), f32::INFINITY] {
+            let mut x = random(8 * 32, 2);
+            x[3 * 32 + 5] = value;
+            let y = product_nt((8, 32, 32), &x, &WeightView::F32(&w), Onto::Nothing, Compute::Bf16);
+            let finite: Vec<bool> = y.chunks_exact(32).map(|row| row.iter().all(|v| v.is_finite())).collect();
+            assert_eq!(finite, [true, true, true, false, true, true, true, true], "{value}");
         }
     }
 }

@@ -23,6 +23,20 @@ pub(crate) fn level() -> Level {
     Level::Scalar
 }
 
+/// Whether this level comes with products of bf16.
+pub(crate) fn has_bf16(level: Level) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static HAS: LazyLock<bool> = LazyLock::new(|| is_x86_feature_detected!("avx512bf16"));
+        level == Level::Avx512 && *HAS
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = level;
+        false
+    }
+}
+
 /// All levels that this processor has, slowest first.
 pub(crate) fn available() -> Vec<Level> {
     #[allow(unused_mut)]

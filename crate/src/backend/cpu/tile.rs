@@ -3,7 +3,10 @@
 //! An element of a product is one chain of fused multiply-adds in the order of the depth, so it has the same bits with any
 //! number of threads or rows, with AVX-512 and with AVX2. (Without either, products and sums are rounded apart.)
 
-use super::{matmul::Mat, simd::Level};
+use super::{
+    matmul::Mat,
+    simd::{self, Level},
+};
 
 /// Columns of a strip.
 pub const STRIP: usize = 32;
@@ -51,6 +54,9 @@ impl Target<'_> {
     unsafe fn before<const N: usize>(&self, i: usize, first: usize) -> [f32; N] {
         let columns = self.columns.saturating_sub(first).min(N);
         let mut before = [0f32; N];
+        if columns == 0 {
+            return before;
+        }
         let mut copy = |from: &[f32]| match from.first_chunk::<N>().filter(|_| columns == N) {
             Some(whole) => before = *whole,
             None => before[..columns].copy_from_slice(&from[..columns]),
@@ -90,16 +96,35 @@ impl Target<'_> {
     }
 }
 
+/// What the numbers of a product are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Numbers {
+    F32,
+    /// Two of bf16 in the place of each f32, neighbours in the depth; the sums are f32. For processors with AVX-512 BF16.
+    Bf16Pairs,
+}
+
 /// `to` = a `[m, depth]` times a strip `[depth, width]`, width [`STRIP`] or [`NARROW`].
 ///
 /// # Safety
 /// The output has the m rows, and no other thread touches them meanwhile.
-pub unsafe fn multiply(level: Level, (m, depth): (usize, usize), a: Mat, strip: &[f32], width: usize, to: Target) {
+pub unsafe fn multiply(
+    level: Level,
+    numbers: Numbers,
+    (m, depth): (usize, usize),
+    a: Mat,
+    strip: &[f32],
+    width: usize,
+    to: Target,
+) {
     assert!(width == STRIP || width == NARROW);
+    assert!(numbers == Numbers::F32 || simd::has_bf16(level));
     assert!(to.columns <= width && strip.len() >= depth * width && a.data.len() >= a.reaches(m, depth));
     // SAFETY: the level was detected on this processor; the extents are checked, the output's by the caller.
     unsafe {
         match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 if numbers == Numbers::Bf16Pairs => bf16::multiply((m, depth), a, strip, width, to),
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => avx512::multiply((m, depth), a, strip, width, to),
             #[cfg(target_arch = "x86_64")]
@@ -177,7 +202,7 @@ macro_rules! kernel {
                 let mut row = unsafe { to.before::<N>(i + r, first) };
                 for (sum, part) in sums.iter().zip(row.as_chunks_mut::<$lanes>().0) {
                     // SAFETY: `part` holds a vector.
-                    unsafe { store(part.as_mut_ptr(), multiply_add(scale, *sum, load(part.as_ptr()))) };
+                    unsafe { store(part.as_mut_ptr(), scale_add(scale, *sum, load(part.as_ptr()))) };
                 }
                 // SAFETY: the caller's promise.
                 unsafe { to.write(i + r, first, &row) };
@@ -189,8 +214,8 @@ macro_rules! kernel {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        _mm512_fmadd_ps as multiply_add, _mm512_loadu_ps as load, _mm512_set1_ps as broadcast,
-        _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
+        _mm512_fmadd_ps as multiply_add, _mm512_fmadd_ps as scale_add, _mm512_loadu_ps as load,
+        _mm512_set1_ps as broadcast, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
     };
 
     use super::{Mat, Target};
@@ -201,13 +226,35 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        _mm256_fmadd_ps as multiply_add, _mm256_loadu_ps as load, _mm256_set1_ps as broadcast,
-        _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
+        _mm256_fmadd_ps as multiply_add, _mm256_fmadd_ps as scale_add, _mm256_loadu_ps as load,
+        _mm256_set1_ps as broadcast, _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
     };
 
     use super::{Mat, Target};
 
     kernel!(#[target_feature(enable = "avx2,fma")] 8, [2], [6 4 2 1]);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod bf16 {
+    use std::{
+        arch::x86_64::{
+            __m512, __m512bh, _mm512_dpbf16_ps, _mm512_fmadd_ps as scale_add, _mm512_loadu_ps as load,
+            _mm512_set1_ps as broadcast, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
+        },
+        mem::transmute,
+    };
+
+    use super::{Mat, Target};
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn multiply_add(x: __m512, b: __m512, sum: __m512) -> __m512 {
+        // SAFETY: 32 numbers of 2 bytes in the place of 16 of 4.
+        unsafe { _mm512_dpbf16_ps(sum, transmute::<__m512, __m512bh>(x), transmute::<__m512, __m512bh>(b)) }
+    }
+
+    kernel!(#[target_feature(enable = "avx512f,avx512bf16")] 16, [2 1], [12 8 4 2 1]);
 }
 
 mod scalar {
@@ -240,6 +287,8 @@ mod scalar {
         let fused = cfg!(target_arch = "aarch64");
         std::array::from_fn(|i| if fused { x[i].mul_add(b[i], sum[i]) } else { x[i] * b[i] + sum[i] })
     }
+
+    use self::multiply_add as scale_add;
 
     kernel!(4, [2], [4 2 1]);
 }
