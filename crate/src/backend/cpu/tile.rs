@@ -197,15 +197,44 @@ macro_rules! kernel {
                 (a, b) = (a.wrapping_add(column), b.wrapping_add(width));
             }
             let scale = broadcast(to.scale);
-            for (r, sums) in sums.iter().enumerate() {
-                // SAFETY: the caller's promise.
-                let mut row = unsafe { to.before::<N>(i + r, first) };
-                for (sum, part) in sums.iter().zip(row.as_chunks_mut::<$lanes>().0) {
-                    // SAFETY: `part` holds a vector.
-                    unsafe { store(part.as_mut_ptr(), scale_add(scale, *sum, load(part.as_ptr()))) };
+            if to.columns < first + N {
+                for (r, sums) in sums.iter().enumerate() {
+                    // SAFETY: the caller's promise.
+                    let mut row = unsafe { to.before::<N>(i + r, first) };
+                    for (sum, part) in sums.iter().zip(row.as_chunks_mut::<$lanes>().0) {
+                        // SAFETY: `part` holds a vector.
+                        unsafe { store(part.as_mut_ptr(), scale_add(scale, *sum, load(part.as_ptr()))) };
+                    }
+                    // SAFETY: the caller's promise.
+                    unsafe { to.write(i + r, first, &row) };
                 }
-                // SAFETY: the caller's promise.
-                unsafe { to.write(i + r, first, &row) };
+                return;
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                let at = (i + r) * to.row + first;
+                for (v, sum) in sums.iter().enumerate() {
+                    // SAFETY: the caller's promise; the row has all columns, and so have its residual and its bias.
+                    unsafe {
+                        let out = to.ptr.add(at + v * $lanes);
+                        let before = match to.onto {
+                            Onto::Nothing => zero(),
+                            Onto::Output => load(out),
+                            Onto::Around { residual, bias } => {
+                                let part = |values: Option<&[f32]>, at: usize| {
+                                    values.map(|values| values[at + v * $lanes..][..$lanes].as_ptr())
+                                };
+                                match (part(residual, at), part(bias, first)) {
+                                    (Some(residual), Some(bias)) => {
+                                        scale_add(broadcast(1.0), load(residual), load(bias))
+                                    }
+                                    (Some(one), None) | (None, Some(one)) => load(one),
+                                    (None, None) => zero(),
+                                }
+                            }
+                        };
+                        store(out, scale_add(scale, *sum, before));
+                    }
+                }
             }
         }
     };
@@ -218,7 +247,7 @@ mod avx512 {
         _mm512_set1_ps as broadcast, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
     };
 
-    use super::{Mat, Target};
+    use super::{Mat, Onto, Target};
 
     kernel!(#[target_feature(enable = "avx512f")] 16, [2 1], [12 8 4 2 1]);
 }
@@ -230,7 +259,7 @@ mod avx2 {
         _mm256_set1_ps as broadcast, _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
     };
 
-    use super::{Mat, Target};
+    use super::{Mat, Onto, Target};
 
     kernel!(#[target_feature(enable = "avx2,fma")] 8, [2], [6 4 2 1]);
 }
@@ -245,7 +274,7 @@ mod bf16 {
         mem::transmute,
     };
 
-    use super::{Mat, Target};
+    use super::{Mat, Onto, Target};
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
@@ -258,7 +287,7 @@ mod bf16 {
 }
 
 mod scalar {
-    use super::{Mat, Target};
+    use super::{Mat, Onto, Target};
 
     /// Four lanes: what SSE and NEON have.
     type Lanes = [f32; 4];
