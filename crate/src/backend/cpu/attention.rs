@@ -17,8 +17,9 @@ use super::{
     },
     Cpu, F32View, SharedMut,
     math::{self, scale_alibi, softmax, softmax_backward},
-    matmul::{Mat, gemm_into},
+    matmul::gemm_into,
     rope, team,
+    tile::Mat,
 };
 use crate::error::Result;
 

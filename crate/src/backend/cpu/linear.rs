@@ -14,8 +14,8 @@ use super::{
     Cpu, F32View,
     dots::FEW_ROWS,
     math,
-    matmul::{Compute, Mat, gemm_f32, product_nn, product_nt},
-    tile::Onto,
+    matmul::{Compute, gemm_f32, product_nn, product_nt},
+    tile::{Mat, Onto},
 };
 use crate::error::Result;
 

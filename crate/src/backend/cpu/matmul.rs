@@ -12,7 +12,7 @@ use super::{
     math, pack,
     simd::{self, Level},
     team,
-    tile::{self, NARROW, Numbers, Onto, STRIP, Target},
+    tile::{self, Mat, NARROW, Numbers, Onto, STRIP, Target},
     weight::WeightView,
 };
 
@@ -24,35 +24,6 @@ const FEW_ROWS_TILE: usize = 1 << 14;
 const PIECE: usize = 1 << 13;
 /// Below this many multiplications a second thread costs more than it brings.
 const WORTH_A_THREAD: usize = 1 << 15;
-
-/// A matrix for [`gemm_f32`]: where it starts, and the distance between rows and columns.
-#[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    pub data: &'a [f32],
-    pub row: usize,
-    pub col: usize,
-}
-
-impl<'a> Mat<'a> {
-    pub fn rows(data: &'a [f32], row: usize) -> Self {
-        Self { data, row, col: 1 }
-    }
-
-    /// The transpose: the same data, strides exchanged.
-    pub fn t(self) -> Self {
-        Self { row: self.col, col: self.row, ..self }
-    }
-
-    /// Without the rows and columns before these.
-    pub fn from(self, row: usize, column: usize) -> Self {
-        Self { data: &self.data[(row * self.row + column * self.col).min(self.data.len())..], ..self }
-    }
-
-    /// Elements that so many rows and columns reach over.
-    pub fn reaches(&self, rows: usize, cols: usize) -> usize {
-        if rows == 0 || cols == 0 { 0 } else { (rows - 1) * self.row + (cols - 1) * self.col + 1 }
-    }
-}
 
 /// out[m, n] = scale * a[m, k] b[k, n] (+ out when `accumulate`); out's rows are `out_row` apart.
 #[allow(clippy::too_many_arguments)]

@@ -3,7 +3,11 @@
 
 use std::ops::Range;
 
-use super::{matmul::Mat, simd::Level, tile::STRIP, weight::WeightView};
+use super::{
+    simd::Level,
+    tile::{Mat, STRIP},
+    weight::WeightView,
+};
 use crate::quantized::QuantType;
 
 /// Rows of a weight that are transposed at once.

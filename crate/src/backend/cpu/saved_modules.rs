@@ -9,7 +9,8 @@ use super::{
         run::Run,
     },
     Cpu, F32View, math,
-    matmul::{Mat, gemm_f32},
+    matmul::gemm_f32,
+    tile::Mat,
 };
 use crate::error::Result;
 

@@ -3,15 +3,41 @@
 //! An element of a product is one chain of fused multiply-adds in the order of the depth, so it has the same bits with any
 //! number of threads or rows, with AVX-512 and with AVX2. (Without either, products and sums are rounded apart.)
 
-use super::{
-    matmul::Mat,
-    simd::{self, Level},
-};
+use super::simd::{self, Level};
 
 /// Columns of a strip.
 pub const STRIP: usize = 32;
 /// Columns of a narrow strip, for products with as few columns as LoRA's.
 pub const NARROW: usize = 16;
+
+/// A matrix: where it starts, and the distance between rows and columns.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    pub data: &'a [f32],
+    pub row: usize,
+    pub col: usize,
+}
+
+impl<'a> Mat<'a> {
+    pub fn rows(data: &'a [f32], row: usize) -> Self {
+        Self { data, row, col: 1 }
+    }
+
+    /// The transpose: the same data, strides exchanged.
+    pub fn t(self) -> Self {
+        Self { row: self.col, col: self.row, ..self }
+    }
+
+    /// Without the rows and columns before these.
+    pub fn from(self, row: usize, column: usize) -> Self {
+        Self { data: &self.data[(row * self.row + column * self.col).min(self.data.len())..], ..self }
+    }
+
+    /// Elements that so many rows and columns reach over.
+    pub fn reaches(&self, rows: usize, cols: usize) -> usize {
+        if rows == 0 || cols == 0 { 0 } else { (rows - 1) * self.row + (cols - 1) * self.col + 1 }
+    }
+}
 
 /// Where a product goes: `scale` times it, in rows `row` apart of `columns` elements.
 #[derive(Clone, Copy)]
