@@ -13,6 +13,8 @@ without padding.
 - `train_f32`: the same without quantization.
 - `generate_f32_lora`: 120 tokens, batch 1, greedy, KV cache, f32 base with the adapter unmerged.
   `generate_nf4_lora`: the same on the NF4 base.
+- `smollm2_*`: SmolLM2-135M's shape with random weights, LoRA r 8 on q_proj, k_proj and v_proj: a step on 4 x 128 tokens,
+  120 new tokens, a prompt of 512; dtypes as above.
 - `load_nf4`, where QLORA_MODEL names the folder of a model: from its files to NF4 with double quantization. In f16
   transformers maps the files and reads nothing yet, so that there is nothing to compare.
 """
@@ -21,6 +23,7 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -37,6 +40,8 @@ from transformers import (  # noqa: E402
     AutoTokenizer,
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -74,10 +79,10 @@ def base_model(folder, dtype, four_bit):
     )
 
 
-def lora_model(dtype, four_bit):
-    base = base_model(MODEL, dtype, four_bit)
+def lora_model(dtype, four_bit, folder=MODEL, targets=("query_key_value",)):
+    base = base_model(folder, dtype, four_bit)
     torch.manual_seed(0)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["query_key_value"]))
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=list(targets)))
 
 
 def batches(tokenizer, count=8, size=4):
@@ -95,8 +100,8 @@ def batches(tokenizer, count=8, size=4):
     return [collate(features[i : i + size]) for i in range(0, len(features), size)]
 
 
-def train(name, dtype, four_bit, checkpointing, data, repeats):
-    model = lora_model(dtype, four_bit).train()
+def train(name, model, checkpointing, data, repeats):
+    model.train()
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -113,10 +118,9 @@ def train(name, dtype, four_bit, checkpointing, data, repeats):
     report(name, sum(int(b["attention_mask"].sum()) for b in data), timed(one_pass, repeats))
 
 
-def generate(name, dtype, four_bit, tokenizer, repeats):
-    model = lora_model(dtype, four_bit).eval()
-    prompt = tokenizer("Human: 写一首七言律诗。\n题目：江上对月\n\nAssistant: ", return_tensors="pt")
-    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+def generate(name, model, ids, repeats):
+    model.eval()
+    mask = torch.ones_like(ids)
 
     def one_text():
         out = model.generate(
@@ -129,6 +133,36 @@ def generate(name, dtype, four_bit, tokenizer, repeats):
         assert out.shape[1] == ids.shape[1] + NEW_TOKENS
 
     report(name, NEW_TOKENS, timed(one_text, repeats))
+
+
+def smollm2(repeats, only):
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    ids = torch.tensor([17 + i * 7919 % 49_000 for i in range(4 * 128)])
+    batch = {"input_ids": ids.view(4, 128), "labels": ids.view(4, 128)}
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        for kind, dtype in (("nf4", torch.float32), ("nf4_bf16", torch.bfloat16)):
+
+            def model(dtype=dtype):
+                return lora_model(dtype, True, folder, ("q_proj", "k_proj", "v_proj"))
+
+            for suffix, checkpointing in (("", False), ("_checkpointing", True)):
+                if (name := f"smollm2_train_{kind}{suffix}").startswith(only):
+                    train(name, model(), checkpointing, [{**batch, "attention_mask": torch.ones(4, 128)}], repeats)
+            if (name := f"smollm2_generate_{kind}_lora").startswith(only):
+                generate(name, model(), ids[None, :32], repeats)
+            if (name := f"smollm2_prefill_{kind}_lora").startswith(only):
+                read = model().eval()
+                with torch.no_grad():
+                    report(name, 512, timed(lambda read=read: read(ids[None], logits_to_keep=1), repeats))
 
 
 def main():
@@ -150,10 +184,12 @@ def main():
     }
     for name, (dtype, four_bit, checkpointing) in runs.items():
         if name.startswith(args.only):
-            train(name, dtype, four_bit, checkpointing, data, args.repeats)
+            train(name, lora_model(dtype, four_bit), checkpointing, data, args.repeats)
+    prompt = tokenizer("Human: 写一首七言律诗。\n题目：江上对月\n\nAssistant: ", return_tensors="pt")
     for name, four_bit in (("generate_f32_lora", False), ("generate_nf4_lora", True)):
         if name.startswith(args.only):
-            generate(name, f32, four_bit, tokenizer, args.repeats)
+            generate(name, lora_model(f32, four_bit), prompt["input_ids"], args.repeats)
+    smollm2(args.repeats, args.only)
     folder = os.environ.get("QLORA_MODEL")
     if folder and "load_nf4".startswith(args.only):
         seconds = timed(lambda: base_model(folder, torch.float16, True), 3)

@@ -7,6 +7,7 @@ mod adamw;
 mod adapters;
 mod at_once;
 mod bloom;
+mod compute_dtype;
 mod engine;
 mod families;
 mod generation;
