@@ -15,7 +15,7 @@ use crate::{
 /// What no list of tensors shows: the matrix product's packing buffers, threads' stacks, memory
 /// that the allocator keeps between steps of different lengths. Measured with two threads and
 /// glibc; it matters for a model of a few megabytes only.
-const OVERHEAD: usize = 6 << 20;
+const OVERHEAD: usize = 2 << 20;
 
 impl Trainer {
     /// The peak of memory during training, term by term: what is there now and what the largest micro-batch of the run
