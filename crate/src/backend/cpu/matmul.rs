@@ -1,7 +1,7 @@
 //! Matrix products with a weight that may be stored in fewer bits than it is computed in.
 //!
-//! A strip of the weight (at most [`DEPTH`] times [`STRIP`] elements) is widened to f32 into the order in which
-//! [`tile::multiply`] reads it, and used for all rows at once: a quantized weight never exists whole in f32, and the
+//! A strip of the weight (at most `DEPTH` times `STRIP` elements) is widened to f32 into the order in which
+//! `tile::multiply` reads it, and used for all rows at once: a quantized weight never exists whole in f32, and the
 //! widening costs no trip to memory. The same product gives the same bits with any number of threads.
 
 use std::{borrow::Cow, cell::RefCell};
@@ -125,7 +125,7 @@ pub enum Compute {
     Bf16,
 }
 
-/// x[m, k] w[n, k]^T, `[m, n]`, added to `onto` (not [`Onto::Output`]: there is none yet).
+/// x[m, k] w[n, k]^T, `[m, n]`, added to `onto` (not to the output: there is none yet).
 pub fn product_nt(
     (m, n, k): (usize, usize, usize),
     x: &[f32],
