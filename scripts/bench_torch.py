@@ -156,7 +156,7 @@ def smollm2(repeats, only):
 
             for suffix, checkpointing in (("", False), ("_checkpointing", True)):
                 if (name := f"smollm2_train_{kind}{suffix}").startswith(only):
-                    train(name, model(), checkpointing, [{**batch, "attention_mask": torch.ones(4, 128)}], repeats)
+                    train(name, model(), checkpointing, [{**batch, "attention_mask": torch.ones_like(ids).view(4, 128)}], repeats)
             if (name := f"smollm2_generate_{kind}_lora").startswith(only):
                 generate(name, model(), ids[None, :32], repeats)
             if (name := f"smollm2_prefill_{kind}_lora").startswith(only):

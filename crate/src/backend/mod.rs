@@ -433,8 +433,6 @@ pub trait Memory {
     fn num_bytes(&self, tensor: &Tensor) -> usize;
     /// Bytes that tensors can still have, where that is known beforehand.
     fn available_bytes(&self) -> Result<Option<usize>>;
-    /// Gives what is free, and was kept for the next pass, back to the system: at the end of a training.
-    fn give_back(&self) {}
     /// What it keeps for all passes besides the model: names and bytes. `largest_dequantized` as in [`Learning`];
     /// `gradients`: bytes of the model's gradients.
     fn kept_bytes(&self, largest_dequantized: usize, gradients: usize) -> Vec<(&'static str, usize)>;

@@ -9,11 +9,11 @@ use super::{
     view::{End, View},
 };
 use crate::{
-    backend::{self, dropout::mix},
+    backend::dropout::mix,
     display::{self, format::rate},
     error::{Error, Result},
     interrupt,
-    models::causal_lm::PassOptions,
+    models::{causal_lm::PassOptions, memory::release_freed_memory},
     optim::clip_grad_norm,
     training_args::{SaveStrategy, TrainingArguments},
 };
@@ -51,7 +51,8 @@ impl Trainer {
             Err(Error::Interrupted { .. }) => Ok(End::Interrupted),
             other => other,
         };
-        backend::of(self.params[0].value().device())?.give_back();
+        // A pass on the CPU asks for freed memory to be kept for the next.
+        release_freed_memory();
         view.end(*end.as_ref().unwrap_or(&End::Failed), &self.state);
         let mut output = self.conclude(end?, limit.is_none(), &begin)?;
         output.curve_is_above = view.has_curve();

@@ -128,6 +128,28 @@ fn prefetch<T>(now: &[T], bytes: usize) {
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 4096;
 
+/// Rows of f16 or bf16, as [`sums`] has those of codes.
+#[cfg(target_arch = "x86_64")]
+macro_rules! halves {
+    ($features:literal, $count:literal, $half:ident, $widen:ident) => {
+        #[target_feature(enable = $features)]
+        pub fn $half<const M: usize>(w: &[$half], x: [&[f32]; M], out: &mut [[f32; FEW_ROWS]]) {
+            let k = x[0].len();
+            let x = x.map(|x| x[..k].as_chunks::<LANES>().0);
+            for (w, out) in w.chunks_exact(k).zip(out) {
+                prefetch(w, 2 * k);
+                let mut sums = [[zero(); $count]; M];
+                for (i, w) in w.as_chunks().0.iter().enumerate() {
+                    add($widen(w), i, &x, &mut sums);
+                }
+                for (out, sums) in out.iter_mut().zip(&sums) {
+                    *out = reduce(sums);
+                }
+            }
+        }
+    };
+}
+
 /// The sums of products, for [`LANES`] lanes in `$count` vectors. [`math::sum_lanes`] adds the upper half of the lanes to
 /// the lower, again and again: of lanes in their order first vectors, then parts of one (`lanes`). Loops with indices, since
 /// a closure that is handed to a function of the standard library is not inlined with these instructions.
@@ -193,7 +215,7 @@ macro_rules! sums {
                 }
                 for block in 0..now {
                     let at = (done + block) * block_groups;
-                    let mut tables = [values_of_zero(); R];
+                    let mut tables = [table::<ROUND>(values, 0.0); R];
                     let mut codes: [&[[u8; 16]]; R] = [&[]; R];
                     for row in 0..R {
                         tables[row] = table::<ROUND>(values, maxima[row][block]);
@@ -218,37 +240,8 @@ macro_rules! sums {
             }
         }
 
-        #[target_feature(enable = $features)]
-        pub fn f16<const M: usize>(w: &[f16], x: [&[f32]; M], out: &mut [[f32; FEW_ROWS]]) {
-            let k = x[0].len();
-            let x = x.map(|x| x[..k].as_chunks::<LANES>().0);
-            for (w, out) in w.chunks_exact(k).zip(out) {
-                prefetch(w, 2 * k);
-                let mut sums = [[zero(); $count]; M];
-                for (i, w) in w.as_chunks().0.iter().enumerate() {
-                    add(widen_f16(w), i, &x, &mut sums);
-                }
-                for (out, sums) in out.iter_mut().zip(&sums) {
-                    *out = reduce(sums);
-                }
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        pub fn bf16<const M: usize>(w: &[bf16], x: [&[f32]; M], out: &mut [[f32; FEW_ROWS]]) {
-            let k = x[0].len();
-            let x = x.map(|x| x[..k].as_chunks::<LANES>().0);
-            for (w, out) in w.chunks_exact(k).zip(out) {
-                prefetch(w, 2 * k);
-                let mut sums = [[zero(); $count]; M];
-                for (i, w) in w.as_chunks().0.iter().enumerate() {
-                    add(widen_bf16(w), i, &x, &mut sums);
-                }
-                for (out, sums) in out.iter_mut().zip(&sums) {
-                    *out = reduce(sums);
-                }
-            }
-        }
+        halves!($features, $count, f16, widen_f16);
+        halves!($features, $count, bf16, widen_bf16);
 
         /// Adds 32 weights times the numbers of x there.
         #[target_feature(enable = $features)]
@@ -298,12 +291,6 @@ mod avx512 {
     #[inline]
     fn values(w: &QuantizedCpu) -> __m512 {
         load(w.quant_type.values().first_chunk().unwrap_or(&[0.0; 16]))
-    }
-
-    #[target_feature(enable = "avx512f,avx2")]
-    #[inline]
-    fn values_of_zero() -> __m512 {
-        zero()
     }
 
     #[target_feature(enable = "avx512f,avx2")]
@@ -372,12 +359,6 @@ mod avx2 {
     fn values(w: &QuantizedCpu) -> [__m256; 2] {
         let values = w.quant_type.values().as_chunks::<8>().0;
         [load(&values[0]), load(&values[1])]
-    }
-
-    #[target_feature(enable = "avx2,f16c")]
-    #[inline]
-    fn values_of_zero() -> [__m256; 2] {
-        [zero(); 2]
     }
 
     #[target_feature(enable = "avx2,f16c")]

@@ -15,7 +15,7 @@ use super::{
     dots::FEW_ROWS,
     math,
     matmul::{Compute, gemm_f32, product_nn, product_nt},
-    tile::{Mat, Onto},
+    tile::Mat,
 };
 use crate::error::Result;
 
@@ -38,11 +38,9 @@ impl Linears for Cpu {
         let mut out = {
             let residual = around.residual.map(F32View::new).transpose()?;
             let bias = bias.as_ref().map(F32View::new).transpose()?;
-            let (residual, bias) = (residual.as_deref(), bias.as_deref());
-            let onto = Onto::Around { residual, bias };
-            let onto = if residual.is_none() && bias.is_none() { Onto::Nothing } else { onto };
+            let around = [residual.as_deref(), bias.as_deref()];
             let x = F32View::new(x)?;
-            frozen.weight.with_view(|w| product_nt((m, n, k), &x, w, onto, compute(frozen)))?
+            frozen.weight.with_view(|w| product_nt((m, n, k), &x, w, around, compute(frozen)))?
         };
         if let Some(lora) = lora {
             run.save(LORA_INPUT, x);

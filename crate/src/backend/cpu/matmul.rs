@@ -61,7 +61,7 @@ pub unsafe fn gemm_into(
     assert!(a.reaches(m, k) <= a.data.len() && b.reaches(k, n) <= b.data.len(), "gemm: an operand is too small");
     // SAFETY: nothing but this function's own tasks writes through it.
     let out = unsafe { SharedMut::from_ptr(out) };
-    let onto = if accumulate { Onto::Output } else { Onto::Nothing };
+    let onto = if accumulate { Onto::Output } else { Onto::NOTHING };
     let strip = |i: usize, rows: std::ops::Range<usize>| {
         let start = i * STRIP;
         let columns = STRIP.min(n - start);
@@ -125,20 +125,22 @@ pub enum Compute {
     Bf16,
 }
 
-/// x[m, k] w[n, k]^T, `[m, n]`, added to `onto` (not to the output: there is none yet).
+/// x[m, k] w[n, k]^T, `[m, n]`, plus a residual `[m, n]` and a bias `[n]`.
 pub fn product_nt(
     (m, n, k): (usize, usize, usize),
     x: &[f32],
     w: &WeightView,
-    onto: Onto,
+    [residual, bias]: [Option<&[f32]>; 2],
     compute: Compute,
 ) -> Vec<f32> {
-    assert!(!matches!(onto, Onto::Output));
     // SAFETY: the product writes each element.
     unsafe {
         written(m * n, |out| match m {
-            0..=FEW_ROWS => dot_rows((m, n, k), x, w, onto, out),
-            _ => nt_into((m, n, k), &Rows::new(simd::level(), x, (m, k), compute), w, onto, out),
+            0..=FEW_ROWS => dot_rows((m, n, k), x, w, [residual, bias], out),
+            _ => {
+                let x = Rows::new(simd::level(), x, (m, k), compute);
+                nt_into((m, n, k), &x, w, Onto::Around { residual, bias }, out);
+            }
         })
     }
 }
@@ -239,7 +241,7 @@ unsafe fn nn_into((m, n, k): (usize, usize, usize), dy: &Rows, w: &WeightView, d
     for_tasks(k.div_ceil(STRIP), m * n * k, |i| {
         let start = i * STRIP;
         let columns = STRIP.min(k - start);
-        for_depth(n, STRIP, Onto::Nothing, |depth, onto, strip| {
+        for_depth(n, STRIP, Onto::NOTHING, |depth, onto, strip| {
             pack::rows(dy.level, w, k, depth.clone(), start..start + columns, strip);
             // SAFETY: these columns of dx belong to this task.
             unsafe { dy.times(m, depth, strip, Target { ptr: dx.at(start), row: k, columns, scale: 1.0, onto }) };
@@ -251,7 +253,13 @@ unsafe fn nn_into((m, n, k): (usize, usize, usize), dy: &Rows, w: &WeightView, d
 ///
 /// # Safety
 /// As [`nt_into`].
-unsafe fn dot_rows((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, onto: Onto, out: SharedMut) {
+unsafe fn dot_rows(
+    (m, n, k): (usize, usize, usize),
+    x: &[f32],
+    w: &WeightView,
+    [residual, bias]: [Option<&[f32]>; 2],
+    out: SharedMut,
+) {
     // Long runs of rows, which memory gives faster, and some for each thread.
     let rows = (FEW_ROWS_TILE / k.max(1)).max(n.div_ceil(4 * team::threads())).next_multiple_of(4);
     let few = FewRows::new(simd::level(), (m, k), x, w);
@@ -275,15 +283,9 @@ unsafe fn dot_rows((m, n, k): (usize, usize, usize), x: &[f32], w: &WeightView, 
         for (row, sums) in rows.zip(&sums) {
             for (j, sum) in sums[..m].iter().enumerate() {
                 let at = j * n + row;
+                let before = residual.map_or(0.0, |residual| residual[at]) + bias.map_or(0.0, |bias| bias[row]);
                 // SAFETY: column `row` of the output belongs to this task.
-                let out = unsafe { &mut *out.at(at) };
-                *out = match onto {
-                    Onto::Nothing => *sum,
-                    Onto::Output => *out + sum,
-                    Onto::Around { residual, bias } => {
-                        residual.map_or(0.0, |residual| residual[at]) + bias.map_or(0.0, |bias| bias[row]) + sum
-                    }
-                };
+                unsafe { out.at(at).write(before + sum) };
             }
         }
     });
@@ -381,7 +383,7 @@ mod tests {
                         let products = |w: &WeightView| unsafe {
                             let (x, dy) =
                                 (Rows::new(level, &x, (m, k), compute), Rows::new(level, &dy, (m, n), compute));
-                            let y = written(m * n, |out| nt_into((m, n, k), &x, w, Onto::Nothing, out));
+                            let y = written(m * n, |out| nt_into((m, n, k), &x, w, Onto::NOTHING, out));
                             (y, written(m * k, |out| nn_into((m, n, k), &dy, w, out)))
                         };
                         let got = w.with_cpu(|w| products(&WeightView::Quantized(*w))).unwrap();
@@ -402,7 +404,7 @@ mod tests {
         for value in [f32::NAN, f32::from_bits(0x7fff_ffff), f32::INFINITY] {
             let mut x = random(8 * 32, 2);
             x[3 * 32 + 5] = value;
-            let y = product_nt((8, 32, 32), &x, &WeightView::F32(&w), Onto::Nothing, Compute::Bf16);
+            let y = product_nt((8, 32, 32), &x, &WeightView::F32(&w), [None; 2], Compute::Bf16);
             let finite: Vec<bool> = y.chunks_exact(32).map(|row| row.iter().all(|v| v.is_finite())).collect();
             assert_eq!(finite, [true, true, true, false, true, true, true, true], "{value}");
         }

@@ -30,22 +30,13 @@ fn cgroup() -> Option<usize> {
 
 /// Asks the C library to keep what is freed for the next pass. It gives memory back to the system as soon as there are some
 /// megabytes at the end of a heap, and a step, whose activations come and go, then waits for the system to clear the same
-/// pages again and again: a quarter of the time of a step without checkpointing. [`give_back`] is for the end.
+/// pages again and again: a quarter of the time of a step without checkpointing. At the end of a training it is given back.
 pub(super) fn keep_freed() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: two settings of the allocator; a value that it refuses changes nothing.
     unsafe {
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 20);
-    }
-}
-
-/// Gives the memory that is free back to the system.
-pub(super) fn give_back() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it looks at the allocator's own lists alone.
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 

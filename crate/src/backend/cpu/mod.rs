@@ -166,10 +166,6 @@ impl Memory for Cpu {
         tensor.elem_count() * tensor.dtype().size_in_bytes()
     }
 
-    fn give_back(&self) {
-        memory::give_back();
-    }
-
     fn available_bytes(&self) -> Result<Option<usize>> {
         Ok(memory::available())
     }

@@ -58,19 +58,17 @@ pub fn transposed(
             Level::Scalar => {}
         }
     }
-    let mut wide = vec![0f32; ROWS * columns.len()];
+    let depth = columns.len();
+    let mut wide = vec![0f32; if matches!(w, WeightView::F32(_)) { 0 } else { ROWS * depth }];
     for first in rows.clone().step_by(ROWS) {
-        let strip = &mut strip[first - rows.start..];
-        if let WeightView::F32(w) = w {
-            let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &w[at(first + r)..][..columns.len()]);
-            transpose(level, &rows, strip, STRIP);
-        } else {
-            for (r, wide) in wide.chunks_exact_mut(columns.len()).enumerate() {
-                w.widen(at(first + r), wide);
-            }
-            let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &wide[r * columns.len()..][..columns.len()]);
-            transpose(level, &rows, strip, STRIP);
+        for (r, wide) in wide.chunks_exact_mut(depth).enumerate() {
+            w.widen(at(first + r), wide);
         }
+        let row = |r: usize| match w {
+            WeightView::F32(w) => &w[at(first + r)..][..depth],
+            _ => &wide[r * depth..][..depth],
+        };
+        transpose(level, &std::array::from_fn(row), &mut strip[first - rows.start..], STRIP);
     }
 }
 

@@ -139,33 +139,27 @@ pub(crate) mod x86 {
         });
     }
 
-    /// `columns` elements at `start`, then at `step` behind it, and so on, in rows of `out`.
-    #[target_feature(enable = "avx512f,avx2")]
-    pub(crate) fn dequantize_rows_avx512(
-        view: &QuantizedCpu<'_>,
-        (start, step): (usize, usize),
-        columns: usize,
-        width: usize,
-        out: &mut [f32],
-    ) {
-        for (i, out) in out.chunks_exact_mut(width).enumerate() {
-            dequantize_avx512(view, start + i * step, &mut out[..columns]);
-        }
+    /// `columns` elements at `start`, then at `step` behind it, and so on, in rows of `out`: one call for them all, in which
+    /// `$dequantize` is inlined.
+    macro_rules! dequantize_rows {
+        ($name:ident, $dequantize:ident, $features:literal) => {
+            #[target_feature(enable = $features)]
+            pub(crate) fn $name(
+                view: &QuantizedCpu<'_>,
+                (start, step): (usize, usize),
+                columns: usize,
+                width: usize,
+                out: &mut [f32],
+            ) {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    $dequantize(view, start + i * step, &mut out[..columns]);
+                }
+            }
+        };
     }
 
-    /// See [`dequantize_rows_avx512`].
-    #[target_feature(enable = "avx2,f16c")]
-    pub(crate) fn dequantize_rows_avx2(
-        view: &QuantizedCpu<'_>,
-        (start, step): (usize, usize),
-        columns: usize,
-        width: usize,
-        out: &mut [f32],
-    ) {
-        for (i, out) in out.chunks_exact_mut(width).enumerate() {
-            dequantize_avx2(view, start + i * step, &mut out[..columns]);
-        }
-    }
+    dequantize_rows!(dequantize_rows_avx512, dequantize_avx512, "avx512f,avx2");
+    dequantize_rows!(dequantize_rows_avx2, dequantize_avx2, "avx2,f16c");
 
     #[target_feature(enable = "f16c,avx")]
     pub(crate) fn widen_f16(from: &[f16], to: &mut [f32]) {

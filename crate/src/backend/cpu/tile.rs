@@ -52,15 +52,15 @@ pub struct Target<'a> {
 /// What a product is added to.
 #[derive(Clone, Copy)]
 pub enum Onto<'a> {
-    /// Nothing: the output is only written.
-    Nothing,
     /// What the output holds.
     Output,
-    /// A residual, in rows as far apart as the output's, and a bias, the same in each row.
+    /// A residual, in rows as far apart as the output's, and a bias, the same in each row. The output is only written.
     Around { residual: Option<&'a [f32]>, bias: Option<&'a [f32]> },
 }
 
 impl<'a> Onto<'a> {
+    pub const NOTHING: Self = Self::Around { residual: None, bias: None };
+
     /// From a column on.
     pub fn from(self, column: usize) -> Self {
         let from = |values: Option<&'a [f32]>| values.map(|values| &values[column..]);
@@ -72,52 +72,40 @@ impl<'a> Onto<'a> {
 }
 
 impl Target<'_> {
-    /// What row `i` of the product is added to, in columns `first ..`.
+    /// The columns from `first` on, fewer than N.
+    fn rest<const N: usize>(&self, first: usize) -> usize {
+        self.columns.saturating_sub(first).min(N)
+    }
+
+    /// What row `i` of the product is added to, in the last columns, `first ..`.
     ///
     /// # Safety
     /// The row must lie in the output.
-    #[inline(always)]
     unsafe fn before<const N: usize>(&self, i: usize, first: usize) -> [f32; N] {
-        let columns = self.columns.saturating_sub(first).min(N);
+        let columns = self.rest::<N>(first);
         let mut before = [0f32; N];
-        if columns == 0 {
-            return before;
-        }
-        let mut copy = |from: &[f32]| match from.first_chunk::<N>().filter(|_| columns == N) {
-            Some(whole) => before = *whole,
-            None => before[..columns].copy_from_slice(&from[..columns]),
-        };
+        let mut add = |from: &[f32]| before.iter_mut().zip(&from[..columns]).for_each(|(before, from)| *before += from);
         match self.onto {
-            Onto::Nothing => {}
+            _ if columns == 0 => {}
             // SAFETY: the caller's promise.
-            Onto::Output => copy(unsafe { std::slice::from_raw_parts(self.ptr.add(i * self.row + first), columns) }),
+            Onto::Output => add(unsafe { std::slice::from_raw_parts(self.ptr.add(i * self.row + first), columns) }),
             Onto::Around { residual, bias } => {
-                if let Some(residual) = residual {
-                    copy(&residual[i * self.row + first..]);
-                }
-                if let Some(bias) = bias {
-                    before.iter_mut().zip(&bias[first..][..columns]).for_each(|(before, bias)| *before += bias);
-                }
+                residual.into_iter().for_each(|residual| add(&residual[i * self.row + first..]));
+                bias.into_iter().for_each(|bias| add(&bias[first..]));
             }
         }
         before
     }
 
-    /// Row `i` of the output, in columns `first ..`.
+    /// Row `i` of the output, in the last columns, `first ..`.
     ///
     /// # Safety
     /// As [`Target::before`].
-    #[inline(always)]
     unsafe fn write<const N: usize>(&self, i: usize, first: usize, row: &[f32; N]) {
-        let columns = self.columns.saturating_sub(first).min(N);
-        // SAFETY: the caller's promise.
-        unsafe {
-            let out = self.ptr.add(i * self.row + first);
-            if columns == N {
-                out.cast::<[f32; N]>().write_unaligned(*row);
-            } else {
-                std::ptr::copy_nonoverlapping(row.as_ptr(), out, columns);
-            }
+        let columns = self.rest::<N>(first);
+        if columns > 0 {
+            // SAFETY: the caller's promise.
+            unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), self.ptr.add(i * self.row + first), columns) };
         }
     }
 }
@@ -243,7 +231,6 @@ macro_rules! kernel {
                     unsafe {
                         let out = to.ptr.add(at + v * $lanes);
                         let before = match to.onto {
-                            Onto::Nothing => zero(),
                             Onto::Output => load(out),
                             Onto::Around { residual, bias } => {
                                 let part = |values: Option<&[f32]>, at: usize| {
