@@ -93,10 +93,6 @@ fn evens_first(x: &[f32]) -> Vec<f32> {
     out
 }
 
-/// Block maxima that are made at a time, apart from the products that take all registers.
-#[cfg(target_arch = "x86_64")]
-const MAXIMA: usize = 32;
-
 /// What values are rounded to.
 #[cfg(target_arch = "x86_64")]
 const F32: u8 = 0;
@@ -181,54 +177,58 @@ macro_rules! sums {
         ) {
             let k = x[0].len();
             let x = x.map(|x| x[..k].as_chunks::<LANES>().0);
+            let blocks = k / w.blocksize;
+            let mut maxima = vec![0f32; out.len() * blocks];
+            read(&w.absmax, start / w.blocksize, &mut maxima);
+            let (mut at, mut maxima) = (start, maxima.as_slice());
             let (whole, rest) = out.as_chunks_mut::<R>();
-            let mut at = start;
             for out in whole {
                 prefetch(&w.packed[at / 2..], R * k / 2);
-                codes::<M, R, ROUND>(w, at, k, &x, out);
-                at += R * k;
+                codes::<M, R, ROUND>(w, at, maxima, k, &x, out);
+                (at, maxima) = (at + R * k, &maxima[R * blocks..]);
             }
             for out in rest {
-                codes::<M, 1, ROUND>(w, at, k, &x, std::array::from_mut(out));
-                at += k;
+                codes::<M, 1, ROUND>(w, at, maxima, k, &x, std::array::from_mut(out));
+                (at, maxima) = (at + k, &maxima[blocks..]);
             }
         }
 
-        /// R rows of k codes from `start` on.
         #[target_feature(enable = $features)]
-        #[inline]
+        #[inline(never)]
+        fn read(absmax: &AbsmaxCpu, first: usize, out: &mut [f32]) {
+            absmax.read(first, out);
+        }
+
+        /// R rows of k codes from `start` on, and the maxima of their blocks. A function of its own has all registers.
+        #[target_feature(enable = $features)]
+        #[inline(never)]
         fn codes<const M: usize, const R: usize, const ROUND: u8>(
             w: &QuantizedCpu,
             start: usize,
+            maxima: &[f32],
             k: usize,
             x: &[&[[f32; LANES]]; M],
             out: &mut [[f32; FEW_ROWS]; R],
         ) {
             let packed = w.packed[start / 2..(start + R * k) / 2].as_chunks::<16>().0;
             let (values, block_groups, blocks) = (values(w), w.blocksize / LANES, k / w.blocksize);
+            let maxima = &maxima[..R * blocks];
             let mut sums = [[[zero(); $count]; M]; R];
-            let mut maxima = [[0f32; MAXIMA]; R];
-            for done in (0..blocks).step_by(MAXIMA) {
-                let now = MAXIMA.min(blocks - done);
-                for (row, maxima) in maxima.iter_mut().enumerate() {
-                    w.absmax.read(start / w.blocksize + row * blocks + done, &mut maxima[..now]);
+            for block in 0..blocks {
+                let at = block * block_groups;
+                let mut tables = [table::<ROUND>(values, 0.0); R];
+                let mut codes: [&[[u8; 16]]; R] = [&[]; R];
+                for row in 0..R {
+                    tables[row] = table::<ROUND>(values, maxima[row * blocks + block]);
+                    codes[row] = &packed[row * (k / LANES) + at..][..block_groups];
                 }
-                for block in 0..now {
-                    let at = (done + block) * block_groups;
-                    let mut tables = [table::<ROUND>(values, 0.0); R];
-                    let mut codes: [&[[u8; 16]]; R] = [&[]; R];
+                let mut x_now: [&[[f32; LANES]]; M] = [&[]; M];
+                for j in 0..M {
+                    x_now[j] = &x[j][at..][..block_groups];
+                }
+                for group in 0..block_groups {
                     for row in 0..R {
-                        tables[row] = table::<ROUND>(values, maxima[row][block]);
-                        codes[row] = &packed[row * (k / LANES) + at..][..block_groups];
-                    }
-                    let mut x_now: [&[[f32; LANES]]; M] = [&[]; M];
-                    for (now, x) in x_now.iter_mut().zip(x) {
-                        *now = &x[at..][..block_groups];
-                    }
-                    for group in 0..block_groups {
-                        for (sums, (codes, table)) in sums.iter_mut().zip(codes.iter().zip(tables)) {
-                            add(lookup(&codes[group], table), group, &x_now, sums);
-                        }
+                        add(lookup(&codes[row][group], tables[row]), group, &x_now, &mut sums[row]);
                     }
                 }
             }
@@ -252,9 +252,10 @@ macro_rules! sums {
             x: &[&[[f32; LANES]]; M],
             sums: &mut [[Vector; $count]; M],
         ) {
-            for (sums, x) in sums.iter_mut().zip(x) {
-                for ((sum, w), x) in sums.iter_mut().zip(w).zip(x[group].as_chunks().0) {
-                    *sum = plus(*sum, times(w, load(x)));
+            for j in 0..M {
+                let x = x[j][group].as_chunks().0;
+                for i in 0..$count {
+                    sums[j][i] = plus(sums[j][i], times(w[i], load(&x[i])));
                 }
             }
         }
@@ -282,8 +283,8 @@ mod avx512 {
 
     use half::{bf16, f16};
 
-    use super::{super::simd::x86::round512, BF16, DType, F16, F32, FEW_ROWS, LANES, MAXIMA, prefetch, rounded_to};
-    use crate::quantized::QuantizedCpu;
+    use super::{super::simd::x86::round512, BF16, DType, F16, F32, FEW_ROWS, LANES, prefetch, rounded_to};
+    use crate::quantized::{AbsmaxCpu, QuantizedCpu};
 
     sums!("avx512f,avx2", 2);
 
@@ -349,8 +350,8 @@ mod avx2 {
 
     use half::{bf16, f16};
 
-    use super::{super::simd::x86::round256, BF16, DType, F16, F32, FEW_ROWS, LANES, MAXIMA, prefetch, rounded_to};
-    use crate::quantized::QuantizedCpu;
+    use super::{super::simd::x86::round256, BF16, DType, F16, F32, FEW_ROWS, LANES, prefetch, rounded_to};
+    use crate::quantized::{AbsmaxCpu, QuantizedCpu};
 
     sums!("avx2,f16c", 4);
 
