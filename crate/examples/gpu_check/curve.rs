@@ -34,7 +34,7 @@ pub fn run(checks: &mut Checks) -> Result<()> {
 }
 
 /// The losses of `STEPS` updates, the batches taken in turn.
-fn losses(model: &PeftModel, batches: &[Batch], gradient_checkpointing: bool) -> Result<Vec<f64>> {
+fn losses(model: &PeftModel, batches: &[Batch], gradient_checkpointing: bool, learning_rate: f64) -> Result<Vec<f64>> {
     let params = model.trainable_parameters();
     let mut optimizer = AdamW::new(Optim::PagedAdamW32bit, &params, (0.9, 0.999), 1e-8, 0.0)?;
     let mut losses = Vec::new();
@@ -44,7 +44,7 @@ fn losses(model: &PeftModel, batches: &[Batch], gradient_checkpointing: bool) ->
         let options =
             PassOptions { num_items: batch.num_label_tokens() as f64, gradient_checkpointing, dropout_key: 0 };
         losses.push(model.forward_backward(batch, &options)?.loss_sum / options.num_items);
-        optimizer.step(1e-2, 1.0)?;
+        optimizer.step(learning_rate, 1.0)?;
     }
     Ok(losses)
 }
@@ -55,20 +55,22 @@ fn compare(checks: &mut Checks, what: &str, got: Vec<f64>, want: &[f64], toleran
 }
 
 fn against_cpu(checks: &mut Checks) -> Result<()> {
-    // In 16 bits the card's activations are rounded where the CPU's are not, and twenty updates part the two further.
-    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 5e-3), (DType::BF16, 5e-2)] {
+    // In 16 bits the card's activations are rounded where the CPU's are not, and twenty updates part the two further. Ten
+    // times this rate multiplies what a sum in another order changes by up to a hundred, for one batch in three.
+    let learning_rate = 1e-3;
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 5e-4), (DType::BF16, 5e-3)] {
         let cpu = load(BUNDLED.as_ref(), options(dtype, true, DeviceMap::Cpu), &adapters())?;
         let mut batches = Vec::new();
         for _ in 0..4 {
             let lengths: Vec<usize> = (0..4).map(|_| 20 + checks.rng.below(60)).collect();
             batches.push(batch(checks, cpu.vocab_size(), &lengths)?);
         }
-        let want = losses(&cpu, &batches, true)?;
+        let want = losses(&cpu, &batches, true, learning_rate)?;
         for checkpointing in [false, true] {
             let gpu = load(BUNDLED.as_ref(), options(dtype, true, DeviceMap::Cuda(0)), &adapters())?;
             let what =
                 format!("{STEPS} losses, {} NF4, checkpointing {checkpointing}, against the CPU", dtype.as_str());
-            compare(checks, &what, losses(&gpu, &batches, checkpointing)?, &want, tolerance)?;
+            compare(checks, &what, losses(&gpu, &batches, checkpointing, learning_rate)?, &want, tolerance)?;
         }
     }
     Ok(())
@@ -92,7 +94,7 @@ fn against_peft(checks: &mut Checks, golden: &Path) -> Result<()> {
             param.set(&t[&format!("init.{}", param.name().replace(".weight", ".default.weight"))])?;
         }
         let what = format!("{STEPS} losses, f32, checkpointing {checkpointing}, against PEFT");
-        compare(checks, &what, losses(&model, &batches, checkpointing)?, &want, 1e-5)?;
+        compare(checks, &what, losses(&model, &batches, checkpointing, 1e-2)?, &want, 1e-5)?;
     }
     Ok(())
 }
