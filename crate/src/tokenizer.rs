@@ -3,6 +3,7 @@
 mod chat;
 mod config;
 mod gguf;
+mod save;
 mod show;
 mod stream;
 mod unigram;

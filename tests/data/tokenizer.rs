@@ -176,3 +176,23 @@ fn damaged_and_missing_files_are_named() {
     fs::write(folder.path().join("tokenizer_config.json"), "{\"padding_side\": \"top\"}").unwrap();
     assert!(load().to_string().contains("\"left\" or \"right\""));
 }
+
+#[test]
+fn what_is_saved_is_the_same_tokenizer() {
+    let folder = tempfile::tempdir().unwrap();
+    let changed = poet().with_pad_token("<unk>").unwrap().with_padding_side(PaddingSide::Right);
+    let changed = changed.with_chat_template("{{ messages[0].content }}").unwrap();
+    for tokenizer in [changed, poet()] {
+        tokenizer.save_pretrained(folder.path()).unwrap();
+        let again = AutoTokenizer::from_pretrained(folder.path()).unwrap();
+        let text = "Human: 写一首五言绝句。</s>, it 's";
+        let ids = tokenizer.encode(text).unwrap().input_ids;
+        assert_eq!(again.encode(text).unwrap().input_ids, ids);
+        assert_eq!(again.decode(&ids, false).unwrap(), tokenizer.decode(&ids, false).unwrap());
+        // The second has no template, and the first's is gone.
+        assert_eq!(again.chat_template(), tokenizer.chat_template());
+        assert_eq!(again.model_max_length(), tokenizer.model_max_length());
+        let print = |t: &Tokenizer| t.to_string().replace(t.name_or_path(), "");
+        assert_eq!(print(&again), print(&tokenizer));
+    }
+}

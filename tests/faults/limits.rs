@@ -17,6 +17,7 @@ use qlora_nb::{
     error::{Error, Result},
     model::{AutoModelForCausalLM, DeviceMap, Model, ModelOptions},
     peft::{LoraConfig, PeftModel, get_peft_model},
+    tokenizer::AutoTokenizer,
 };
 use qlora_nb_tests::*;
 
@@ -50,12 +51,14 @@ fn with_saves(check: impl Fn(&str, &dyn Fn(&Path) -> Result<()>)) {
     let (base, adapted) = (base(), adapted());
     let rows = Dataset::from_columns([("a", (0..9000).collect::<Vec<i64>>())]).unwrap();
     let curve = qlora_nb::display::line_chart("a title", "x", "y", &[]);
-    let saves: [Save; 6] = [
+    let tokenizer = AutoTokenizer::from_pretrained(root().join("notebooks/models/poet-bloom-zh")).unwrap();
+    let saves: [Save; 7] = [
         ("model", &|folder| base.save_pretrained(folder)),
         ("adapter", &|folder| adapted.save_pretrained(folder)),
         ("merged", &|folder| adapted.merge_and_unload()?.save_pretrained(folder)),
         ("dataset", &|folder| rows.save_to_disk(folder)),
         ("checkpoint", &|folder| super::kills::checkpoint(&adapted, folder)),
+        ("tokenizer", &|folder| tokenizer.save_pretrained(folder)),
         ("picture", &|folder| curve.save(folder.join("curve.svg"))),
     ];
     saves.iter().for_each(|(name, save)| check(name, save));

@@ -12,6 +12,7 @@ use qlora_nb::{
     dataset::Dataset,
     model::{AutoModelForCausalLM, ModelOptions},
     peft::{LoraConfig, get_peft_model},
+    tokenizer::AutoTokenizer,
 };
 use qlora_nb_tests::*;
 
@@ -92,10 +93,12 @@ fn what_has_its_name_is_on_disk() {
     let config = LoraConfig { target_modules: ["query_key_value"].into(), ..Default::default() };
     let model = get_peft_model(&base, &config).unwrap();
     let data = Dataset::from_columns([("a", vec![1i64, 2, 3])]).unwrap();
+    let tokenizer = AutoTokenizer::from_pretrained(root().join("notebooks/models/poet-bloom-zh")).unwrap();
     // Twice: in place of nothing, and of what is there.
     for _ in 0..2 {
         check("adapter", &at("adapter"), || model.save_pretrained(at("adapter")).unwrap());
         check("model", &at("model"), || base.save_pretrained(at("model")).unwrap());
+        check("tokenizer", &at("tokenizer"), || tokenizer.save_pretrained(at("tokenizer")).unwrap());
         check("dataset", &at("data"), || data.save_to_disk(at("data")).unwrap());
         check("checkpoint", &at("run"), || super::kills::one_step(&model, dir.path()));
     }
