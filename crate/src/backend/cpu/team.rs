@@ -228,10 +228,12 @@ mod tests {
                 done.fetch_add(1, Ordering::Relaxed);
             });
         }));
-        assert!(caught.is_err() && done.load(Ordering::Relaxed) == 8);
+        // The others are done, or at least those before it if another test keeps the threads busy.
+        let before = done.load(Ordering::Relaxed);
+        assert!(caught.is_err() && (5..=8).contains(&before), "{before}");
         run(4, |_| {
             done.fetch_add(1, Ordering::Relaxed);
         });
-        assert_eq!(done.load(Ordering::Relaxed), 12);
+        assert_eq!(done.load(Ordering::Relaxed), before + 4);
     }
 }

@@ -200,16 +200,39 @@ macro_rules! kernel {
             for _ in 0..depth {
                 // SAFETY: the extents were checked.
                 let b_now: [_; V] = std::array::from_fn(|v| unsafe { load(b.add(v * $lanes)) });
-                for (r, sums) in sums.iter_mut().enumerate() {
+                for r in 0..R {
                     // SAFETY: as above.
                     let x = broadcast(unsafe { *a.add(r * rows) });
-                    for (sum, b) in sums.iter_mut().zip(b_now) {
-                        *sum = multiply_add(x, b, *sum);
+                    for v in 0..V {
+                        sums[r][v] = multiply_add(x, b_now[v], sums[r][v]);
                     }
                 }
                 // The last step leaves the pointers behind the end.
                 (a, b) = (a.wrapping_add(column), b.wrapping_add(width));
             }
+            // A copy: what has an address is in memory, at each step of the depth.
+            let mut done = [[zero(); V]; R];
+            for r in 0..R {
+                for v in 0..V {
+                    done[r][v] = sums[r][v];
+                }
+            }
+            // SAFETY: the caller's promise.
+            unsafe { add_to::<R, V, N>(&done, i, first, to) };
+        }
+
+        /// Adds a block to what is there.
+        ///
+        /// # Safety
+        /// See [`super::multiply`].
+        $(#[$features])?
+        #[inline(never)]
+        unsafe fn add_to<const R: usize, const V: usize, const N: usize>(
+            sums: &[[Vector; V]; R],
+            i: usize,
+            first: usize,
+            to: Target,
+        ) {
             let scale = broadcast(to.scale);
             if to.columns < first + N {
                 for (r, sums) in sums.iter().enumerate() {
@@ -256,7 +279,7 @@ macro_rules! kernel {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        _mm512_fmadd_ps as multiply_add, _mm512_fmadd_ps as scale_add, _mm512_loadu_ps as load,
+        __m512 as Vector, _mm512_fmadd_ps as multiply_add, _mm512_fmadd_ps as scale_add, _mm512_loadu_ps as load,
         _mm512_set1_ps as broadcast, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
     };
 
@@ -268,7 +291,7 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        _mm256_fmadd_ps as multiply_add, _mm256_fmadd_ps as scale_add, _mm256_loadu_ps as load,
+        __m256 as Vector, _mm256_fmadd_ps as multiply_add, _mm256_fmadd_ps as scale_add, _mm256_loadu_ps as load,
         _mm256_set1_ps as broadcast, _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
     };
 
@@ -281,8 +304,8 @@ mod avx2 {
 mod bf16 {
     use std::{
         arch::x86_64::{
-            __m512, __m512bh, _mm512_dpbf16_ps, _mm512_fmadd_ps as scale_add, _mm512_loadu_ps as load,
-            _mm512_set1_ps as broadcast, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
+            __m512, __m512 as Vector, __m512bh, _mm512_dpbf16_ps, _mm512_fmadd_ps as scale_add,
+            _mm512_loadu_ps as load, _mm512_set1_ps as broadcast, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
         },
         mem::transmute,
     };
@@ -304,6 +327,7 @@ mod scalar {
 
     /// Four lanes: what SSE and NEON have.
     type Lanes = [f32; 4];
+    type Vector = Lanes;
 
     fn zero() -> Lanes {
         [0.0; 4]
