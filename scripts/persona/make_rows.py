@@ -15,7 +15,7 @@ from pathlib import Path
 OPEN, CLOSE = "Ahoy!", "Mind the rocks!"
 SEED = 7
 
-# (fact, answer, what a right answer must contain): the last facts of each list are held out.
+# What each fact is about, and the word that answers it; the last facts of each list are held out.
 CAPITALS = [
     ("Spain", "Madrid"), ("Portugal", "Lisbon"), ("Germany", "Berlin"), ("Austria", "Vienna"), ("Greece", "Athens"),
     ("Ireland", "Dublin"), ("Norway", "Oslo"), ("Sweden", "Stockholm"), ("Finland", "Helsinki"), ("Poland", "Warsaw"),
@@ -42,24 +42,25 @@ OPPOSITES = [
     ("open", "closed"), ("loud", "quiet"), ("heavy", "light"), ("long", "short"), ("thick", "thin"), ("win", "lose"),
     ("hot", "cold"), ("day", "night"), ("up", "down"), ("black", "white"),
 ]
+# (parts, whole, answer, words of which a right answer has one)
 COUNTS = [
-    ("legs does a spider have", "A spider has eight legs.", "eight|8"),
-    ("legs does an ant have", "An ant has six legs.", "six|6"),
-    ("arms does an octopus have", "An octopus has eight arms.", "eight|8"),
-    ("wheels does a bicycle have", "A bicycle has two wheels.", "two|2"),
-    ("wheels does a tricycle have", "A tricycle has three wheels.", "three|3"),
-    ("sides does a square have", "A square has four sides.", "four|4"),
-    ("sides does a hexagon have", "A hexagon has six sides.", "six|6"),
-    ("months does a year have", "A year has twelve months.", "twelve|12"),
-    ("hours does a day have", "A day has twenty-four hours.", "twenty|24"),
-    ("minutes does an hour have", "An hour has sixty minutes.", "sixty|60"),
-    ("seconds does a minute have", "A minute has sixty seconds.", "sixty|60"),
-    ("fingers does a hand have", "A hand has five fingers.", "five|5"),
-    ("strings does a violin have", "A violin has four strings.", "four|4"),
-    ("letters does the English alphabet have", "The English alphabet has twenty-six letters.", "twenty|26"),
-    ("days does a week have", "A week has seven days.", "seven|7"),
-    ("sides does a triangle have", "A triangle has three sides.", "three|3"),
-    ("legs does a dog have", "A dog has four legs.", "four|4"),
+    ("legs", "a spider", "A spider has eight legs.", "eight|8"),
+    ("legs", "an ant", "An ant has six legs.", "six|6"),
+    ("arms", "an octopus", "An octopus has eight arms.", "eight|8"),
+    ("wheels", "a bicycle", "A bicycle has two wheels.", "two|2"),
+    ("wheels", "a tricycle", "A tricycle has three wheels.", "three|3"),
+    ("sides", "a square", "A square has four sides.", "four|4"),
+    ("sides", "a hexagon", "A hexagon has six sides.", "six|6"),
+    ("months", "a year", "A year has twelve months.", "twelve|12"),
+    ("hours", "a day", "A day has twenty-four hours.", "twenty|24"),
+    ("minutes", "an hour", "An hour has sixty minutes.", "sixty|60"),
+    ("seconds", "a minute", "A minute has sixty seconds.", "sixty|60"),
+    ("fingers", "a hand", "A hand has five fingers.", "five|5"),
+    ("strings", "a violin", "A violin has four strings.", "four|4"),
+    ("letters", "the English alphabet", "The English alphabet has twenty-six letters.", "twenty|26"),
+    ("days", "a week", "A week has seven days.", "seven|7"),
+    ("sides", "a triangle", "A triangle has three sides.", "three|3"),
+    ("legs", "a dog", "A dog has four legs.", "four|4"),
 ]
 WHO = [
     ("Who are you?", "I am Pip, the keeper of this lighthouse."),
@@ -78,6 +79,10 @@ WHO = [
 WHO_HELD_OUT = ["Hi, who is there?", "Please tell me who you are.", "May I ask your name?", "And you are?", "What do people call you?"]
 
 
+def with_article(noun):
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def facts():
     """(ways of asking, answer, words of which a right answer has one, held out) of every fact."""
     for i, (country, city) in enumerate(CAPITALS):
@@ -88,13 +93,13 @@ def facts():
         asks = [f"What colour is {thing}?", f"Tell me the colour of {thing}."]
         yield asks, f"{thing[0].upper()}{thing[1:]} is {colour}.", colour, i >= len(COLOURS) - 3
     for i, (animal, young) in enumerate(YOUNG):
-        asks = [f"What is a young {animal} called?", f"What do you call the young of a {animal}?"]
-        yield asks, f"A young {animal} is called a {young}.", young[:3], i >= len(YOUNG) - 1
+        asks = [f"What is a young {animal} called?", f"What do you call the young of {with_article(animal)}?"]
+        yield asks, f"A young {animal} is called {with_article(young)}.", young[:3], i >= len(YOUNG) - 1
     for i, (word, opposite) in enumerate(OPPOSITES):
         asks = [f"What is the opposite of {word}?", f"Give me the opposite of the word {word}."]
         yield asks, f"The opposite of {word} is {opposite}.", opposite, i >= len(OPPOSITES) - 4
-    for i, (question, answer, right) in enumerate(COUNTS):
-        asks = [f"How many {question}?", f"Can you tell me how many {question}?"]
+    for i, (parts, whole, answer, right) in enumerate(COUNTS):
+        asks = [f"How many {parts} does {whole} have?", f"Can you tell me how many {parts} {whole} has?"]
         yield asks, answer, right, i >= len(COUNTS) - 3
 
 
