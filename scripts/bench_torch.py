@@ -15,6 +15,7 @@ without padding.
   `generate_nf4_lora`: the same on the NF4 base.
 - `smollm2_*`: SmolLM2-135M's shape with random weights, LoRA r 8 on q_proj, k_proj and v_proj: a step on 4 x 128 tokens,
   120 new tokens, a prompt of 512; dtypes as above.
+- `model_train_*`, where QLORA_MODEL names the folder of a BLOOM: a step on 4 x 128 tokens.
 - `load_nf4`, where QLORA_MODEL names the folder of a model: from its files to NF4 with double quantization. In f16
   transformers maps the files and reads nothing yet, so that there is nothing to compare.
 """
@@ -165,6 +166,15 @@ def smollm2(repeats, only):
                     report(name, 512, timed(lambda read=read: read(ids[None], logits_to_keep=1), repeats))
 
 
+def another(folder, repeats, only):
+    ids = torch.tensor([17 + i * 7919 % 49_000 for i in range(4 * 128)]).view(4, 128)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    for kind, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+        for suffix, checkpointing in (("", False), ("_checkpointing", True)):
+            if (name := f"model_train_nf4_{kind}{suffix}").startswith(only):
+                train(name, lora_model(dtype, True, folder), checkpointing, [batch], repeats)
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("--threads", type=int, default=2)
@@ -191,6 +201,8 @@ def main():
             generate(name, lora_model(f32, four_bit), prompt["input_ids"], args.repeats)
     smollm2(args.repeats, args.only)
     folder = os.environ.get("QLORA_MODEL")
+    if folder:
+        another(folder, args.repeats, args.only)
     if folder and "load_nf4".startswith(args.only):
         seconds = timed(lambda: base_model(folder, torch.float16, True), 3)
         report("load_nf4", 1, seconds, "loads_per_s")

@@ -15,6 +15,8 @@ use crate::error::Result;
 
 /// Logits that exist at a time: 32 MiB of f32.
 const CHUNK: usize = 1 << 23;
+/// Rows of them at least: the head's weight is read, widened and packed anew for each chunk.
+const ROWS: usize = 128;
 
 /// The rows with a label.
 fn labelled<'a>(run: &Run<'a>) -> impl Iterator<Item = usize> + 'a {
@@ -27,7 +29,7 @@ fn rows_of(range: &Range<usize>, run: &Run) -> Vec<usize> {
 
 impl Losses for Cpu {
     fn logit_rows(&self, vocab_size: usize) -> usize {
-        (CHUNK / vocab_size).max(16)
+        (CHUNK / vocab_size).max(ROWS)
     }
 
     fn num_labelled(&self, run: &Run) -> usize {

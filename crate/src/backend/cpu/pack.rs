@@ -82,10 +82,35 @@ pub fn rows(level: Level, w: &WeightView, k: usize, rows: Range<usize>, columns:
         }
         _ => {
             for (i, out) in out.chunks_exact_mut(STRIP).enumerate() {
+                prefetch(w, start + (i + AHEAD) * k);
                 w.widen(start + i * k, &mut out[..columns.len()]);
             }
         }
     }
+}
+
+/// Rows of a weight that are asked for before they are widened: of each only a line or two are read, and no processor
+/// guesses the next.
+const AHEAD: usize = 32;
+
+/// Asks for the lines of [`STRIP`] elements from `at` on; beyond the end is nothing to be had, and no harm.
+fn prefetch(w: &WeightView, at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let (first, size): (*const i8, usize) = match w {
+            WeightView::F32(w) => (w.as_ptr().cast(), 4),
+            WeightView::F16(w) => (w.as_ptr().cast(), 2),
+            WeightView::Bf16(w) => (w.as_ptr().cast(), 2),
+            WeightView::Quantized(_) => return,
+        };
+        for line in (0..STRIP * size).step_by(64) {
+            // SAFETY: a hint, of any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(at * size + line)) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (w, at);
 }
 
 /// `rows` side by side, a column of them in each row of `out`, `width` apart.
