@@ -32,7 +32,9 @@
 //!   hidden. Closures handed to `array::map` are not inlined where instructions are enabled by `target_feature`: 66 became
 //!   53, and 67 with loops. Four rows at a time 76; fetched 4 KiB ahead, since a row of codes ends before the processor
 //!   has noticed it, 80 to 99. Block maxima read by runs: no difference seen.
+//!
 //! On 2 cores of an AMD EPYC (Zen 5: two fused multiply-adds of 512 bits a cycle), SmolLM2, tokens/s:
+//!
 //! - The same program that reached torch's 1.5 times on Zen 4 was behind torch here: 267, 487 in bf16 (torch 309, 574), with
 //!   90 % of the time in the tile. Its disassembly showed why: each of the 24 sums was stored at every step of the depth,
 //!   since the loop that writes them out takes the array's address. A Zen 4 does a multiply-add and a store a cycle and hid
