@@ -20,7 +20,7 @@ impl Tokenizer {
     ///
     /// ```no_run
     /// # use qlora_nb::prelude::*;
-    /// # fn f(merged: CausalLM, tokenizer: Tokenizer) -> Result<()> {
+    /// # fn f(merged: Model, tokenizer: Tokenizer) -> Result<()> {
     /// merged.save_pretrained("out/merged")?;
     /// tokenizer.save_pretrained("out/merged")?;
     /// # Ok(())
