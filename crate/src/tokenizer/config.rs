@@ -78,10 +78,12 @@ impl Config {
     }
 }
 
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
 /// chat_template.jinja, or tokenizer_config.json's own: one, or the one of several that is named
 /// `default`.
 fn chat_template(snapshot: &Snapshot, config: &Value) -> Result<Option<String>> {
-    if let Some(path) = snapshot.optional_file("chat_template.jinja")? {
+    if let Some(path) = snapshot.optional_file(CHAT_TEMPLATE)? {
         return Ok(Some(std::fs::read_to_string(&path).map_err(Error::io("read", &path))?));
     }
     let template = match &config["chat_template"] {

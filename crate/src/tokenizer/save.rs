@@ -1,16 +1,17 @@
 //! A tokenizer's files, beside a model's.
 
-use std::path::Path;
+use std::{io::ErrorKind, path::Path};
 
 use serde_json::json;
 
-use super::{Tokenizer, config::Config};
+use super::{
+    Tokenizer,
+    config::{CHAT_TEMPLATE, Config},
+};
 use crate::{
     error::{Error, Result, catch},
     safe_file::write_atomically,
 };
-
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 impl Tokenizer {
     /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is a chat template, `chat_template.jinja` (one of an
@@ -41,12 +42,13 @@ impl Tokenizer {
         write("tokenizer_config.json", &self.config.to_json())?;
         match &self.config.chat_template {
             Some(template) => write(CHAT_TEMPLATE, template),
-            None => match std::fs::remove_file(folder.join(CHAT_TEMPLATE)) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    Err(Error::io("remove", &folder.join(CHAT_TEMPLATE))(e))
+            None => {
+                let path = folder.join(CHAT_TEMPLATE);
+                match std::fs::remove_file(&path) {
+                    Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::io("remove", &path)(e)),
+                    _ => Ok(()),
                 }
-                _ => Ok(()),
-            },
+            }
         }
     }
 }

@@ -247,7 +247,13 @@ impl Engine {
             self.definitions.extend(syntax::definitions(code));
             own::learn(&mut self.items, code);
         }
-        result.map(|outputs| outputs.content_by_mime_type).map_err(|error| diagnostics::failure(&error, code))
+        let mut contents =
+            result.map(|outputs| outputs.content_by_mime_type).map_err(|e| diagnostics::failure(&e, code))?;
+        if code.trim() == ":vars" {
+            // evcxr's table does not end its rows.
+            contents.entry("text/html".into()).and_modify(|html| *html = html.replace("</td><tr>", "</td></tr>"));
+        }
+        Ok(contents)
     }
 
     /// Forgets the variables whose type a cell, if it compiles, defines anew. evcxr knows a type by its name and those of

@@ -9,7 +9,11 @@ use std::{borrow::Cow, ops::Range};
 #[cfg(target_arch = "x86_64")]
 use candle_core::DType;
 
-use super::{math::LANES, simd::Level, weight::WeightView};
+use super::{
+    math::LANES,
+    simd::{self, Level},
+    weight::WeightView,
+};
 use crate::quantized::QuantType;
 
 /// Up to this many rows of x, a product is limited by reading the weight.
@@ -114,11 +118,7 @@ const fn rounded_to(round: u8) -> DType {
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn prefetch<T>(now: &[T], bytes: usize) {
-    let first = now.as_ptr().cast::<i8>().wrapping_add(AHEAD);
-    for line in (0..bytes).step_by(64) {
-        // SAFETY: a hint, of any address.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(first.wrapping_add(line)) };
-    }
+    simd::prefetch(now.as_ptr().cast::<u8>().wrapping_add(AHEAD), bytes);
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{
-    simd::Level,
+    simd::{self, Level},
     tile::{Mat, STRIP},
     weight::WeightView,
 };
@@ -93,24 +93,15 @@ pub fn rows(level: Level, w: &WeightView, k: usize, rows: Range<usize>, columns:
 /// guesses the next.
 const AHEAD: usize = 32;
 
-/// Asks for the lines of [`STRIP`] elements from `at` on; beyond the end is nothing to be had, and no harm.
+/// Asks for [`STRIP`] elements from `at` on.
 fn prefetch(w: &WeightView, at: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let (first, size): (*const i8, usize) = match w {
-            WeightView::F32(w) => (w.as_ptr().cast(), 4),
-            WeightView::F16(w) => (w.as_ptr().cast(), 2),
-            WeightView::Bf16(w) => (w.as_ptr().cast(), 2),
-            WeightView::Quantized(_) => return,
-        };
-        for line in (0..STRIP * size).step_by(64) {
-            // SAFETY: a hint, of any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(at * size + line)) };
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (w, at);
+    let (first, size) = match w {
+        WeightView::F32(w) => (w.as_ptr().cast::<u8>(), 4),
+        WeightView::F16(w) => (w.as_ptr().cast(), 2),
+        WeightView::Bf16(w) => (w.as_ptr().cast(), 2),
+        WeightView::Quantized(_) => return,
+    };
+    simd::prefetch(first.wrapping_add(at * size), STRIP * size);
 }
 
 /// `rows` side by side, a column of them in each row of `out`, `width` apart.

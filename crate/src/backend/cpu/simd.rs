@@ -23,6 +23,19 @@ pub(crate) fn level() -> Level {
     Level::Scalar
 }
 
+/// Asks for `bytes` from `first` on, before they are read: a hint, of any address.
+#[inline(always)]
+pub(crate) fn prefetch(first: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (first, bytes);
+}
+
 /// Whether this level comes with products of bf16.
 pub(crate) fn has_bf16(level: Level) -> bool {
     #[cfg(target_arch = "x86_64")]
